@@ -1,0 +1,118 @@
+import random
+
+import numpy as np
+import pytest
+
+from multisubject.tiny_world.scenes import (
+    CATEGORIES,
+    COLOURS,
+    PATTERNS,
+    SETTINGS,
+    Look,
+    Scene,
+    SceneObject,
+    World,
+    contrasts,
+    describe,
+    iou,
+    is_visible,
+    random_scene,
+    render,
+)
+
+RICH = World(image_size=128, categories=CATEGORIES, colours=tuple(COLOURS), patterns=PATTERNS, settings=SETTINGS)
+
+
+@pytest.mark.parametrize("world", [World(), RICH], ids=["shipped", "rich"])
+def test_same_seed_gives_same_bytes_and_words(world):
+    def draw(seed):
+        rng = random.Random(seed)
+        scene = random_scene(rng, world)
+        return render(scene, world.image_size).image.tobytes(), describe(scene, rng)
+
+    assert draw(7) == draw(7)
+    assert draw(7) != draw(8)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_scene_has_the_asked_number_of_visible_objects(count):
+    rng = random.Random(count)
+    for _ in range(10):
+        scene = random_scene(rng, World(), count)
+        rendered = render(scene, 64)
+        assert len(scene.objects) == count == len(rendered.boxes) == len(rendered.masks)
+        for item, box in zip(scene.objects, rendered.boxes, strict=True):
+            assert is_visible(item.look.colour, scene.setting)
+            assert box is not None
+            assert iou(item.box, box) > 0.7
+
+
+def test_masks_do_not_overlap_and_cover_what_was_drawn():
+    rng = random.Random(0)
+    scene = random_scene(rng, World(), 3)
+    empty = render(Scene(scene.setting, (), scene.seed), 64).image
+    rendered = render(scene, 64)
+    assert (rendered.masks.sum(0) <= 1).all()
+    changed = (np.asarray(rendered.image).astype(int) - np.asarray(empty)).any(axis=-1)
+    # Pixels well outside every mask are background.
+    assert changed[~rendered.masks.any(0)].mean() < 0.05
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_body_colour_dominates_and_stripes_show(category):
+    def body(look):
+        scene = Scene("on the grass", (SceneObject(category, look, (0.1, 0.1, 0.9, 0.9)),), seed=3)
+        rendered = render(scene, 128)
+        return np.asarray(rendered.image)[rendered.masks[0]].astype(int)
+
+    plain = body(Look("blue"))
+    blueish = (plain[:, 2] > plain[:, 0] + 60).mean()
+    assert blueish > 0.25
+    striped = body(Look("blue", "striped", "yellow"))
+    yellowish = (striped[:, 0] > striped[:, 2] + 60).mean() - (plain[:, 0] > plain[:, 2] + 60).mean()
+    assert yellowish > 0.1
+
+
+def test_second_colours_are_readable():
+    rng = random.Random(1)
+    for _ in range(200):
+        for item in random_scene(rng, World()).objects:
+            if item.look.second_colour:
+                assert contrasts(item.look.colour, item.look.second_colour)
+
+
+def test_captions_name_every_category_and_leave_attributes_unsaid_now_and_then():
+    rng = random.Random(2)
+    captions, objects = [], 0
+    for _ in range(300):
+        scene = random_scene(rng, World())
+        caption = describe(scene, rng)
+        captions.append(caption)
+        for item in scene.objects:
+            objects += 1
+            assert item.category in caption
+    coloured = sum(word in World().colours for caption in captions for word in caption.split())
+    assert 0.65 < coloured / objects < 0.85
+    assert any(caption.endswith(SETTINGS[0]) for caption in captions)
+    assert any(not caption.endswith(SETTINGS) for caption in captions)
+
+
+def test_articles_fit_the_next_word():
+    rng = random.Random(3)
+    captions = [describe(random_scene(rng, World()), rng) for _ in range(300)]
+    assert not any(" a orange" in caption or " an red" in caption for caption in captions)
+    assert any("an orange" in caption for caption in captions)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"categories": ("person", "unicorn")}, "unicorn"),
+        ({"colours": ()}, "empty"),
+        ({"object_counts": (0.2,) * 5}, "1 to 4"),
+        ({"image_size": 60}, "multiple of 8"),
+    ],
+)
+def test_impossible_worlds_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        World(**settings)

@@ -1,0 +1,166 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from multisubject.tiny_world.training import Schedule, step_generator, train
+
+SCRIPT = Path(__file__).parent.parent / "tiny_world" / "train_base.py"
+
+
+class Line(nn.Module):
+    """The smallest thing that can be trained."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(3, 1)
+
+    def forward(self, x, y):
+        return {"loss": (self.linear(x)[:, 0] - y).square().mean()}
+
+
+def draw_batch(generator, count):
+    x = torch.randn(count, 3, generator=generator)
+    return {"x": x, "y": x.sum(1)}
+
+
+def parameters(average):
+    return torch.cat([value.flatten() for value in average.values()])
+
+
+def test_training_lowers_the_loss(tmp_path):
+    average = train(Line(), draw_batch, Schedule(200, 16, 0.05, 10, ema_decay=0.9), tmp_path / "a.pt", description="line")
+    assert torch.allclose(parameters(average), torch.tensor([1.0, 1.0, 1.0, 0.0]), atol=0.05)
+
+
+def test_resume_equals_uninterrupted_run(tmp_path):
+    schedule = Schedule(20, 8, 0.05, 4, ema_decay=0.9, checkpoint_every=5)
+    whole = train(Line(), draw_batch, schedule, tmp_path / "whole.pt", description="line")
+
+    def interrupt_at_step_12(generator, count):
+        if generator.initial_seed() == step_generator(0, 12).initial_seed():
+            os.kill(os.getpid(), signal.SIGINT)
+        return draw_batch(generator, count)
+
+    handler = signal.getsignal(signal.SIGINT)
+    assert train(Line(), interrupt_at_step_12, schedule, tmp_path / "parts.pt", description="line") is None
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert torch.load(tmp_path / "parts.pt", weights_only=True)["step"] == 13
+    resumed = train(Line(), draw_batch, schedule, tmp_path / "parts.pt", description="line")
+    assert torch.equal(parameters(whole), parameters(resumed))
+
+
+def test_learning_rate_warms_up_and_decays():
+    schedule = Schedule(100, 8, 1.0, warmup_steps=10)
+    rates = [schedule.learning_rate_at(step) for step in range(100)]
+    assert rates[0] == 0.1 and max(rates) == rates[9] == 1.0
+    assert rates[-1] < 0.02
+    late = Schedule(100, 8, 1.0, warmup_steps=10, decay_share=0.3)
+    assert late.learning_rate_at(69) == 1.0 and late.learning_rate_at(99) < 0.02
+
+
+SMALL = {
+    "world": {"image_size": 32},
+    "data": {"scenes": 12, "captions_per_scene": 2, "seed": 1},
+    "vae": {
+        **{"steps": 3, "batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 1, "seed": 2, "checkpoint_every": 2},
+        **{"compile": False, "edge_weight": 0.5, "kl_weight": 1e-3},
+        "network": {"block_out_channels": [8, 8], "layers_per_block": 1, "norm_num_groups": 4},
+    },
+    "diffusion": {
+        **{"steps": 3, "batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 1, "seed": 3, "checkpoint_every": 2},
+        **{"compile": False, "caption_dropout": 0.1, "snr_gamma": 5.0},
+        "text_encoder": {
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        },
+        "unet": {
+            "block_out_channels": [8, 16],
+            "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+            "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+            "layers_per_block": 1,
+            "attention_head_dim": 2,
+            "norm_num_groups": 4,
+        },
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def small_base(tmp_path_factory):
+    """All three stages on a very small world, two processes for the first."""
+    folder = tmp_path_factory.mktemp("base")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(SMALL))
+    arguments = ["--recipe", str(folder / "recipe.yaml"), "--runs", str(folder / "runs")]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29713"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*launcher, str(SCRIPT), "vae", *arguments], check=True, env=environment, capture_output=True)
+    from multisubject.tiny_world.train_base import main
+
+    main(["diffusion", *arguments])
+    main(["export", *arguments, "--output", str(folder / "model")])
+    return folder
+
+
+def test_recipe_makes_a_model_that_plain_diffusers_reads(small_base):
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(small_base / "model")
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe("a photo of a red ball", num_inference_steps=2).images[0]
+    assert image.size == (32, 32)
+    assert pipe.tokenizer.model_max_length == 77
+    assert torch.load(small_base / "runs" / "vae.pt", weights_only=True)["step"] == 3
+
+
+def test_two_processes_train_what_one_process_trains(small_base, tmp_path):
+    from multisubject.tiny_world.train_base import main
+
+    runs = tmp_path / "runs"
+    main(["vae", "--recipe", str(small_base / "recipe.yaml"), "--runs", str(runs)])
+    one, two = (torch.load(folder / "vae.pt", weights_only=True) for folder in (runs, small_base / "runs"))
+    for name, value in one["model"].items():
+        torch.testing.assert_close(value, two["model"][name], atol=2e-4, rtol=0)
+    captions = [json.loads((folder / "captions.json").read_text()) for folder in (runs, small_base / "runs")]
+    assert captions[0] == captions[1]
+
+
+def test_tokenizer_keeps_the_words_of_the_world_whole(small_base):
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(small_base / "model" / "tokenizer")
+    words = "a photo of person and guitar on the beach"
+    ids = tokenizer(words).input_ids
+    assert len(ids) == len(words.split()) + 2
+    assert tokenizer.unk_token_id not in tokenizer("Ünïcode ☂ dog!").input_ids[1:-1]
+
+
+def test_unknown_settings_in_the_recipe_are_refused(tmp_path):
+    from multisubject.tiny_world.train_base import main
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**SMALL, "world": {"image_sise": 32}}))
+    with pytest.raises(ValueError, match="image_sise"):
+        main(["vae", "--recipe", str(recipe), "--runs", str(tmp_path)])
+    recipe.write_text(yaml.safe_dump({"world": {}}))
+    with pytest.raises(ValueError, match="diffusion"):
+        main(["vae", "--recipe", str(recipe), "--runs", str(tmp_path)])
+
+
+def test_diffusion_stage_names_the_stage_that_comes_first(tmp_path):
+    from multisubject.tiny_world.train_base import main
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(SMALL))
+    with pytest.raises(FileNotFoundError, match="vae"):
+        main(["diffusion", "--recipe", str(recipe), "--runs", str(tmp_path)])

@@ -37,7 +37,9 @@ def parameters(average):
 
 
 def test_training_lowers_the_loss(tmp_path):
-    average = train(Line(), draw_batch, Schedule(200, 16, 0.05, 10, ema_decay=0.9), tmp_path / "a.pt", description="line")
+    average = train(
+        Line(), draw_batch, Schedule(200, 16, 0.05, 10, ema_decay=0.9), tmp_path / "a.pt", description="line"
+    )
     assert torch.allclose(parameters(average), torch.tensor([1.0, 1.0, 1.0, 0.0]), atol=0.05)
 
 

@@ -147,6 +147,15 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(folder)
 
 
+def stratified(limit: int, count: int, generator: torch.Generator) -> torch.Tensor:
+    """`count` whole numbers below `limit`, one from each of `count` equal ranges, in random order.
+
+    Every batch then sees all noise levels, which makes its gradient less noisy (Kingma et al. 2021, arXiv:2107.00630).
+    """
+    positions = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+    return (positions * limit).long()[torch.randperm(count, generator=generator)]
+
+
 # --- networks with their losses --------------------------------------------------------------------------------------
 
 
@@ -245,7 +254,19 @@ def encode(vae: AutoencoderKL, pictures: torch.Tensor, batch_size: int = 128) ->
     return torch.cat(batches)
 
 
-def train_diffusion(recipe: Recipe, runs: Path) -> None:
+def start_from(folder: Path, text_encoder: CLIPTextModel, unet: UNet2DConditionModel, tokenizer: CLIPTokenizer) -> None:
+    """Copy the weights of an earlier model of the same networks; the vocabularies may differ, words are matched."""
+    earlier = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+    vocabulary = CLIPTokenizer.from_pretrained(folder / "tokenizer").get_vocab()
+    rows = [(row, vocabulary[token]) for token, row in tokenizer.get_vocab().items() if token in vocabulary]
+    weights, embedding = earlier.state_dict(), "embeddings.token_embedding.weight"
+    words = text_encoder.state_dict()[embedding].clone()
+    words[[row for row, _ in rows]] = weights[embedding][[row for _, row in rows]]
+    text_encoder.load_state_dict({**weights, embedding: words})
+    unet.load_state_dict(UNet2DConditionModel.from_pretrained(folder / "unet").float().state_dict())
+
+
+def train_diffusion(recipe: Recipe, runs: Path, earlier: Path | None = None) -> None:
     """Text encoder and UNet together on the latents of `runs/vae`; ends with `runs/text_encoder` and `runs/unet`."""
     if not (runs / "latents.npy").exists():
         raise FileNotFoundError(f"{runs / 'latents.npy'} is missing: run the `vae` stage first.")
@@ -282,6 +303,8 @@ def train_diffusion(recipe: Recipe, runs: Path) -> None:
         cross_attention_dim=settings["text_encoder"]["hidden_size"],
         **settings["unet"],
     )
+    if earlier is not None:
+        start_from(earlier, text_encoder, unet, tokenizer)
     timesteps = len(DDPMScheduler(**NOISE).alphas_cumprod)
 
     def draw_batch(generator: torch.Generator, count: int) -> Batch:
@@ -291,7 +314,7 @@ def train_diffusion(recipe: Recipe, runs: Path) -> None:
         return {
             "latents": latents[rows],
             "noise": torch.randn(count, *latents.shape[1:], generator=generator),
-            "timesteps": torch.randint(timesteps, (count,), generator=generator),
+            "timesteps": stratified(timesteps, count, generator),
             "input_ids": torch.where(dropped[:, None], no_caption, input_ids[rows, variants]).long(),
         }
 
@@ -326,6 +349,8 @@ def export(recipe: Recipe, runs: Path, output: Path) -> None:
     config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(runs / "tokenizer" / name, partial / "tokenizer" / name)
+    if (output / "README.md").exists():  # the model card is written by hand
+        shutil.copy(output / "README.md", partial / "README.md")
     shutil.rmtree(output, ignore_errors=True)
     partial.rename(output)
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
@@ -343,12 +368,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--output", type=Path, default=HERE / "base", help="`export` writes here (default: %(default)s)"
     )
+    parser.add_argument(
+        "--start_from",
+        type=Path,
+        help="`diffusion` begins with the text encoder and UNet of this diffusers folder instead of random weights",
+    )
     arguments = parser.parse_args(argv)
     recipe = Recipe.load(arguments.recipe)
     if arguments.stage == "vae":
         train_vae(recipe, arguments.runs)
     elif arguments.stage == "diffusion":
-        train_diffusion(recipe, arguments.runs)
+        train_diffusion(recipe, arguments.runs, arguments.start_from)
     else:
         export(recipe, arguments.runs, arguments.output)
     return 0

@@ -1,0 +1,618 @@
+"""Stable Diffusion with several personal subjects in one picture, each where a layout wants it.
+
+    pipe = DiffusionPipeline.from_pretrained(base, custom_pipeline="pipeline_multisubject.py", trust_remote_code=True)
+    pipe.load_subject("embeddings/petrucci.safetensors", name="petrucci")
+    pipe("a photo of <petrucci> on the beach", layout={"petrucci": (0.1, 0.2, 0.5, 1.0)}).images[0]
+
+One file with one pipeline class and its siblings beside it, as `custom_pipeline` wants it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    LMSDiscreteScheduler,
+    StableDiffusionPipeline,
+)
+from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+__multisubject_version__ = "0.1.0"
+
+# All custom pipelines of a process share one folder of sources and one cache of modules, so a sibling may be another
+# project's file of the same name, or an older one of ours. Every sibling must be imported here, also those that only
+# another sibling needs: for a local file, diffusers copies what it imports and no further.
+try:
+    from .attention_processors import (
+        AttentionRecorder,
+        GuidanceMethod,
+        RegionConditioning,
+        TokenKind,
+        region_attention,
+        resolve_guidance_method,
+    )
+    from .attention_processors import __multisubject_version__ as _attention_processors_version
+    from .hub_utils import __multisubject_version__ as _hub_utils_version
+    from .hub_utils import base_model_errors, check_subject_fits, copy_pipeline_sources, load_subject
+    from .layout import Region, masks_at, parse_layout
+    from .layout import __multisubject_version__ as _layout_version
+    from .model_card import __multisubject_version__ as _model_card_version
+    from .residual_embeddings import ParsedPrompt, ResidualEmbedding, add_residuals, find_token_spans, parse_prompt
+    from .residual_embeddings import __multisubject_version__ as _residual_embeddings_version
+    from .subject_file import __multisubject_version__ as _subject_file_version
+except ImportError as error:
+    raise ImportError(
+        f"{__name__} found a file beside it that is not of multisubject {__multisubject_version__}: {error}. Another"
+        " custom pipeline with a file of that name was loaded, or an older multisubject: start a new process, and"
+        " delete diffusers' `modules` cache folder if that does not help."
+    ) from error
+
+_SIBLING_VERSIONS = {
+    "attention_processors": _attention_processors_version,
+    "hub_utils": _hub_utils_version,
+    "layout": _layout_version,
+    "model_card": _model_card_version,
+    "residual_embeddings": _residual_embeddings_version,
+    "subject_file": _subject_file_version,
+}
+if set(_SIBLING_VERSIONS.values()) != {__multisubject_version__}:
+    raise ImportError(
+        f"{__name__} is of multisubject {__multisubject_version__}, but the files beside it are of {_SIBLING_VERSIONS}."
+        " An older multisubject was loaded before: start a new process."
+    )
+
+
+@dataclass
+class MultiSubjectPipelineOutput(StableDiffusionPipelineOutput):
+    """Stable Diffusion's output with attention maps.
+
+    Args:
+        attention_maps: one dict per image, subject or phrase -> `(UNet calls, h, w)` float32: where its tokens were
+            attended to, as probabilities averaged over heads, layers and tokens; None if not asked for.
+    """
+
+    attention_maps: list[dict[str, np.ndarray]] | None = None
+
+
+class MultiSubjectPipeline(StableDiffusionPipeline):
+    """Text-to-image with Stable Diffusion 1.x and 2.x, several subjects and a layout.
+
+    Components, loading and every argument of the call are those of `StableDiffusionPipeline`; without subjects and
+    layout the pictures are its pictures, bit for bit.
+
+    Attributes:
+        subjects: name -> `ResidualEmbedding`, the loaded subjects.
+    """
+
+    scheduler: Any
+
+    # diffusers reads the components off the signature
+    @functools.wraps(StableDiffusionPipeline.__init__)  # type: ignore[misc]
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.subjects: dict[str, ResidualEmbedding] = {}
+        self._subject_weights: dict[str, float] = {}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """As `DiffusionPipeline.from_pretrained`; the error for a base that has left the Hub names its mirror."""
+        with base_model_errors(pretrained_model_name_or_path):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """As the base's. A folder that `save_pretrained` wrote names this class's code: no need to trust its copy."""
+        config = super().load_config(*args, **kwargs)
+        if isinstance(config, dict) and config.get("_class_name") == cls._saved_class_name():
+            config["_class_name"] = cls.__name__
+        return config
+
+    @classmethod
+    def _saved_class_name(cls) -> list[str]:
+        return ["pipeline_multisubject", cls.__name__]
+
+    # --- subjects ----------------------------------------------------------------------------------------------------
+
+    def load_subject(
+        self,
+        source: str | os.PathLike[str],
+        name: str | None = None,
+        class_phrase: str | None = None,
+        **hub_options: Any,
+    ) -> list[str]:
+        """Load the subject, or all the subjects, of a file, a folder or a Hub repository; prompts then name `<name>`.
+
+        Args:
+            source: `.safetensors` file, Cones 2 `.pt` file, folder or Hub id.
+            name: what to call the subject; which one to take if the source holds several.
+            class_phrase: words that stand for the subject in a prompt; default: what the file says.
+            hub_options: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
+
+        Returns:
+            The names that were loaded.
+
+        Raises:
+            ValueError: a name is taken, or the subject was not made for this base model.
+        """
+        loaded = load_subject(source, name=name, class_phrase=class_phrase, **hub_options)
+        for new_name, subject in loaded.items():
+            self._check_subject(new_name, subject)
+        self.subjects.update(loaded)
+        return list(loaded)
+
+    def unload_subject(self, name: str) -> None:
+        """Forget a subject."""
+        self._check_loaded([name])
+        del self.subjects[name]
+        self._subject_weights.pop(name, None)
+
+    def get_list_subjects(self) -> list[str]:
+        """Names of the loaded subjects."""
+        return list(self.subjects)
+
+    def set_subjects(self, names: str | Sequence[str], weights: float | Sequence[float] | None = None) -> None:
+        """Choose the active subjects and scale their residuals; the other loaded ones become their plain class.
+
+        Args:
+            names: loaded subjects.
+            weights: factor of each residual, or one for all; default 1.
+        """
+        names = [names] if isinstance(names, str) else list(names)
+        factors = [1.0 if weights is None else weights] * len(names) if not isinstance(weights, Sequence) else weights
+        self._check_loaded(names)
+        if len(factors) != len(names):
+            raise ValueError(
+                f"`weights` has {len(factors)} entries, expected one for each of the {len(names)} `names`."
+            )
+        self._subject_weights = dict.fromkeys(self.subjects, 0.0) | dict(zip(names, factors, strict=True))
+
+    def _check_loaded(self, names: Sequence[str]) -> None:
+        if missing := [name for name in names if name not in self.subjects]:
+            raise ValueError(f"Subjects {missing} are not loaded; the loaded ones are {self.get_list_subjects()}.")
+
+    def _check_subject(self, name: str, subject: ResidualEmbedding) -> None:
+        if name in self.subjects:
+            raise ValueError(
+                f"A subject {name!r} is loaded already. Pass another `name`, or `unload_subject({name!r})` first."
+            )
+        check_subject_fits(
+            subject, {"text_encoder": self.text_encoder}, name=name, base_model=self.config.get("_name_or_path")
+        )
+        span = find_token_spans(self.tokenizer, subject.class_phrase, subject.class_phrase)[0]
+        if len(span) != len(subject.delta):
+            raise ValueError(
+                f"Subject {name!r} has {len(subject.delta)} rows, but its class phrase {subject.class_phrase!r} has"
+                f" {len(span)} tokens with this tokenizer. Pass the `class_phrase` that it was trained with."
+            )
+
+    # --- sampling ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        *,
+        layout: Any = None,
+        color_context: Mapping[str, Sequence[Any]] | list[Mapping[str, Sequence[Any]]] | None = None,
+        guidance_steps: int | None = None,
+        guidance_weight: float = 0.08,
+        weight_negative: float = -1e8,
+        guidance_method: str | GuidanceMethod = "cones2",
+        recurrence: int = 1,
+        output_attention_maps: bool = False,
+        guidance_scale: float = 7.5,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        clip_skip: int | None = None,
+        return_dict: bool = True,
+        **kwargs: Any,
+    ) -> MultiSubjectPipelineOutput | tuple:
+        """Make pictures. Arguments that are not listed here are those of `StableDiffusionPipeline.__call__`.
+
+        Args:
+            prompt: text with loaded subjects as `<name>`, or, if it has no `<name>`, by their class phrase.
+            height, width: size in pixels.
+            num_inference_steps: number of scheduler steps.
+            layout: where subjects and phrases of the prompt stand: `{phrase or subject: box}` with boxes
+                `(xmin, ymin, xmax, ymax)` in fractions of the image, `{phrase or subject: mask}`, a list of dicts, or a
+                colour-map image with `color_context` (see `layout.parse_layout`). For a list of prompts: a list with
+                one of these, or None, per prompt; anything else counts for all of them.
+            color_context: `{"255,0,0": [phrase or subject, weight]}` for a colour map; a list: one per prompt.
+            guidance_steps: how many of the scheduler's steps follow the layout, from the first; None: all.
+            guidance_weight: strength of the pull into the regions.
+            weight_negative: weight of a subject's tokens outside its region; at most 0.
+            guidance_method: `"cones2"`, `"masked"`, or a function of an `AttentionLayer` that returns a bias.
+            recurrence: how often each of the first `guidance_steps` steps is taken, with its noise added back in
+                between. 2 is what the published Cones 2 does. Needs DDIM, DDPM, Euler, Euler ancestral or LMS (which is
+                then of order 1); `callback_on_step_end` is called at every visit.
+            output_attention_maps: also return where the subjects' tokens were attended to.
+            guidance_scale: of classifier-free guidance; at most 1: none.
+            negative_prompt: what not to show.
+            num_images_per_prompt: pictures per prompt.
+            generator: makes the noise; a list: one per picture.
+            prompt_embeds: `(batch, tokens, dim)` instead of the prompt's own embeddings, without subjects' residuals.
+                With subjects or a layout, pass `prompt` too: it says which tokens are whose.
+            negative_prompt_embeds: the same for the negative prompt.
+            cross_attention_kwargs: `{"scale": …}` scales LoRA weights.
+            clip_skip: layers of the text encoder to skip.
+            return_dict: return a `MultiSubjectPipelineOutput`; else the tuple of its values.
+            kwargs: further arguments of `StableDiffusionPipeline.__call__`.
+
+        Raises:
+            ValueError, TypeError: an argument is wrong; a phrase of the layout is missing, ambiguous or cut off.
+        """
+        # 1. Check inputs
+        _check_arguments(kwargs, guidance_steps, recurrence)
+        guidance_function = resolve_guidance_method(guidance_method)
+        if not height or not width:
+            height, width = self._default_size()
+        self.check_inputs(
+            prompt if prompt_embeds is None else None,
+            height,
+            width,
+            kwargs.get("callback_steps"),
+            negative_prompt,
+            prompt_embeds,
+            negative_prompt_embeds,
+        )
+        if prompt is None and (layout is not None or output_attention_maps):
+            raise ValueError(
+                "`layout` and `output_attention_maps` need `prompt` beside `prompt_embeds`: it says which tokens are"
+                " whose."
+            )
+
+        # 2. Find subjects and regions in the prompts
+        prompts = [] if prompt is None else [prompt] if isinstance(prompt, str) else prompt
+        parsed = [parse_prompt(self.tokenizer, text, self._subjects_in_use(text)) for text in prompts]
+        regions = [
+            parse_layout(of_prompt, height=height, width=width, color_context=context)
+            for of_prompt, context in zip(
+                _per_prompt(layout, prompt, "layout"), _per_prompt(color_context, prompt, "color_context"), strict=True
+            )
+        ]
+        spans = [
+            [text.find_span(region.subject, region.occurrence) for region in found]
+            for text, found in zip(parsed, regions, strict=True)
+        ]
+
+        # 3. Encode the prompts and add the subjects' residuals
+        if prompt_embeds is None or any(text.mentions for text in parsed) or any(regions) or output_attention_maps:
+            texts = [text.text for text in parsed]
+            with _text_model_found(self.text_encoder):
+                prompt_embeds, negative_prompt_embeds = self.encode_prompt(
+                    texts[0] if isinstance(prompt, str) else texts,
+                    self._execution_device,
+                    1,
+                    guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None,
+                    negative_prompt,
+                    prompt_embeds=prompt_embeds,
+                    negative_prompt_embeds=negative_prompt_embeds,
+                    lora_scale=(cross_attention_kwargs or {}).get("scale"),
+                    clip_skip=clip_skip,
+                )
+            if len(prompt_embeds) != len(parsed):
+                raise ValueError(
+                    f"`prompt_embeds` has {len(prompt_embeds)} rows, expected one for each of {len(parsed)} prompts."
+                )
+            prompt_embeds = torch.stack(
+                [self._add_subjects(embeds, text) for embeds, text in zip(prompt_embeds, parsed, strict=True)]
+            )
+            prompt, negative_prompt = None, None
+
+        # 4. Turn layouts and token spans into what the UNet needs
+        conditioning, recorder = None, None
+        if any(regions) and guidance_steps != 0:
+            conditioning = self.prepare_regions(parsed, regions, spans, prompt_embeds.shape[1], num_images_per_prompt)
+        if output_attention_maps:
+            recorded = [_recorded_tokens(*of_prompt) for of_prompt in zip(parsed, regions, spans, strict=True)]
+            recorder = _make_recorder(recorded, prompt_embeds.shape[1], num_images_per_prompt)
+
+        # 5. Denoise and decode
+        scheduler = self.scheduler
+        guidance = region_attention(
+            self.unet,
+            conditioning,
+            scheduler=scheduler,
+            resize_masks=masks_at,
+            guidance_method=guidance_function,
+            guidance_weight=guidance_weight,
+            weight_negative=weight_negative,
+            guidance_steps=guidance_steps,
+            recorder=recorder,
+        )
+        with guidance, self._recurrent_steps(recurrence, guidance_steps, generator):
+            images, has_nsfw_concept = super().__call__(
+                prompt,
+                height,
+                width,
+                num_inference_steps,
+                guidance_scale=guidance_scale,
+                negative_prompt=negative_prompt,
+                num_images_per_prompt=num_images_per_prompt,
+                generator=generator,
+                prompt_embeds=prompt_embeds,
+                negative_prompt_embeds=negative_prompt_embeds,
+                cross_attention_kwargs=cross_attention_kwargs,
+                clip_skip=clip_skip,
+                return_dict=False,
+                **kwargs,
+            )
+
+        # 6. Collect the attention maps
+        attention_maps = None
+        if recorder is not None:
+            maps = recorder.maps().transpose(0, 1).numpy()  # [images, UNet calls, names, h, w]
+            names = [list(tokens) for tokens in recorded for _ in range(num_images_per_prompt)]
+            attention_maps = [
+                dict(zip(of_names, of_image.swapaxes(0, 1), strict=False))  # rows of absent names are left over
+                for of_image, of_names in zip(maps, names, strict=True)
+            ]
+        if not return_dict:
+            return (images, has_nsfw_concept) + ((attention_maps,) if output_attention_maps else ())
+        return MultiSubjectPipelineOutput(images, has_nsfw_concept, attention_maps)
+
+    def prepare_regions(
+        self,
+        parsed: Sequence[ParsedPrompt],
+        regions: Sequence[Sequence[Region]],
+        spans: Sequence[Sequence[range]],
+        num_tokens: int,
+        num_images_per_prompt: int = 1,
+    ) -> RegionConditioning:
+        """Bring text and layout together: prompts, their regions and whose tokens these place -> `region_attention`.
+
+        Args:
+            parsed: one per prompt.
+            regions: of each prompt, all masks of one size; at least one in all.
+            spans: for each region, the tokens that it places.
+            num_tokens: length of the prompt embeddings.
+            num_images_per_prompt: each prompt's rows are repeated as often.
+        """
+        batch, most = len(parsed), max(map(len, regions))
+        size = next(region.mask.shape for found in regions for region in found)
+        masks = torch.zeros(batch, most, *size)
+        tokens = torch.zeros(batch, most, num_tokens, dtype=torch.bool)
+        weights = torch.zeros(batch, most)
+        kinds = torch.full((batch, num_tokens), int(TokenKind.PADDING))
+        for row, text in enumerate(parsed):
+            for column, (region, span) in enumerate(zip(regions[row], spans[row], strict=True)):
+                masks[row, column] = torch.from_numpy(region.mask)
+                tokens[row, column, span.start : span.stop] = True
+                weights[row, column] = region.weight
+            length = self._num_prompt_tokens(text.text)
+            kinds[row, :length] = TokenKind.WORD
+            kinds[row, 0], kinds[row, length - 1] = TokenKind.START, TokenKind.END
+        repeated = (
+            tensor.repeat_interleave(num_images_per_prompt, dim=0) for tensor in (masks, tokens, weights, kinds)
+        )
+        return RegionConditioning(*repeated)
+
+    def _num_prompt_tokens(self, text: str) -> int:
+        """Tokens of a prompt, start and end included, cut to what the text encoder reads."""
+        text = self.maybe_convert_prompt(text, self.tokenizer)
+        return len(self.tokenizer(text, truncation=True, max_length=self.tokenizer.model_max_length).input_ids)
+
+    def _default_size(self) -> tuple[int, int]:
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * self.vae_scale_factor, width * self.vae_scale_factor
+
+    def _subjects_in_use(self, text: str) -> dict[str, ResidualEmbedding]:
+        """The active subjects, and of the inactive ones those that the prompt names outright."""
+        return {
+            name: subject
+            for name, subject in self.subjects.items()
+            if self._subject_weights.get(name, 1.0) or f"<{name}>".casefold() in text.casefold()
+        }
+
+    def _add_subjects(self, prompt_embeds: torch.Tensor, text: ParsedPrompt) -> torch.Tensor:
+        residuals = [
+            (self.subjects[mention.subject], mention.span, self._subject_weights.get(mention.subject, 1.0))
+            for mention in text.mentions
+        ]
+        return add_residuals(prompt_embeds, residuals) if residuals else prompt_embeds
+
+    @contextmanager
+    def _recurrent_steps(
+        self, recurrence: int, guided_steps: int | None, generator: torch.Generator | list[torch.Generator] | None
+    ) -> Iterator[None]:
+        """Within the context, the pipeline's scheduler takes each of its first `guided_steps` steps several times."""
+        if recurrence == 1 or guided_steps == 0:
+            yield
+            return
+        scheduler = self.scheduler
+        try:
+            self.scheduler = RecurrentScheduler(scheduler, recurrence, guided_steps, generator)
+            yield
+        finally:
+            self.scheduler = scheduler
+
+    # --- saving ------------------------------------------------------------------------------------------------------
+
+    def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Save `model_index.json`, and beside it the code that it names, so that the folder loads by itself."""
+        os.makedirs(save_directory, exist_ok=True)
+        copy_pipeline_sources(save_directory)
+        super().save_config(save_directory, push_to_hub, **kwargs)
+
+    def to_json_string(self) -> str:
+        """The configuration, with the class named in the form that diffusers loads from the folder's own code."""
+        config = json.loads(super().to_json_string())
+        config["_class_name"] = self._saved_class_name()
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+class RecurrentScheduler:
+    """A scheduler that takes its first steps several times: step, add the step's noise back, step again.
+
+    Self-recurrence as in Cones 2: between two visits the noise `sqrt(sigma_i² - sigma_{i+1}²)` is added to the sample
+    in the sigma parametrisation (Euler, LMS). For schedulers that scale the sample by `sqrt(alpha_bar)` (DDIM, DDPM)
+    the same is the forward process from `alpha_bar_{i+1}` back to `alpha_bar_i`. LMS runs at order 1, because its
+    history of derivatives is one of another trajectory after a revisit.
+
+    Args:
+        scheduler: one of `DDIMScheduler`, `DDPMScheduler`, `EulerDiscreteScheduler`,
+            `EulerAncestralDiscreteScheduler`, `LMSDiscreteScheduler`; everything else is looked up on it.
+        recurrence: visits per step, at least 2.
+        steps: how many of the first steps are taken repeatedly; None: all.
+        generator: makes the noise; a list: one per sample.
+    """
+
+    def __init__(
+        self,
+        scheduler: Any,
+        recurrence: int,
+        steps: int | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ):
+        self._in_sigmas = isinstance(
+            scheduler, (EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, LMSDiscreteScheduler)
+        )
+        if not self._in_sigmas and not isinstance(scheduler, (DDIMScheduler, DDPMScheduler)):
+            raise ValueError(
+                f"`recurrence` is {recurrence}, but {type(scheduler).__name__} cannot take a step twice: it builds on"
+                " its former steps. Use DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler,"
+                " EulerAncestralDiscreteScheduler or LMSDiscreteScheduler, or recurrence=1."
+            )
+        self._scheduler, self._recurrence, self._steps, self._generator = scheduler, recurrence, steps, generator
+        self._calls = 0
+        # Pipelines read the signatures of these two.
+        self.set_timesteps = functools.wraps(scheduler.set_timesteps)(
+            lambda *args, **kw: self._set_timesteps(*args, **kw)
+        )
+        self.step = functools.wraps(scheduler.step)(lambda *args, **kwargs: self._step(*args, **kwargs))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._scheduler, name)
+
+    def _set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+        self._scheduler.set_timesteps(*args, **kwargs)
+        timesteps = self._scheduler.timesteps
+        repeated = len(timesteps) if self._steps is None else min(self._steps, len(timesteps))
+        visits = torch.ones(len(timesteps), dtype=torch.long, device=timesteps.device)
+        visits[:repeated] = self._recurrence
+        self.timesteps = timesteps.repeat_interleave(visits)
+        self._num_revisits = repeated * self._recurrence
+        self._calls = 0
+
+    def _step(
+        self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, **kwargs: Any
+    ) -> tuple[torch.Tensor, ...]:
+        self._calls += 1
+        again = self._calls <= self._num_revisits and self._calls % self._recurrence != 0
+        index = self._scheduler.step_index if self._in_sigmas else None
+        if isinstance(self._scheduler, LMSDiscreteScheduler):
+            kwargs["order"] = 1
+        kwargs["return_dict"] = False
+        sample, *rest = self._scheduler.step(model_output, timestep, sample, **kwargs)
+        if again:
+            noise = randn_tensor(sample.shape, generator=self._generator, device=sample.device, dtype=sample.dtype)
+            if index is not None:
+                self._scheduler._step_index = index
+                sigma, next_sigma = self._scheduler.sigmas[index], self._scheduler.sigmas[index + 1]
+                sample = sample + (sigma**2 - next_sigma**2).sqrt() * noise
+            else:
+                kept = self._kept_signal(timestep)
+                sample = kept.sqrt() * sample + (1 - kept).sqrt() * noise
+        return (sample, *rest)
+
+    def _kept_signal(self, timestep: Any) -> torch.Tensor:
+        """`alpha_bar` at `timestep` over that at the timestep which the scheduler steps to from there."""
+        scheduler = self._scheduler
+        if isinstance(scheduler, DDPMScheduler):
+            next_timestep, last_alpha = scheduler.previous_timestep(timestep), scheduler.one
+        else:
+            stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+            next_timestep, last_alpha = timestep - stride, scheduler.final_alpha_cumprod
+        next_alpha = scheduler.alphas_cumprod[next_timestep] if next_timestep >= 0 else last_alpha
+        return scheduler.alphas_cumprod[timestep] / next_alpha
+
+
+@contextmanager
+def _text_model_found(text_encoder: Any) -> Iterator[None]:
+    """Let diffusers find `text_encoder.text_model`, which it needs for `clip_skip` and transformers 5 has dropped."""
+    missing = text_encoder is not None and not hasattr(text_encoder, "text_model")
+    if missing:
+        vars(text_encoder)["text_model"] = text_encoder  # not as a submodule, which would make a cycle
+    try:
+        yield
+    finally:
+        if missing:
+            del vars(text_encoder)["text_model"]
+
+
+def _check_arguments(kwargs: Mapping[str, Any], guidance_steps: int | None, recurrence: int) -> None:
+    known = {*inspect.signature(StableDiffusionPipeline.__call__).parameters, "callback", "callback_steps"}
+    known -= {"self", "kwargs"}
+    if unknown := sorted(set(kwargs) - known):
+        raise TypeError(f"Unknown arguments {unknown}; those of StableDiffusionPipeline are {sorted(known)}.")
+    if guidance_steps is not None and (not isinstance(guidance_steps, int) or guidance_steps < 0):
+        raise ValueError(
+            f"`guidance_steps` is {guidance_steps!r}, expected a whole number of at least 0, or None for all steps."
+        )
+    if not isinstance(recurrence, int) or recurrence < 1:
+        raise ValueError(f"`recurrence` is {recurrence!r}, expected a whole number of at least 1 (each step once).")
+
+
+def _per_prompt(value: Any, prompt: str | list[str] | None, argument: str) -> list[Any]:
+    """One value for each prompt: a list beside a list of prompts holds one each, anything else counts for all."""
+    if prompt is None:
+        return []
+    if isinstance(prompt, str):
+        return [value]
+    if isinstance(value, (list, tuple)):
+        if len(value) != len(prompt):
+            raise ValueError(
+                f"`{argument}` is a list of {len(value)}, expected one entry (or None) for each of the {len(prompt)}"
+                " prompts."
+            )
+        return list(value)
+    return [value] * len(prompt)
+
+
+def _recorded_tokens(text: ParsedPrompt, regions: Sequence[Region], spans: Sequence[range]) -> dict[str, list[range]]:
+    """Name -> tokens whose attention is recorded: what the layout places, then the subjects that it leaves free."""
+    tokens: dict[str, list[range]] = {}
+    subjects = [region.subject for region in regions]
+    for region, span in zip(regions, spans, strict=True):
+        name = region.subject if subjects.count(region.subject) == 1 else f"{region.subject} {region.occurrence}"
+        tokens[name] = [span]
+    for mention in text.mentions:
+        if mention.span not in spans:
+            tokens.setdefault(mention.subject, []).append(mention.span)
+    return tokens
+
+
+def _make_recorder(recorded: Sequence[dict[str, list[range]]], num_tokens: int, num_images: int) -> AttentionRecorder:
+    if not all(recorded):
+        raise ValueError(
+            "`output_attention_maps` is True, but a prompt names no loaded subject and has no layout: there is nothing"
+            " to map. Name a subject as `<name>`, or place a phrase with `layout`."
+        )
+    tokens = torch.zeros(len(recorded), max(map(len, recorded)), num_tokens, dtype=torch.bool)
+    for row, groups in enumerate(recorded):
+        for column, group in enumerate(groups.values()):
+            for span in group:
+                tokens[row, column, span.start : span.stop] = True
+    return AttentionRecorder(tokens.repeat_interleave(num_images, dim=0))

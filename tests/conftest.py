@@ -1,0 +1,118 @@
+"""Shared fixtures: Stable Diffusion 1.x- and 2.x-like pipelines of random weights, small enough for any machine.
+
+Their UNets have cross-attention at three resolutions, their tokenizer is the embedded base's real `CLIPTokenizer`.
+diffusers is imported inside the fixtures, so that tests of plain data do not wait for it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BASE = Path(__file__).parents[1] / "tiny_world" / "base"
+EMBED_DIM = 32
+
+
+@pytest.fixture(scope="session")
+def base_path() -> str:
+    """Folder of the embedded base, in diffusers' format."""
+    return str(BASE)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(BASE / "tokenizer")
+
+
+def make_components(tokenizer: Any, kind: str) -> dict[str, Any]:
+    """Components of a tiny pipeline: `sd1` predicts epsilon with convolutional projections, `sd2` v with linear ones.
+
+    Pictures are 32 x 32 by default, latents 16 x 16.
+    """
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    with torch.random.fork_rng():
+        torch.manual_seed(1 if kind == "sd1" else 2)
+        unet = UNet2DConditionModel(
+            sample_size=16,
+            block_out_channels=(16, 32, 32),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=EMBED_DIM,
+            attention_head_dim=2 if kind == "sd1" else (2, 4, 4),  # diffusers' misnomer: the number of heads
+            use_linear_projection=kind == "sd2",
+            norm_num_groups=8,
+        )
+        vae = AutoencoderKL(
+            block_out_channels=(8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=32,
+        )
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=EMBED_DIM,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                max_position_embeddings=tokenizer.model_max_length,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+        )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="epsilon" if kind == "sd1" else "v_prediction",
+    )
+    for model in (unet, vae, text_encoder):
+        model.eval().requires_grad_(False)
+    return {
+        "unet": unet,
+        "vae": vae,
+        "text_encoder": text_encoder,
+        "tokenizer": tokenizer,
+        "scheduler": scheduler,
+        "safety_checker": None,
+        "feature_extractor": None,
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_components(tokenizer: Any) -> dict[str, dict[str, Any]]:
+    """`sd1` and `sd2` -> components, made once: leave the models as they are, replace schedulers instead."""
+    return {kind: make_components(tokenizer, kind) for kind in ("sd1", "sd2")}
+
+
+def make_pipeline(components: dict[str, Any]) -> Any:
+    """A fresh `MultiSubjectPipeline` around shared models, with a scheduler of its own."""
+    from multisubject.pipeline_multisubject import MultiSubjectPipeline
+
+    scheduler = type(components["scheduler"]).from_config(components["scheduler"].config)
+    pipe = MultiSubjectPipeline(**{**components, "scheduler": scheduler}, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def sd1_pipe(tiny_components: dict[str, dict[str, Any]]) -> Any:
+    return make_pipeline(tiny_components["sd1"])
+
+
+@pytest.fixture
+def sd2_pipe(tiny_components: dict[str, dict[str, Any]]) -> Any:
+    return make_pipeline(tiny_components["sd2"])

@@ -1,0 +1,454 @@
+"""Region attention on real, tiny UNets: what it adds, what it leaves alone, and that it gives the UNet back."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+    UNet2DConditionModel,
+)
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+
+from multisubject.attention_processors import (
+    GUIDANCE_METHODS,
+    AttentionLayer,
+    AttentionRecorder,
+    RegionAttnProcessor,
+    RegionConditioning,
+    TokenKind,
+    _product_std,
+    region_attention,
+    resolve_guidance_method,
+)
+from multisubject.layout import masks_at
+
+T = 77
+LEFT, RIGHT = 3, 5  # tokens of the two regions
+
+
+def two_regions(batch: int = 1, size: int = 32) -> RegionConditioning:
+    """Left and right half of the picture."""
+    masks = torch.zeros(batch, 2, size, size)
+    masks[:, 0, :, : size // 2] = 1
+    masks[:, 1, :, size // 2 :] = 1
+    tokens = torch.zeros(batch, 2, T, dtype=torch.bool)
+    tokens[:, 0, LEFT] = tokens[:, 1, RIGHT] = True
+    return RegionConditioning(masks, tokens, torch.full((batch, 2), 2.5), torch.full((batch, T), int(TokenKind.WORD)))
+
+
+@pytest.fixture
+def unet(tiny_components):
+    return tiny_components["sd1"]["unet"]
+
+
+@pytest.fixture
+def scheduler(tiny_components):
+    scheduler = DDIMScheduler.from_config(tiny_components["sd1"]["scheduler"].config)
+    scheduler.set_timesteps(10)
+    return scheduler
+
+
+def inputs(batch: int = 1, size: tuple[int, int] = (16, 16), seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, 4, *size, generator=generator), torch.randn(batch, T, 32, generator=generator)
+
+
+@torch.no_grad()
+def call(unet: Any, sample: torch.Tensor, prompt_embeds: torch.Tensor, timestep: Any = 500, **kwargs: Any) -> Any:
+    return unet(sample, timestep, encoder_hidden_states=prompt_embeds, **kwargs).sample
+
+
+def guided(unet: Any, regions: RegionConditioning | None, scheduler: Any, **kwargs: Any) -> Any:
+    return region_attention(unet, regions, scheduler=scheduler, resize_masks=masks_at, **kwargs)
+
+
+def seen_layers(unet: Any, regions: RegionConditioning, scheduler: Any, *args: Any, **kwargs: Any) -> list:
+    """Cross-attention layers that a guidance method sees during one call."""
+    layers: list[AttentionLayer] = []
+
+    def spy(layer: AttentionLayer) -> None:
+        if layer.is_cross:
+            layers.append(layer)
+
+    with guided(unet, regions, scheduler, guidance_method=spy, **kwargs):
+        call(unet, *args)
+    return layers
+
+
+# --- the processor ---------------------------------------------------------------------------------------------------
+
+
+def test_processor_without_regions_is_the_stock_one_bit_for_bit(unet):
+    stock = call(unet, *inputs())
+    processors = dict(unet.attn_processors)
+    unet.set_attn_processor(RegionAttnProcessor())
+    try:
+        assert torch.equal(call(unet, *inputs()), stock)
+    finally:
+        unet.set_attn_processor(processors)
+
+
+def test_method_without_bias_changes_nothing(unet, scheduler):
+    stock = call(unet, *inputs())
+    with guided(unet, two_regions(), scheduler, guidance_method=lambda layer: None):
+        torch.testing.assert_close(call(unet, *inputs()), stock, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+@pytest.mark.parametrize("head_dim", [8, 64])
+def test_std_without_the_product_equals_std_of_the_product(head_dim, offset):
+    """Also where the mean is far larger than the spread."""
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(3, 4, tokens, head_dim, generator=generator) for tokens in (60, 77))
+    key[..., 0] += offset
+    query[..., 0] += offset
+    products = (query.double() @ key.double().transpose(-1, -2)).flatten(1)
+    torch.testing.assert_close(_product_std(query, key).flatten(), products.std(dim=1).float(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("method", sorted(GUIDANCE_METHODS))
+def test_half_precision_stays_finite(unet, scheduler, dtype, method):
+    half = copy.deepcopy(unet).to(dtype)
+    sample, prompt_embeds = (tensor.to(dtype) for tensor in inputs(2))
+    with guided(half, two_regions(), scheduler, guidance_method=method):
+        assert call(half, sample, prompt_embeds, 981).isfinite().all()
+
+
+@pytest.mark.parametrize("method", sorted(GUIDANCE_METHODS))
+def test_tokens_get_no_attention_outside_their_region(unet, scheduler, method):
+    recorder = AttentionRecorder(two_regions().tokens)
+    with guided(unet, two_regions(), scheduler, guidance_method=method, recorder=recorder):
+        call(unet, *inputs(), 981)
+    left, right = recorder.maps()[0, 0]
+    assert left[:, 8:].max() == right[:, :8].max() == 0
+    assert left[:, :8].min() > 0
+    assert right[:, 8:].min() > 0
+
+
+def test_cones2_pulls_more_the_noisier_the_step(unet, scheduler):
+    def attention_inside(timestep):
+        recorder = AttentionRecorder(two_regions().tokens)
+        with guided(unet, two_regions(), scheduler, recorder=recorder):
+            call(unet, *inputs(), timestep)
+        return recorder.maps()[0, 0, 0, :, :8].mean()
+
+    free = AttentionRecorder(two_regions().tokens)
+    with guided(unet, None, scheduler, recorder=free):
+        call(unet, *inputs(), 500)
+    assert attention_inside(981) > attention_inside(500) > free.maps()[0, 0, 0, :, :8].mean()
+
+
+def test_unconditional_half_is_not_guided(unet, scheduler):
+    sample, prompt_embeds = inputs(2)
+    stock = call(unet, sample, prompt_embeds, 981)
+    with guided(unet, two_regions(), scheduler):
+        output = call(unet, sample, prompt_embeds, 981)
+    torch.testing.assert_close(output[0], stock[0], atol=1e-5, rtol=1e-5)
+    assert (output[1] - stock[1]).abs().max() > 1e-3
+
+
+def test_sample_is_the_same_alone_and_in_a_batch(unet, scheduler):
+    sample, prompt_embeds = inputs(3)
+    sample[1] *= 3  # the strength is per sample: another sample's spread must not matter
+    with guided(unet, two_regions(3), scheduler):
+        together = call(unet, sample, prompt_embeds, 981)
+    for row in range(3):
+        with guided(unet, two_regions(), scheduler):
+            alone = call(unet, sample[row : row + 1], prompt_embeds[row : row + 1], 981)
+        torch.testing.assert_close(together[row : row + 1], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (9, 13), (5, 24)])
+def test_every_region_has_a_cell_at_every_resolution(unet, scheduler, size):
+    regions = two_regions()
+    regions.masks[:, 0] = 0
+    regions.masks[:, 0, 30, 1] = 1  # one pixel of the layout
+    layers = seen_layers(unet, regions, scheduler, *inputs(size=size))
+    assert {layer.query.shape[2] for layer in layers} == {
+        math.ceil(size[0] / n) * math.ceil(size[1] / n) for n in (1, 2, 4)
+    }
+    for layer in layers:
+        weights = layer.maps.signed_weights[0]
+        assert (weights[:, LEFT] > 0).sum() == 1
+        assert (weights[:, RIGHT] > 0).any()
+        assert not weights[:, [t for t in range(T) if t not in (LEFT, RIGHT)]].any()
+
+
+def test_soft_mask_pulls_softly(unet, scheduler):
+    regions = two_regions()
+    regions.masks[:, 0, :16] *= 0.7
+    weights = seen_layers(unet, regions, scheduler, *inputs())[0].maps.signed_weights[0, :, LEFT].view(16, 16)
+    torch.testing.assert_close(weights[:8, :8], torch.full((8, 8), 2.5 * 0.7))
+    torch.testing.assert_close(weights[8:, :8], torch.full((8, 8), 2.5))
+    assert (weights[:, 8:] == -1e8).all()
+
+
+def test_token_of_two_regions_belongs_to_both(unet, scheduler):
+    regions = two_regions()
+    regions.tokens[:, 1] = regions.tokens[:, 0]
+    for layer in seen_layers(unet, regions, scheduler, *inputs()):
+        assert (layer.maps.signed_weights[..., LEFT] == 2.5).all()
+
+
+def test_attention_mask_of_the_pipeline_is_kept(unet, scheduler):
+    sample, prompt_embeds = inputs()
+    mask = torch.ones(1, T)
+    mask[:, 40:] = 0
+    stock = call(unet, sample, prompt_embeds, encoder_attention_mask=mask)
+    with guided(unet, two_regions(), scheduler, guidance_weight=0.0):
+        output = call(unet, sample, prompt_embeds, encoder_attention_mask=mask)
+    torch.testing.assert_close(output, stock, atol=1e-5, rtol=1e-5)
+
+
+# --- the recorder ----------------------------------------------------------------------------------------------------
+
+
+def test_recorder_averages_probabilities_over_heads_layers_and_tokens():
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.zeros(1, 1, 5, dtype=torch.bool)
+    tokens[0, 0, 1:3] = True
+    recorder = AttentionRecorder(tokens)
+    recorder.start_call()
+    fine, coarse = torch.randn(1, 2, 16, 5, generator=generator), torch.randn(1, 2, 4, 5, generator=generator)
+    recorder.add(fine, (4, 4))
+    recorder.add(fine * 2, (4, 4))
+    recorder.add(coarse, (2, 2))
+
+    def probability(logits, size):
+        return logits.softmax(-1)[..., 1:3].mean(dim=(1, 3)).view(1, 1, *size)
+
+    resized = torch.nn.functional.interpolate(probability(coarse, (2, 2)), (4, 4), mode="nearest-exact")
+    expected = (probability(fine, (4, 4)) + probability(fine * 2, (4, 4)) + resized) / 3
+    torch.testing.assert_close(recorder.maps()[0], expected)
+
+
+def test_recording_does_not_change_the_output(unet, scheduler):
+    with guided(unet, two_regions(), scheduler):
+        expected = call(unet, *inputs())
+    with guided(unet, two_regions(), scheduler, recorder=AttentionRecorder(two_regions().tokens)):
+        assert torch.equal(call(unet, *inputs()), expected)
+
+
+# --- time ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheduler_class", [EulerDiscreteScheduler, LMSDiscreteScheduler])
+def test_noise_level_is_the_schedulers_at_fractional_timesteps(unet, scheduler, scheduler_class):
+    scheduler = scheduler_class.from_config(scheduler.config, timestep_spacing="linspace")
+    scheduler.set_timesteps(7)
+    assert scheduler.timesteps.frac().any()
+    for index, timestep in enumerate(scheduler.timesteps):
+        step = seen_layers(unet, two_regions(), scheduler, *inputs(), timestep)[0].step
+        sigma = float(scheduler.sigmas[index])
+        assert float(step.sigma) == pytest.approx(sigma, rel=1e-5)
+        assert float(step.strength) == pytest.approx(0.08 * math.log(1 + sigma**2), rel=1e-5)
+        assert float(step.progress) == pytest.approx(index / 7)
+
+
+def test_zero_terminal_snr_is_finite(unet, scheduler):
+    scheduler = DDIMScheduler.from_config(scheduler.config, rescale_betas_zero_snr=True)
+    scheduler.set_timesteps(5)
+    with guided(unet, two_regions(), scheduler):
+        assert call(unet, *inputs(), 999).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "scheduler_class",
+    [DDIMScheduler, PNDMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, DPMSolverMultistepScheduler],
+)
+def test_guidance_steps_count_the_schedulers_steps(unet, scheduler, scheduler_class):
+    """Not the UNet calls, of which Heun makes two per step."""
+    scheduler = scheduler_class.from_config(scheduler.config)
+    scheduler.set_timesteps(6)
+    guided_calls = []
+    sample, prompt_embeds = inputs()
+    with guided(unet, two_regions(), scheduler, guidance_steps=2, guidance_method=lambda layer: calls.append(1)):
+        for timestep in scheduler.timesteps:
+            calls: list[int] = []
+            output = call(unet, scheduler.scale_model_input(sample, timestep), prompt_embeds, timestep)
+            guided_calls.append(bool(calls))
+            sample = scheduler.step(output, timestep, sample, return_dict=False)[0]
+    # Heun evaluates each step twice, PNDM its second one.
+    expected = {HeunDiscreteScheduler: 4, PNDMScheduler: 3}.get(scheduler_class, 2)
+    assert guided_calls == [True] * expected + [False] * (len(scheduler.timesteps) - expected)
+
+
+def test_steps_after_the_guided_ones_are_stock_bit_for_bit(unet, scheduler):
+    last = scheduler.timesteps[-1]
+    with guided(unet, two_regions(), scheduler, guidance_steps=9):
+        output = call(unet, *inputs(), last)
+    assert torch.equal(output, call(unet, *inputs(), last))
+
+
+def test_compiled_unet_does_not_recompile_from_step_to_step(scheduler):
+    unet = UNet2DConditionModel(
+        block_out_channels=(16,),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",),
+        mid_block_type=None,
+        up_block_types=("UpBlock2D",),
+        cross_attention_dim=32,
+        attention_head_dim=2,
+        norm_num_groups=8,
+    )
+    counter = 0
+
+    def backend(graph, example_inputs):
+        nonlocal counter
+        counter += 1
+        return graph.forward
+
+    compiled = torch.compile(unet, backend=backend)
+    try:
+        with guided(compiled, two_regions(), scheduler):
+            call(compiled, *inputs(), scheduler.timesteps[0])
+            after_first = counter
+            for timestep in scheduler.timesteps[1:]:
+                call(compiled, *inputs(), timestep)
+        assert counter == after_first > 0
+    finally:
+        torch._dynamo.reset()
+
+
+# --- leaving the UNet as it was --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_processors_restored_after_error_and_interrupt(unet, scheduler, error):
+    before, stock = dict(unet.attn_processors), call(unet, *inputs())
+    with pytest.raises(error), guided(unet, two_regions(), scheduler):
+        assert all(isinstance(processor, RegionAttnProcessor) for processor in unet.attn_processors.values())
+        raise error
+    assert unet.attn_processors == before
+    assert not unet._forward_pre_hooks
+    assert torch.equal(call(unet, *inputs()), stock)
+
+
+def test_nested_context_replaces_the_outer_one_and_hands_back(unet, scheduler):
+    stock = call(unet, *inputs())
+    with guided(unet, two_regions(), scheduler):
+        outer = call(unet, *inputs())
+    mirrored = two_regions()
+    mirrored.masks.copy_(mirrored.masks.flip(-1))
+    with guided(unet, mirrored, scheduler):
+        inner = call(unet, *inputs())
+    assert not torch.equal(inner, outer)
+
+    with guided(unet, two_regions(), scheduler):
+        with guided(unet, mirrored, scheduler):
+            assert torch.equal(call(unet, *inputs()), inner)
+        with guided(unet, None, scheduler):
+            assert torch.equal(call(unet, *inputs()), stock)
+            call(unet, *inputs(5))  # another batch size is no concern of the outer context
+        assert torch.equal(call(unet, *inputs()), outer)
+    assert torch.equal(call(unet, *inputs()), stock)
+
+
+def test_other_processors_of_plain_attention_are_replaced_and_restored(unet, scheduler):
+    before = dict(unet.attn_processors)
+    with guided(unet, two_regions(), scheduler):
+        expected = call(unet, *inputs())
+    try:
+        unet.set_attn_processor(AttnProcessor())
+        with guided(unet, two_regions(), scheduler):
+            torch.testing.assert_close(call(unet, *inputs()), expected)
+        assert {type(processor) for processor in unet.attn_processors.values()} == {AttnProcessor}
+    finally:
+        unet.set_attn_processor(before)
+
+
+def test_lora_keeps_working(unet, scheduler):
+    from peft import LoraConfig
+
+    with guided(unet, two_regions(), scheduler):
+        without = call(unet, *inputs())
+    adapted = copy.deepcopy(unet)
+    adapted.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False))
+    with guided(adapted, two_regions(), scheduler):
+        with_lora = call(adapted, *inputs())
+        scaled_off = call(adapted, *inputs(), cross_attention_kwargs={"scale": 0.0})
+    adapted.fuse_lora()
+    with guided(adapted, two_regions(), scheduler):
+        fused = call(adapted, *inputs())
+
+    assert (with_lora - without).abs().max() > 1e-3
+    torch.testing.assert_close(with_lora, fused, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(scaled_off, without, atol=1e-6, rtol=1e-5)
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+class IPAdapterAttnProcessor2_0(AttnProcessor2_0):
+    pass
+
+
+class SomebodysProcessor(AttnProcessor2_0):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("processor", "message"),
+    [(IPAdapterAttnProcessor2_0, "unload_ip_adapter"), (SomebodysProcessor, "set_default_attn_processor")],
+)
+def test_processors_that_would_be_lost_raise(unet, scheduler, processor, message):
+    before = dict(unet.attn_processors)
+    unet.set_attn_processor(processor())
+    try:
+        with pytest.raises(ValueError, match=message), guided(unet, two_regions(), scheduler):
+            pass
+        with guided(unet, None, scheduler):  # nothing to guide, nothing to lose
+            call(unet, *inputs())
+        assert {type(p) for p in unet.attn_processors.values()} == {processor}
+    finally:
+        unet.set_attn_processor(before)
+
+
+def test_batch_that_does_not_fit_the_regions_raises(unet, scheduler):
+    with guided(unet, two_regions(2), scheduler), pytest.raises(ValueError, match=r"batch of 3, expected 2 .* or 4"):
+        call(unet, *inputs(3))
+
+
+def test_bias_of_the_wrong_shape_raises(unet, scheduler):
+    with (
+        guided(unet, two_regions(), scheduler, guidance_method=lambda layer: torch.zeros(1, 1, 2, 3)),
+        pytest.raises(ValueError, match=r"\(1, 1, 2, 3\), expected"),
+    ):
+        call(unet, *inputs())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"weight_negative": 1.0}, "`weight_negative` is 1.0"),
+        ({"weight_negative": -math.inf}, "`weight_negative` is -inf"),
+        ({"weight_negative": math.nan}, "`weight_negative` is nan"),
+        ({"guidance_weight": math.nan}, "`guidance_weight` is nan"),
+        ({"guidance_steps": -1}, "`guidance_steps` is -1"),
+        ({"guidance_method": "cones3"}, r"'cones3', expected one of \['cones2', 'masked'\]"),
+    ],
+)
+def test_bad_arguments_are_named(unet, scheduler, arguments, message):
+    with pytest.raises(ValueError, match=message), guided(unet, two_regions(), scheduler, **arguments):
+        pass
+
+
+def test_scheduler_without_noise_levels_raises(unet):
+    with pytest.raises(ValueError, match="alphas_cumprod"), guided(unet, two_regions(), object()):
+        pass
+
+
+def test_methods_are_found_by_name_or_given_as_functions():
+    assert resolve_guidance_method("cones2") is GUIDANCE_METHODS["cones2"]
+    assert resolve_guidance_method(len) is len

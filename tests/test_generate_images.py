@@ -1,0 +1,463 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from multisubject import generation_config
+from multisubject.generate_images import CONTACT_SHEET, EMBEDDED_BASE, main, read_settings
+from multisubject.generation_config import BaseModel, ConfigError, load_tasks
+from multisubject.hub_utils import save_subject
+from multisubject.residual_embeddings import ResidualEmbedding
+
+ROOT = Path(__file__).parent.parent
+SUBJECTS = {"petrucci": "person", "majesty": "guitar", "biscuit": "dog", "sunrise": "mug", "comet": "ball"}
+SEED_ENTRY = {
+    "prompt": "a photo of person and guitar on the beach",
+    "residual_dict": {"person": "embeddings/petrucci.pt", "guitar": "embeddings/majesty.pt"},
+    "color_context": {"255,0,0": ["person", 2.5], "0,0,255": ["guitar", 2.5]},
+    "guidance_steps": 50,
+    "guidance_weight": 0.08,
+    "weight_negative": -1e8,
+    "layout": "layouts/guitar.png",
+    "subject_list": [["person", 4], ["guitar", 6]],
+}
+
+
+@pytest.fixture(scope="session")
+def base():
+    return BaseModel.read(str(EMBEDDED_BASE))
+
+
+@pytest.fixture(scope="module")
+def workshop(base, tmp_path_factory):
+    """A user's folder: random subjects of the base's width in `embeddings`, the repository's `layouts`."""
+    folder = tmp_path_factory.mktemp("workshop")
+    generator = torch.Generator().manual_seed(0)
+    for name, phrase in SUBJECTS.items():
+        delta = 0.1 * torch.randn(1, base.embed_dim, generator=generator)
+        for suffix in ("pt", "safetensors"):
+            subject = ResidualEmbedding(phrase, {"text_encoder": delta})
+            save_subject(subject, folder / "embeddings" / f"{name}.{suffix}", name=name)
+    shutil.copytree(ROOT / "layouts", folder / "layouts")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_workshop(workshop, monkeypatch):
+    monkeypatch.chdir(workshop)
+
+
+@pytest.fixture
+def check(base, tmp_path):
+    """Write entries as a config and check it: tasks and warnings."""
+
+    def run(*entries, **kwargs):
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(entries, indent=2), encoding="utf-8")
+        return load_tasks(path, base, **kwargs)
+
+    return run
+
+
+def changed(**changes):
+    """The seed's entry with some keys changed, or dropped where the value is None."""
+    return {key: value for key, value in (SEED_ENTRY | changes).items() if value is not None}
+
+
+# --- what entries mean ---------------------------------------------------------------------------------------------
+
+
+def test_the_seed_entry_marks_its_subjects_and_goes_to_the_folder_of_the_seed(check):
+    (task,), warnings = check(SEED_ENTRY)
+    assert task.prompt == "a photo of <person> and <guitar> on the beach"
+    assert task.folder == Path("guitar_person/a_photo_of_person_and_guitar_on_the_beach")
+    assert [region.subject for region in task.regions()] == ["person", "guitar"]
+    assert {name: subject.residual.class_phrase for name, subject in task.subjects.items()} == {
+        "person": "person",
+        "guitar": "guitar",
+    }
+    assert not warnings
+
+
+@pytest.mark.parametrize("name", ["single", "two", "four"])
+def test_shipped_configs_are_sound(name, base):
+    (task,), warnings = load_tasks(ROOT / "configs" / f"guidance_conf_{name}.json", base)
+    assert len(task.subjects) == {"single": 1, "two": 2, "four": 4}[name]
+    assert len(task.regions()) == {"single": 0, "two": 2, "four": 4}[name]
+    assert not warnings
+
+
+def test_guidance_steps_0_means_no_layout(check):
+    (task,), _ = check(changed(guidance_steps=0))
+    assert task.layout is None and task.regions() == ()
+
+
+def test_a_missing_file_of_a_subject_that_is_not_used_only_warns(check):
+    residuals = SEED_ENTRY["residual_dict"] | {"shoes": "embeddings/airforce.pt"}
+    (task,), (warning,) = check(changed(residual_dict=residuals))
+    assert "shoes" in warning and "airforce.pt" in warning and set(task.subjects) == {"person", "guitar"}
+
+
+def test_a_plain_word_may_stand_in_the_layout(check):
+    entry = changed(
+        residual_dict=None,
+        subject_list=None,
+        color_context=None,
+        layout={"person": [0, 0, 0.5, 1], "beach": [0.5, 0, 1, 1]},
+    )
+    (task,), _ = check(entry)
+    assert not task.subjects and task.folder.parts[0] == "beach_person"
+
+
+def test_an_entry_with_neither_subjects_nor_layout_is_plain_text_to_image(check):
+    (task,), _ = check({"prompt": "a photo of a dog"})
+    assert task.folder == Path("no_subject/a_photo_of_a_dog") and task.prompt == "a photo of a dog"
+
+
+def test_without_subject_list_every_word_of_residual_dict_is_a_subject(check):
+    (task,), _ = check(changed(subject_list=None))
+    assert task.prompt == "a photo of <person> and <guitar> on the beach"
+
+
+def test_a_marked_subject_brings_its_own_class_phrase(check):
+    residuals = {"rex": "embeddings/biscuit.safetensors", "dog": "embeddings/comet.pt"}
+    (task,), _ = check({"prompt": "<rex> and a dog", "residual_dict": residuals, "layout": {"rex": [0, 0, 0.5, 1]}})
+    assert task.prompt == "<rex> and a dog" and set(task.subjects) == {"rex"}
+    assert task.subjects["rex"].residual.class_phrase == "dog"
+    assert task.folder == Path("rex/rex_and_a_dog")
+
+
+def test_the_index_chooses_between_equal_words(check):
+    residuals = {"dog": "embeddings/biscuit.pt"}
+    (task,), _ = check({"prompt": "a dog and a dog", "residual_dict": residuals, "subject_list": [["dog", 5]]})
+    assert task.prompt == "a dog and a <dog>"
+
+
+def test_the_index_may_count_words_or_tokens(check, base):
+    prompt = "a photo of man and guitar"
+    in_tokens = 1 + len(base.tokenizer.tokenize("a photo of man and"))
+    assert in_tokens != 6, "this test wants a word of several tokens before the subject"
+    residuals = {"guitar": "embeddings/majesty.pt"}
+    for index in (6, in_tokens):
+        (task,), _ = check({"prompt": prompt, "residual_dict": residuals, "subject_list": [["guitar", index]]})
+        assert task.prompt == "a photo of man and <guitar>"
+
+
+def test_a_phrase_of_two_words_and_its_place_in_the_layout(check, base, workshop):
+    save_subject(ResidualEmbedding("red dog", {"text_encoder": torch.ones(2, base.embed_dim)}), workshop / "red.pt")
+    entry = {"prompt": "red dog", "residual_dict": {"red dog": "red.pt"}, "layout": {"red dog": [0, 0, 1, 1]}}
+    (task,), _ = check(entry)
+    assert task.prompt == "<red-dog>" and task.regions()[0].subject == "red-dog"
+    assert task.folder == Path("red_dog/red_dog")
+
+
+def test_a_layout_may_be_a_json_file_with_mask_files(check, workshop):
+    mask = Image.new("L", (32, 32))
+    ImageDraw.Draw(mask).rectangle([0, 0, 15, 31], fill=255)
+    mask.save(workshop / "left.png")
+    (workshop / "layout.json").write_text(
+        json.dumps(
+            [{"subject": "person", "mask": "left.png"}, {"subject": "guitar", "box": [0.5, 0, 1, 1], "weight": 3}]
+        )
+    )
+    (task,), _ = check(changed(layout="layout.json", color_context=None), size=(64, 64))
+    person, guitar = task.regions()
+    assert person.mask[:, :32].min() == 1 and person.mask[:, 33:].max() == 0 and guitar.weight == 3
+
+
+def test_paths_are_tried_in_the_working_folder_then_beside_the_config_then_above_it(base, tmp_path, monkeypatch):
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    for folder in (elsewhere, project / "configs", project):
+        monkeypatch.chdir(elsewhere if elsewhere.exists() else tmp_path)
+        folder.mkdir(parents=True, exist_ok=True)
+    path = project / "configs" / "config.json"
+    path.write_text(json.dumps([{"prompt": "dog", "residual_dict": {"dog": "dog.pt"}}]))
+    monkeypatch.chdir(elsewhere)
+    for folder in (project, project / "configs", elsewhere):  # each goes before the ones that are there already
+        save_subject(ResidualEmbedding("dog", {"text_encoder": torch.ones(1, base.embed_dim)}), folder / "dog.pt")
+        (task,), _ = load_tasks(path, base)
+        assert Path(task.subjects["dog"].source).parent == folder
+
+
+def test_a_hub_id_is_passed_on(check, base, monkeypatch):
+    subject = ResidualEmbedding("dog", {"text_encoder": torch.ones(1, base.embed_dim)})
+    asked = []
+    monkeypatch.setattr(
+        generation_config, "load_subject", lambda source, *, name, class_phrase: asked.append(source) or {name: subject}
+    )
+    check({"prompt": "a dog", "residual_dict": {"dog": "user/biscuit@main"}})
+    assert asked == ["user/biscuit@main"]
+
+
+def test_equal_entries_have_folders_of_their_own(check):
+    tasks, _ = check(SEED_ENTRY, changed(guidance_steps=10), {"prompt": "a dog"})
+    assert [task.folder.name[-5:] for task in tasks] == ["beach", "ach_2", "a_dog"]
+
+
+def test_folder_names_are_safe_and_short(check):
+    (task, other), _ = check({"prompt": "../" + "é" * 300}, {"prompt": "../" + "é" * 301})
+    assert len(task.folder.name.encode()) < 255 and ".." not in task.folder.parts
+    assert task.folder != other.folder
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------
+
+
+def test_one_report_names_every_problem_with_its_place(base, workshop, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(
+        """[
+  {
+    "prompt": "a photo of person and guitar",
+    "residual_dict": {
+      "person": "embeddings/nobody.pt",
+      "guitar": "embeddings/majesty.pt"
+    },
+    "color_context": {"255,0,0": ["person", 2.5], "0,255,0": ["guitar", 2.5]},
+    "layout": "layouts/guitar.png",
+    "guidance_wieght": 0.1,
+    "guidance_steps": -1,
+    "subject_list": [["person", 4], ["guitar", 5]]
+  },
+  {
+    "layout": "layouts/nothing.png"
+  }
+]""",
+        encoding="utf-8",
+    )
+    with pytest.raises(ConfigError) as error:
+        load_tasks(path, base)
+    report = str(error.value)
+    assert report.startswith("6 problems")
+    for line, text in {
+        10: "entry 1, guidance_wieght: unknown key; did you mean 'guidance_weight'?",
+        11: "entry 1, guidance_steps: expected a whole number from 0",
+        12: 'entry 1, subject_list: ["guitar", 5]: 5 is not its place in the prompt; expected 6',
+        5: "entry 1, residual_dict['person']: 'embeddings/nobody.pt' does not exist; looked in",
+        9: "entry 1, layout: layout and color_context disagree: color_context['0,255,0'] is not in the colour map",
+        14: "entry 2: expected a `prompt`",
+    }.items():
+        assert f"config.json:{line}: {text}" in report
+    assert "'0,0,255'" in report  # the map's colour that is not listed
+    assert str(workshop) in report
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": " "}, "expected text"),
+        ({"prompt": 3}, "expected text, got 3"),
+        ({"residual_dict": ["person"]}, "expected a dictionary"),
+        ({"subject_list": [["person"]]}, "list of \\[subject, index from 1\\]"),
+        ({"subject_list": [["person", 0]]}, "list of \\[subject, index from 1\\]"),
+        ({"subject_list": [["person", True]]}, "list of \\[subject, index from 1\\]"),
+        ({"guidance_steps": 2.5}, "whole number from 0"),
+        ({"guidance_weight": float("nan")}, "expected a number"),
+        ({"weight_negative": 1.0}, "at most 0"),
+        ({"recurrence": 0}, "whole number from 1"),
+        ({"seed": -1}, "whole number from 0"),
+        ({"negative_prompt": 1}, "expected text"),
+        ({"guidance_method": "magic"}, "magic.*cones2"),
+        ({"layout": []}, "colour map's path"),
+        ({"layout": None}, "colours without a `layout`"),
+        ({"color_context": {"255,0": ["person", 2.5], "0,0,255": ["guitar", 2.5]}}, "255,0.*expected a colour"),
+        ({"color_context": {"255,0,0": ["cat", 2.5], "0,0,255": ["guitar", 2.5]}}, "'cat' is not in the prompt"),
+        ({"color_context": None, "layout": {"person": [0, 0, 2, 2]}}, "from 0 to 1"),
+        ({"subject_list": [["cat", 4]]}, "'cat' has no file in residual_dict"),
+        ({"subject_list": [["person", 4], ["person", 4]]}, "the same word as another pair"),
+        (
+            {"prompt": "a guitar", "subject_list": [["person", 1]]},
+            "'person' is not in the prompt, whose words are 1 'a'",
+        ),
+        ({"prompt": "dog " * 90 + "person", "subject_list": [["person", 91]]}, "cut off"),
+        ({"prompt": "person <nobody>"}, "nobody.*not loaded"),
+    ],
+)
+def test_what_cannot_run_is_refused(changes, message, check):
+    with pytest.raises(ConfigError, match=f"(?s){message}"):
+        check(changed(**changes))
+
+
+def test_an_index_that_means_two_places_is_refused(check):
+    entry = {
+        "prompt": "man dog and dog",
+        "residual_dict": {"dog": "embeddings/biscuit.pt"},
+        "subject_list": [["dog", 4]],
+    }
+    with pytest.raises(ConfigError, match="means two places, one in words and one in tokens"):
+        check(entry)
+
+
+def test_a_plain_word_that_stands_twice_is_ambiguous_without_subject_list(check):
+    with pytest.raises(ConfigError, match=r"stands 2 times in the prompt.*<dog>"):
+        check({"prompt": "a dog and a dog", "residual_dict": {"dog": "embeddings/biscuit.pt"}})
+
+
+def test_a_subject_of_another_base_is_refused(check, base, workshop):
+    wide = ResidualEmbedding("dog", {"text_encoder": torch.ones(1, base.embed_dim + 1)})
+    save_subject(wide, workshop / "wide.pt")
+    with pytest.raises(ConfigError, match=f"width {base.embed_dim}"):
+        check({"prompt": "a dog", "residual_dict": {"dog": "wide.pt"}})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[{"prompt": "a dog",}]', r"config.json:1: this is not JSON"),
+        ('{"prompt": "a dog"}', "expected a list of entries"),
+        ("[]", "expected a list of entries"),
+        ("[1]", "entry 1: expected a dictionary"),
+        ('[{"prompt": "a dog", "prompt": "a mug"}]', "'prompt' stands twice"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_file_that_is_no_config_is_refused(text, message, base, tmp_path):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_tasks(tmp_path / "config.json", base)
+
+
+def test_a_forgotten_dollar_is_pointed_out(monkeypatch, capsys):
+    monkeypatch.setenv("CONFIG_DIR", "configs/mine.json")
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--generation_config", "CONFIG_DIR", "--device", "cpu"])
+    assert exit_info.value.code == 2
+    assert "Did you mean $CONFIG_DIR, which is 'configs/mine.json'?" in capsys.readouterr().err
+
+
+def test_a_base_that_is_none_is_refused(workshop, capsys):
+    with pytest.raises(SystemExit):
+        main(["--generation_config", "x.json", "--pretrained_model_name", str(workshop), "--device", "cpu"])
+    assert "has no unet/config.json; expected the folder or Hub id" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--resolution", "100"], "multiples of 8"),
+        (["--resolution", "64x"], "multiples of 8"),
+        (["--num_images", "0"], "at least 1"),
+        (["--seed", "-1"], "0 or more"),
+        (["--guidance_scale", "nan"], "0 or more"),
+        (["--device", "gpu"], "expected cpu, cuda"),
+        (["--colour", "red"], "--colour"),
+    ],
+)
+def test_wrong_flags_are_refused(flags, message, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--generation_config", "x.json", *flags])
+    assert exit_info.value.code == 2 and message in capsys.readouterr().err
+
+
+# --- pictures ------------------------------------------------------------------------------------------------------
+
+FOLDER = Path("guitar_person/a_photo_of_person_and_guitar_on_the_beach")
+QUICK = ["--num_inference_steps", "2", "--num_images", "2", "--device", "cpu"]
+
+
+def pixels(path):
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+@pytest.fixture(scope="module")
+def config_file(workshop):
+    """Two entries: the seed's, and one without subjects and with a seed of its own."""
+    path = workshop / "config.json"
+    entries = [SEED_ENTRY, {"prompt": "a photo of a dog", "seed": 7, "negative_prompt": "a mug"}]
+    path.write_text(json.dumps(entries))
+    return path
+
+
+@pytest.fixture(scope="module")
+def gallery(workshop, config_file):
+    """What one run leaves."""
+    output_dir = workshop / "results"
+    flags = ["--generation_config", str(config_file), "--output_dir", str(output_dir), "--save_attention_maps", *QUICK]
+    main(flags)
+    return output_dir
+
+
+def test_every_entry_has_its_pictures_and_a_contact_sheet(gallery):
+    for folder in (gallery / FOLDER, gallery / "no_subject" / "a_photo_of_a_dog"):
+        assert {"0000.png", "0001.png", CONTACT_SHEET} <= {path.name for path in folder.iterdir()}
+    assert (gallery / FOLDER / "0001_attention.png").exists()
+    assert not list(gallery.rglob("*dog*/*attention*"))  # no subject: nothing to map
+
+
+def test_pictures_say_how_they_were_made(gallery):
+    settings = read_settings(gallery / FOLDER / "0001.png")
+    assert settings["prompt"] == "a photo of <person> and <guitar> on the beach"
+    assert settings["seed"] == 1 and settings["num_inference_steps"] == 2 and settings["guidance_weight"] == 0.08
+    assert settings["guidance_method"] and settings["recurrence"] == 1  # also what the entry leaves to the pipeline
+    assert settings["subjects"]["person"]["source"] == "embeddings/petrucci.pt"
+    plain = read_settings(gallery / "no_subject" / "a_photo_of_a_dog" / "0001.png")
+    assert plain["seed"] == 8 and plain["negative_prompt"] == "a mug" and "guidance_method" not in plain
+
+
+def test_a_picture_is_what_the_pipeline_makes_of_the_seed(gallery):
+    from multisubject.pipeline_multisubject import MultiSubjectPipeline
+
+    pipe = MultiSubjectPipeline.from_pretrained(str(EMBEDDED_BASE), dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    for word, file in SEED_ENTRY["residual_dict"].items():
+        pipe.load_subject(file, name=word, class_phrase=word)
+    image = pipe(
+        SEED_ENTRY["prompt"],
+        num_inference_steps=2,
+        layout=SEED_ENTRY["layout"],
+        color_context=SEED_ENTRY["color_context"],
+        generator=torch.Generator().manual_seed(1),
+    ).images[0]
+    assert np.array_equal(np.asarray(image), pixels(gallery / FOLDER / "0001.png"))
+
+
+def test_resume_makes_only_what_is_missing_damaged_or_other(gallery, config_file, tmp_path, capsys):
+    folder = shutil.copytree(gallery, tmp_path / "results") / FOLDER
+    data = (folder / "0001.png").read_bytes()
+    (folder / "0001.png").write_bytes(data[: len(data) // 2])
+    kept = (folder / "0000.png").stat().st_mtime_ns
+    flags = ["--generation_config", str(config_file), "--output_dir", str(tmp_path / "results"), *QUICK, "--resume"]
+    main(flags)
+    assert "3 of 4 pictures are there already" in capsys.readouterr().out
+    assert (folder / "0000.png").stat().st_mtime_ns == kept
+    assert np.array_equal(pixels(folder / "0001.png"), pixels(gallery / FOLDER / "0001.png"))
+    main([*flags, "--guidance_scale", "3", "--num_images", "1"])
+    assert "0 of 2 pictures are there already" in capsys.readouterr().out
+    assert read_settings(folder / "0000.png")["guidance_scale"] == 3
+
+
+def test_pictures_need_not_be_square(workshop, config_file, tmp_path):
+    flags = ["--generation_config", str(config_file), "--output_dir", str(tmp_path), *QUICK, "--num_images", "1"]
+    main([*flags, "--resolution", "48x80"])
+    assert Image.open(tmp_path / FOLDER / "0000.png").size == (80, 48)
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_pictures_of_one(gallery, workshop, config_file, tmp_path):
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    script = [str(ROOT / "generate_images.py"), "--generation_config", str(config_file), "--output_dir", str(tmp_path)]
+    result = subprocess.run(
+        [sys.executable, *launch, *script, *QUICK],
+        cwd=workshop,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "2/2" in result.stderr and "4/4" not in result.stderr.replace("steps", "")  # half of the four pictures each
+    pictures = sorted(gallery.rglob("000?.png"))
+    assert len(pictures) == 4
+    for picture in pictures:
+        other = tmp_path / picture.relative_to(gallery)
+        assert np.abs(pixels(other) - pixels(picture)).max() <= 1  # the number of threads may change the last bit
+        assert read_settings(other) == read_settings(picture)
+    assert result.stdout.count("contact sheet: ") == 2  # said once

@@ -47,7 +47,14 @@ try:
     )
     from .attention_processors import __multisubject_version__ as _attention_processors_version
     from .hub_utils import __multisubject_version__ as _hub_utils_version
-    from .hub_utils import base_model_errors, check_subject_fits, copy_pipeline_sources, load_subject
+    from .hub_utils import (
+        base_model_errors,
+        check_subject_fits,
+        copy_pipeline_sources,
+        load_saved_subjects,
+        load_subject,
+        save_subjects_with_pipeline,
+    )
     from .layout import Region, masks_at, parse_layout
     from .layout import __multisubject_version__ as _layout_version
     from .model_card import __multisubject_version__ as _model_card_version
@@ -104,7 +111,7 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
     @functools.wraps(StableDiffusionPipeline.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.subjects: dict[str, ResidualEmbedding] = {}
+        self.subjects: dict[str, ResidualEmbedding] = load_saved_subjects(self.tokenizer)
         self._subject_weights: dict[str, float] = {}
 
     @classmethod
@@ -454,6 +461,7 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
         """Save `model_index.json`, and beside it the code that it names, so that the folder loads by itself."""
         os.makedirs(save_directory, exist_ok=True)
         copy_pipeline_sources(save_directory)
+        save_subjects_with_pipeline(self.subjects, save_directory)
         super().save_config(save_directory, push_to_hub, **kwargs)
 
     def to_json_string(self) -> str:

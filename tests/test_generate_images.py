@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from multisubject.residual_embeddings import ResidualEmbedding
 
 ROOT = Path(__file__).parent.parent
 SUBJECTS = {"petrucci": "person", "majesty": "guitar", "biscuit": "dog", "sunrise": "mug", "comet": "ball"}
-SEED_ENTRY = {
+SEED_ENTRY: dict[str, Any] = {
     "prompt": "a photo of person and guitar on the beach",
     "residual_dict": {"person": "embeddings/petrucci.pt", "guitar": "embeddings/majesty.pt"},
     "color_context": {"255,0,0": ["person", 2.5], "0,0,255": ["guitar", 2.5]},
@@ -187,11 +188,13 @@ def test_paths_are_tried_in_the_working_folder_then_beside_the_config_then_above
 
 
 def test_a_hub_id_is_passed_on(check, base, monkeypatch):
-    subject = ResidualEmbedding("dog", {"text_encoder": torch.ones(1, base.embed_dim)})
     asked = []
-    monkeypatch.setattr(
-        generation_config, "load_subject", lambda source, *, name, class_phrase: asked.append(source) or {name: subject}
-    )
+
+    def load_subject(source, *, name, class_phrase):
+        asked.append(source)
+        return {name: ResidualEmbedding(class_phrase, {"text_encoder": torch.ones(1, base.embed_dim)})}
+
+    monkeypatch.setattr(generation_config, "load_subject", load_subject)
     check({"prompt": "a dog", "residual_dict": {"dog": "user/biscuit@main"}})
     assert asked == ["user/biscuit@main"]
 
@@ -363,6 +366,12 @@ FOLDER = Path("guitar_person/a_photo_of_person_and_guitar_on_the_beach")
 QUICK = ["--num_inference_steps", "2", "--num_images", "2", "--device", "cpu"]
 
 
+def settings_of(path):
+    settings = read_settings(path)
+    assert settings is not None, f"{path} has no settings"
+    return settings
+
+
 def pixels(path):
     return np.asarray(Image.open(path).convert("RGB")).astype(int)
 
@@ -393,12 +402,12 @@ def test_every_entry_has_its_pictures_and_a_contact_sheet(gallery):
 
 
 def test_pictures_say_how_they_were_made(gallery):
-    settings = read_settings(gallery / FOLDER / "0001.png")
+    settings = settings_of(gallery / FOLDER / "0001.png")
     assert settings["prompt"] == "a photo of <person> and <guitar> on the beach"
     assert settings["seed"] == 1 and settings["num_inference_steps"] == 2 and settings["guidance_weight"] == 0.08
     assert settings["guidance_method"] and settings["recurrence"] == 1  # also what the entry leaves to the pipeline
     assert settings["subjects"]["person"]["source"] == "embeddings/petrucci.pt"
-    plain = read_settings(gallery / "no_subject" / "a_photo_of_a_dog" / "0001.png")
+    plain = settings_of(gallery / "no_subject" / "a_photo_of_a_dog" / "0001.png")
     assert plain["seed"] == 8 and plain["negative_prompt"] == "a mug" and "guidance_method" not in plain
 
 
@@ -431,7 +440,7 @@ def test_resume_makes_only_what_is_missing_damaged_or_other(gallery, config_file
     assert np.array_equal(pixels(folder / "0001.png"), pixels(gallery / FOLDER / "0001.png"))
     main([*flags, "--guidance_scale", "3", "--num_images", "1"])
     assert "0 of 2 pictures are there already" in capsys.readouterr().out
-    assert read_settings(folder / "0000.png")["guidance_scale"] == 3
+    assert settings_of(folder / "0000.png")["guidance_scale"] == 3
 
 
 def test_pictures_need_not_be_square(workshop, config_file, tmp_path):
@@ -459,5 +468,5 @@ def test_two_processes_make_the_pictures_of_one(gallery, workshop, config_file, 
     for picture in pictures:
         other = tmp_path / picture.relative_to(gallery)
         assert np.abs(pixels(other) - pixels(picture)).max() <= 1  # the number of threads may change the last bit
-        assert read_settings(other) == read_settings(picture)
+        assert settings_of(other) == settings_of(picture)
     assert result.stdout.count("contact sheet: ") == 2  # said once

@@ -490,7 +490,7 @@ def test_a_saved_pipeline_keeps_its_subjects_and_forgets_unloaded_ones(tmp_path,
     assert load_saved_subjects(SimpleNamespace(name_or_path="")) == {}
     assert load_saved_subjects(None) == {}
     (tmp_path / "tokenizer" / "subjects.multisubject").write_bytes(raw_file()[:-1])
-    with pytest.raises(SubjectFileError, match=r"subjects\.multisubject: .*header lies"):
+    with pytest.raises(SubjectFileError, match=r"subjects\.multisubject: .*accounts for"):
         load_saved_subjects(tokenizer)
 
 

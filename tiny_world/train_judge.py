@@ -368,12 +368,12 @@ def draw_regions(scenes: SceneSet, rows: Tensor, nothing: int, generator: torch.
 
 
 def region_accuracies(
-    judge: Judge, pictures: Tensor, scenes: SceneSet, rows: Tensor, regions: Tensor
+    judge: Judge, pictures: list[np.ndarray], scenes: SceneSet, rows: Tensor, regions: Tensor
 ) -> dict[str, Any]:
     """Share of right answers by attribute, over the regions whose label can be said."""
     nothing = judge.labels["category"].index(None)
     truth = region_classes(scenes, rows, regions, nothing)
-    verdicts = judge.classify(pictures[rows], [tuple(region) for region in regions.tolist()])
+    verdicts = judge.classify([pictures[i] for i in rows.tolist()], [tuple(region) for region in regions.tolist()])
     table = {}
     for name, target in truth.items():
         asked = (target != IGNORE).nonzero()[:, 0].tolist()
@@ -382,20 +382,20 @@ def region_accuracies(
     return table
 
 
-def subject_accuracies(judge: Judge, pictures: Tensor, scenes: SceneSet) -> dict[str, Any]:
+def subject_accuracies(judge: Judge, pictures: list[np.ndarray], scenes: SceneSet) -> dict[str, Any]:
     """Share of objects whose subject (or none) is right, for known ones, near misses and random objects apart."""
     table = {}
     for index, kind in enumerate(KINDS):
         rows, columns = (scenes.kinds == index).nonzero(as_tuple=True)
         regions = [tuple(box) for box in scenes.boxes[rows, columns].tolist()]
         truth = [judge.labels["subject"][i] for i in scenes.classes["subject"][rows, columns].tolist()]
-        verdicts = judge.classify(pictures[rows], regions)
+        verdicts = judge.classify([pictures[i] for i in rows.tolist()], regions)
         right = sum(verdict.subject == name for verdict, name in zip(verdicts, truth, strict=True))
         table[kind] = {"accuracy": round(right / max(1, len(truth)), 4), "count": len(truth)}
     return table
 
 
-def detection_scores(judge: Judge, pictures: Tensor, scenes: SceneSet) -> dict[str, Any]:
+def detection_scores(judge: Judge, pictures: list[np.ndarray], scenes: SceneSet) -> dict[str, Any]:
     """Precision and recall at an intersection over union of 0.5, with the right category."""
     found = true = hits = 0
     for row, detections in enumerate(judge.detect(pictures)):
@@ -419,8 +419,10 @@ def measure(judge: Judge, scenes: SceneSet, seed: int) -> dict[str, Any]:
     `tight`: objects' boxes, off by up to 5 % of their size, and one region anywhere per picture (where it holds
     nothing or most of an object). `loose`: up to 15 % off and up to 1.6 times as wide and high.
     """
-    crisp = scenes.pictures.float() / 255
-    degraded = ((as_if_decoded(crisp * 2 - 1, torch.Generator().manual_seed(seed)) + 1) / 2).clamp(0, 1)
+    decoded = as_if_decoded(scenes.pictures.float() / 127.5 - 1, torch.Generator().manual_seed(seed))
+    degraded = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte()
+    # Lists of arrays, so that the judge looks only once at a picture with several regions.
+    crisp, degraded = (list(pictures.permute(0, 2, 3, 1).numpy()) for pictures in (scenes.pictures, degraded))
     rows, columns = (scenes.kinds >= 0).nonzero(as_tuple=True)
     objects = scenes.boxes[rows, columns]
     table: dict[str, Any] = {"scenes": len(crisp)}

@@ -1,0 +1,66 @@
+"""What the shipped model must do: be small, load with plain diffusers, draw what words say, put subjects in place."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "configs" / "guidance_conf_two.json"
+
+
+@pytest.fixture(scope="module")
+def judge():
+    from multisubject.tiny_world.judge import Judge
+
+    return Judge.load()
+
+
+def test_base_is_small_and_holds_no_pickles(base_path):
+    files = [file for file in Path(base_path).rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 40 * 2**20
+    assert {file.suffix for file in files} <= {".json", ".safetensors", ".txt", ".md"}
+
+
+def test_plain_diffusers_draws_what_the_prompt_says(base_path, judge):
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(base_path)
+    pipe.set_progress_bar_config(disable=True)
+    asked = [("red", "ball"), ("blue", "mug"), ("green", "guitar"), ("yellow", "dog"), ("purple", "person")] * 2
+    prompts = [f"a photo of a {colour} plain {category} on the beach" for colour, category in asked]
+    generators = [torch.Generator().manual_seed(seed) for seed in range(len(asked))]
+    pictures = pipe(prompts, num_inference_steps=20, guidance_scale=5.0, generator=generators).images
+    found = [max(objects, key=lambda item: item.score, default=None) for objects in judge.detect(pictures)]
+    right = [item is not None and item.category == category for item, (_, category) in zip(found, asked, strict=True)]
+    coloured = [item is not None and item.verdict.colour == asked[i][0] for i, item in enumerate(found)]
+    # Well below the measured shares (docs/embedded_base.md): this guards against a broken model, not a weaker one.
+    assert sum(right) >= 7
+    assert sum(coloured) >= 6
+
+
+def test_seed_config_puts_each_subject_in_its_region(tmp_path, judge):
+    from PIL import Image
+
+    from multisubject.generate_images import main
+    from multisubject.layout import parse_layout
+
+    pictures = 8
+    main(
+        [
+            *("--generation_config", str(CONFIG), "--output_dir", str(tmp_path), "--num_images", str(pictures)),
+            *("--num_inference_steps", "25", "--guidance_scale", "5"),
+        ]
+    )
+    folder = tmp_path / "guitar_person" / "a_photo_of_person_and_guitar_on_the_beach"
+    images = [Image.open(file).convert("RGB") for file in sorted(folder.glob("[0-9]*.png"))]
+    assert len(images) == pictures
+    context = {"255,0,0": ["person", 2.5], "0,0,255": ["guitar", 2.5]}
+    regions = parse_layout(str(ROOT / "layouts" / "guitar.png"), height=64, width=64, color_context=context)
+    verdicts = {region.subject: judge.classify(images, [region.mask] * pictures) for region in regions}
+    for subject, category in (("petrucci", "person"), ("majesty", "guitar")):
+        seen = verdicts[category]
+        other = {"petrucci": "majesty", "majesty": "petrucci"}[subject]
+        assert sum(verdict.category == category for verdict in seen) > pictures / 2, seen
+        assert sum(verdict.subject == subject for verdict in seen) > pictures / 2, seen
+        assert not any(verdict.subject == other for verdict in seen)

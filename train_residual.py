@@ -329,17 +329,20 @@ def prepare_concept(config: TrainConfig, models: Models) -> Concept:
     masked = sum(picture.mask is not None for picture in found) if config.use_masks else 0
     logger.info("%s: %d pictures, %d masks in use.", config.subject_name, len(found), masked)
 
+    patterns = config.templates or list(TEMPLATES)
+    validation_patterns = config.validation_prompts or list(VALIDATION_PROMPTS)
+    class_pattern = config.class_prompt or TEMPLATES[0]
     config = replace(
         config,
         instance_prompt=class_phrase,
         token_num=token_num,
-        templates=config.templates or list(TEMPLATES),
-        validation_prompts=config.validation_prompts or list(VALIDATION_PROMPTS),
-        class_prompt=config.class_prompt or TEMPLATES[0],
+        templates=patterns,
+        validation_prompts=validation_patterns,
+        class_prompt=class_pattern,
     )
     templates, validation, (class_prompt,) = (
         [sentence.replace("{}", class_phrase) for sentence in sentences]
-        for sentences in (config.templates, config.validation_prompts, [config.class_prompt])
+        for sentences in (patterns, validation_patterns, [class_pattern])
     )
     captions = [caption_of(picture, class_phrase) for picture in found]
     texts = [*templates, *(caption for caption in captions if caption), *validation, class_prompt]

@@ -186,7 +186,7 @@ def compare_on_embedded_base(options: argparse.Namespace) -> int:
     from multisubject.pipeline_multisubject import MultiSubjectPipeline
 
     judge, world = Judge.load(), World()
-    pipe = MultiSubjectPipeline.from_pretrained(str(BASE))
+    pipe = MultiSubjectPipeline.from_pretrained(str(BASE), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     scores: dict[Run | None, Score] = {run: Score() for run in (None, *options.runs)}
     for name in options.subjects:

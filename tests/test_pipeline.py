@@ -491,12 +491,12 @@ layout = {"rex": (0.0, 0.0, 0.5, 1.0), "blue ball": (0.5, 0.0, 1.0, 1.0)}
 def sample(pipe):
     assert type(pipe).__name__ == "MultiSubjectPipeline" and "multisubject" not in sys.modules
     pipe.set_progress_bar_config(disable=True)
-    pipe.load_subject(f"{folder}/rex.safetensors", name="rex")
     return pipe("a photo of a <rex> and a blue ball", layout=layout, num_inference_steps=2, output_type="latent",
                 generator=torch.Generator().manual_seed(0)).images
 
 results = []
 pipe = DiffusionPipeline.from_pretrained(base, custom_pipeline=source, trust_remote_code=True)
+pipe.load_subject(f"{folder}/rex.safetensors", name="rex")
 results.append(sample(pipe))
 for copy in ("first", "second"):
     pipe.save_pretrained(f"{folder}/{copy}")

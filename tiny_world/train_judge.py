@@ -119,7 +119,8 @@ def near_miss(rng: random.Random, subject: Subject, world: World, setting: str) 
         return dataclasses.replace(look, scale=rng.choice([scale for scale in SCALES if scale != look.scale]))
     current = getattr(look, change)
     choices: list[str | None] = [colour for colour in others if colour != current]
-    return dataclasses.replace(look, **{change: rng.choice(choices + [None] * (change == "accessory"))})
+    changed: dict[str, Any] = {change: rng.choice(choices + [None] * (change == "accessory"))}
+    return dataclasses.replace(look, **changed)
 
 
 def draw_scene(rng: random.Random, world: World, mix: SceneMix) -> tuple[Scene, tuple[str, ...]]:
@@ -420,9 +421,9 @@ def measure(judge: Judge, scenes: SceneSet, seed: int) -> dict[str, Any]:
     nothing or most of an object). `loose`: up to 15 % off and up to 1.6 times as wide and high.
     """
     decoded = as_if_decoded(scenes.pictures.float() / 127.5 - 1, torch.Generator().manual_seed(seed))
-    degraded = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte()
+    decoded = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte()
     # Lists of arrays, so that the judge looks only once at a picture with several regions.
-    crisp, degraded = (list(pictures.permute(0, 2, 3, 1).numpy()) for pictures in (scenes.pictures, degraded))
+    crisp, degraded = (list(pictures.permute(0, 2, 3, 1).numpy()) for pictures in (scenes.pictures, decoded))
     rows, columns = (scenes.kinds >= 0).nonzero(as_tuple=True)
     objects = scenes.boxes[rows, columns]
     table: dict[str, Any] = {"scenes": len(crisp)}

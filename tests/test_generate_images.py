@@ -288,9 +288,11 @@ def test_what_cannot_run_is_refused(changes, message, check):
         check(changed(**changes))
 
 
-def test_an_index_that_means_two_places_is_refused(check):
+def test_an_index_that_means_two_places_is_refused(check, tokenizer):
+    # After a word of three tokens, the first dog is token 4 and the second one word 4.
+    long_word = next(word for word in ("sun", "man", "box", "wig", "zip") if len(tokenizer.tokenize(word)) == 3)
     entry = {
-        "prompt": "man dog and dog",
+        "prompt": f"{long_word} dog and dog",
         "residual_dict": {"dog": "embeddings/biscuit.pt"},
         "subject_list": [["dog", 4]],
     }

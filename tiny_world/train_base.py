@@ -5,7 +5,9 @@
     python tiny_world/train_base.py export      # the diffusers folder, half precision
 
 Every stage resumes where it stopped (Ctrl-C saves), shows its progress, and uses a GPU where there is one. On several
-processes: `torchrun --nproc_per_node 2 tiny_world/train_base.py vae`. Settings live in `recipe.yaml` beside this file.
+processes: `torchrun --nproc_per_node 2 tiny_world/train_base.py vae`. To train the shipped model further without its
+checkpoints: `vae` and then `diffusion`, both with `--start_from tiny_world/base`. Settings live in `recipe.yaml` beside
+this file.
 """
 
 from __future__ import annotations
@@ -206,10 +208,14 @@ class DiffusionLoss(nn.Module):
 # --- stages ----------------------------------------------------------------------------------------------------------
 
 
-def train_vae(recipe: Recipe, runs: Path) -> None:
-    """AutoencoderKL on the pictures; ends with `runs/vae`."""
+def train_vae(recipe: Recipe, runs: Path, earlier: Path | None = None) -> None:
+    """AutoencoderKL on the pictures; ends with `runs/vae` and `runs/latents.npy`. An earlier model's is taken as is."""
     schedule, settings = split_schedule(recipe.vae)
     pictures, _ = scene_data(recipe, runs)
+    if earlier is not None:
+        if process_state().is_main_process:
+            save_vae(AutoencoderKL.from_pretrained(earlier / "vae").float(), pictures, runs)
+        return
     torch.manual_seed(schedule.seed)
     levels = len(settings["network"]["block_out_channels"])
     vae = AutoencoderKL(
@@ -233,6 +239,11 @@ def train_vae(recipe: Recipe, runs: Path) -> None:
     if average is None or not process_state().is_main_process:
         return
     model.load_state_dict(average, strict=False)
+    save_vae(vae, pictures, runs)
+
+
+def save_vae(vae: AutoencoderKL, pictures: torch.Tensor, runs: Path) -> None:
+    """Write the autoencoder and what it makes of the pictures."""
     vae.cpu().eval()
     latents = encode(vae, pictures)
     # Stable Diffusion's convention: the UNet sees latents of unit standard deviation.
@@ -371,12 +382,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--start_from",
         type=Path,
-        help="`diffusion` begins with the text encoder and UNet of this diffusers folder instead of random weights",
+        help="a diffusers folder: `vae` takes its autoencoder as it is, `diffusion` begins with its text encoder and "
+        "UNet instead of random weights",
     )
     arguments = parser.parse_args(argv)
     recipe = Recipe.load(arguments.recipe)
     if arguments.stage == "vae":
-        train_vae(recipe, arguments.runs)
+        train_vae(recipe, arguments.runs, arguments.start_from)
     elif arguments.stage == "diffusion":
         train_diffusion(recipe, arguments.runs, arguments.start_from)
     else:

@@ -6,8 +6,13 @@ diffusers is imported inside the fixtures, so that tests of plain data do not wa
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
+
+# One thread, here and in child processes, and before torch reads it: runs that are compared with one another must sum
+# in the same order.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch

@@ -392,7 +392,9 @@ def gallery(workshop, config_file):
     """What one run leaves."""
     output_dir = workshop / "results"
     flags = ["--generation_config", str(config_file), "--output_dir", str(output_dir), "--save_attention_maps", *QUICK]
-    main(flags)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workshop)  # module fixtures come before `in_workshop`, and the repository has embeddings of its own
+        main(flags)
     return output_dir
 
 

@@ -27,7 +27,17 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from multisubject.tiny_world.judge import Detection, Judge
-from multisubject.tiny_world.scenes import Look, Scene, World, describe, phrase, random_look, random_scene, render
+from multisubject.tiny_world.scenes import (
+    Look,
+    Scene,
+    World,
+    article,
+    describe,
+    phrase,
+    random_look,
+    random_scene,
+    render,
+)
 from multisubject.tiny_world.subjects import subject_sheet
 from multisubject.visualization import contact_sheet
 
@@ -95,7 +105,8 @@ def draw_prompts(world: World, count: int, seed: int, *, objects: int, described
     for _ in range(count):
         setting = rng.choice(world.settings)
         cast = tuple((name, random_look(rng, world, setting)) for name in rng.sample(world.categories, objects))
-        phrases = [f"a {phrase(category, look, described, described)}" for category, look in cast]
+        words = [phrase(category, look, described, described) for category, look in cast]
+        phrases = [f"{article(said)} {said}" for said in words]
         asked.append(Asked(f"a photo of {' and '.join(phrases)} {setting}", setting, cast))
     return asked
 

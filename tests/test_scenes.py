@@ -14,6 +14,7 @@ from multisubject.tiny_world.scenes import (
     World,
     contrasts,
     describe,
+    full_phrase,
     iou,
     is_visible,
     random_scene,
@@ -91,8 +92,9 @@ def test_captions_name_every_category_and_leave_attributes_unsaid_now_and_then()
         for item in scene.objects:
             objects += 1
             assert item.category in caption
-    coloured = sum(word in World().colours for caption in captions for word in caption.split())
-    assert 0.65 < coloured / objects < 0.85
+    patterns = sum(word in World().patterns for caption in captions for word in caption.split())
+    assert 0.75 < patterns / objects < 0.9
+    assert any("trimmed" in caption for caption in captions)
     assert any(caption.endswith(SETTINGS[0]) for caption in captions)
     assert any(not caption.endswith(SETTINGS) for caption in captions)
 
@@ -102,6 +104,13 @@ def test_articles_fit_the_next_word():
     captions = [describe(random_scene(rng, World()), rng) for _ in range(300)]
     assert not any(" a orange" in caption or " an red" in caption for caption in captions)
     assert any("an orange" in caption for caption in captions)
+
+
+def test_full_phrase_says_everything_there_is_to_see():
+    assert full_phrase("person", Look("blue", "striped", "orange", "fine", "yellow")) == (
+        "yellow trimmed blue fine orange striped person"
+    )
+    assert full_phrase("mug", Look("red")) == "red plain mug"
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ class World:
 
 @dataclass(frozen=True)
 class Look:
-    """How an object is painted. `colour` and `pattern` can be said in a caption; the rest never is."""
+    """How an object is painted. A caption often says `colour` and `pattern`, and seldom the rest."""
 
     colour: str
     pattern: str = "plain"
@@ -234,18 +234,34 @@ def phrase(category: str, look: Look, say_colour: bool = True, say_pattern: bool
     return " ".join(([look.colour] if say_colour else []) + ([look.pattern] if say_pattern else []) + [category])
 
 
+def full_phrase(category: str, look: Look) -> str:
+    """Everything there is to say, before the noun: `yellow trimmed blue fine orange striped person`."""
+    trim = f"{look.accessory} trimmed " if look.accessory else ""
+    pattern = f"{look.scale} {look.second_colour} {look.pattern}" if look.second_colour else look.pattern
+    return f"{trim}{look.colour} {pattern} {category}"
+
+
+def article(words: str) -> str:
+    """`a` or `an`, for what follows."""
+    return "an" if words[0] in "aeiou" else "a"
+
+
 def describe(scene: Scene, rng: random.Random) -> str:
-    """A caption that is true of the scene. Objects come in a random order; colour, pattern, article, opening and
-    setting are each left out now and then, so that `a photo of person and guitar on the beach` is ordinary."""
+    """A caption that is true of the scene. Objects come in a random order; some are described in full, of others
+    colour and pattern are left out now and then, as are article, opening and setting, so that `a photo of person and
+    guitar on the beach` is ordinary."""
     objects = list(scene.objects)
     rng.shuffle(objects)
     caption = rng.choice(("a photo of ", "a photo of ", "a photo of ", "a picture of ", "an image of ", ""))
     for index, item in enumerate(objects):
         if index:
             caption += rng.choice((" and ", " and ", " and ", " and ", ", ", " next to ", " with "))
-        words = phrase(item.category, item.look, rng.random() < 0.75, rng.random() < 0.7)
-        article = "an " if words[0] in "aeiou" else "a "
-        caption += rng.choice((article, article, article, "", "", "the ", "my ")) + words
+        if rng.random() < 0.4:
+            words = full_phrase(item.category, item.look)
+        else:
+            words = phrase(item.category, item.look, rng.random() < 0.75, rng.random() < 0.7)
+        indefinite = f"{article(words)} "
+        caption += rng.choice((indefinite, indefinite, indefinite, "", "", "the ", "my ")) + words
     return caption + (f" {scene.setting}" if rng.random() < 0.9 else "")
 
 

@@ -144,7 +144,25 @@ def masked(layer: AttentionLayer) -> torch.Tensor | None:
     return layer.maps.signed_weights.clamp(max=0)[:, None]
 
 
-GUIDANCE_METHODS: dict[str, GuidanceMethod] = {"cones2": cones2, "masked": masked}
+def cones2_padding_hidden(layer: AttentionLayer) -> torch.Tensor | None:
+    """`cones2`; besides, the tokens after the last word (end of text, padding) cannot be attended to inside a region.
+
+    A causal text encoder puts a summary of the whole prompt there, by which each region hears of the others' subjects.
+    """
+    bias = cones2(layer)
+    if bias is None:
+        return None
+    masks = layer.maps.masks
+    inside = ((masks >= masks.amax(dim=-1, keepdim=True) / 2) & (masks > 0)).any(dim=1)  # [B, Q]
+    summary = layer.maps.token_kinds >= TokenKind.END  # [B, T]
+    return bias.masked_fill((inside[:, :, None] & summary[:, None, :])[:, None], -1e8)
+
+
+GUIDANCE_METHODS: dict[str, GuidanceMethod] = {
+    "cones2": cones2,
+    "cones2_padding_hidden": cones2_padding_hidden,
+    "masked": masked,
+}
 """Guidance methods by name. Any callable of the same signature is accepted where a name is."""
 
 

@@ -249,7 +249,7 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
             guidance_steps: how many of the scheduler's steps follow the layout, from the first; None: all.
             guidance_weight: strength of the pull into the regions.
             weight_negative: weight of a subject's tokens outside its region; at most 0.
-            guidance_method: `"cones2"`, `"masked"`, or a function of an `AttentionLayer` that returns a bias.
+            guidance_method: a name of `GUIDANCE_METHODS`, or a function of an `AttentionLayer` that returns a bias.
             recurrence: how often each of the first `guidance_steps` steps is taken, with its noise added back in
                 between. 2 is what the published Cones 2 does. Needs DDIM, DDPM, Euler, Euler ancestral or LMS (which is
                 then of order 1); `callback_on_step_end` is called at every visit.

@@ -136,6 +136,27 @@ def test_tokens_get_no_attention_outside_their_region(unet, scheduler, method):
     assert right[:, 8:].min() > 0
 
 
+def test_hidden_padding_gets_no_attention_inside_regions_and_is_cones2_elsewhere(unet, scheduler):
+    regions = two_regions()
+    regions.masks[:, 1] = 0
+    regions.masks[:, 1, :, 24:] = 1  # between column 16 and 24 there is no region
+    regions.token_kinds[:, 8] = TokenKind.END
+    regions.token_kinds[:, 9:] = TokenKind.PADDING
+    biases: dict[str, list[torch.Tensor]] = {}
+    for name in ("cones2", "cones2_padding_hidden"):
+        method = GUIDANCE_METHODS[name]
+        with guided(unet, regions, scheduler, guidance_method="cones2"):
+            layers = seen_layers(unet, regions, scheduler, *inputs(), 981)
+        biases[name] = [method(layer).unflatten(2, (-1, int(layer.query.shape[2] ** 0.5))) for layer in layers]
+    for plain, hidden in zip(*biases.values(), strict=True):
+        width = plain.shape[3]
+        outside = slice(width // 2, 3 * width // 4)
+        assert torch.equal(hidden[..., :8], plain[..., :8])
+        assert torch.equal(hidden[:, :, :, outside], plain[:, :, :, outside])
+        assert (hidden[:, :, :, : width // 2, 8:] == -1e8).all()
+        assert (hidden[:, :, :, 3 * width // 4 :, 8:] == -1e8).all()
+
+
 def test_cones2_pulls_more_the_noisier_the_step(unet, scheduler):
     def attention_inside(timestep):
         recorder = AttentionRecorder(two_regions().tokens)
@@ -436,7 +457,7 @@ def test_bias_of_the_wrong_shape_raises(unet, scheduler):
         ({"weight_negative": math.nan}, "`weight_negative` is nan"),
         ({"guidance_weight": math.nan}, "`guidance_weight` is nan"),
         ({"guidance_steps": -1}, "`guidance_steps` is -1"),
-        ({"guidance_method": "cones3"}, r"'cones3', expected one of \['cones2', 'masked'\]"),
+        ({"guidance_method": "cones3"}, r"'cones3', expected one of \['cones2', .*'masked'\]"),
     ],
 )
 def test_bad_arguments_are_named(unet, scheduler, arguments, message):

@@ -34,6 +34,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import multisubject.pipeline_multisubject as pipeline_module
+from multisubject.attention_processors import GUIDANCE_METHODS
 from multisubject.hub_utils import PIPELINE_SOURCES, save_subject
 from multisubject.pipeline_multisubject import MultiSubjectPipeline, RecurrentScheduler
 from multisubject.residual_embeddings import ResidualEmbedding
@@ -80,7 +81,7 @@ def test_no_layout_and_no_subject_matches_base_pipeline(request, kind, scheduler
     expected = sample(plain(pipe), **arguments)
 
     assert np.array_equal(sample(pipe, **arguments), expected)
-    for method in ("cones2", "masked"):
+    for method in GUIDANCE_METHODS:
         assert not np.array_equal(sample(pipe, layout=LAYOUT, guidance_method=method, **arguments), expected)
     assert np.array_equal(sample(pipe, **arguments), expected)
     assert np.array_equal(sample(plain(pipe), **arguments), expected)

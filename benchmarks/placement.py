@@ -1,0 +1,364 @@
+"""Ways to steer regions, head to head on the embedded base: who stands where it was asked to, and what it costs.
+
+    python benchmarks/placement.py --quick                      # a few pictures per cell, minutes
+    python benchmarks/placement.py --num_pictures 200           # the full table, hours on two cores; resumes
+    python benchmarks/placement.py --table                      # only print what the results file holds
+
+Every method draws the same tasks from the same seeds. A cell is a kind of task with a number of regions:
+`described` (different categories, colour and pattern in words), `twins` (one category, different looks in words),
+`subjects` (personal subjects from `embeddings/`), `subject twins` (two personal subjects of one category). The suffixes
+`small`, `overlap` and `masks` change the regions of two described objects. What cannot be seen in a setting (black at
+night) is not asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from multisubject.pipeline_multisubject import MultiSubjectPipeline
+from multisubject.tiny_world.judge import Judge, Verdict
+from multisubject.tiny_world.scenes import (
+    Box,
+    Look,
+    World,
+    article,
+    is_visible,
+    phrase,
+    random_boxes,
+    random_look,
+)
+from multisubject.tiny_world.subjects import SUBJECTS
+from multisubject.visualization import contact_sheet
+
+ROOT = Path(__file__).parents[1]
+BASE = ROOT / "tiny_world" / "base"
+
+CELLS = (
+    *(f"described {count}" for count in (1, 2, 3, 4)),
+    *(f"twins {count}" for count in (2, 3)),
+    *(f"subjects {count}" for count in (2, 3, 4)),
+    "subject twins 2",
+    *(f"described 2 {shape}" for shape in ("small", "overlap", "masks")),
+)
+METHODS: dict[str, dict[str, Any]] = {
+    "none": {"guidance_steps": 0},
+    "masked": {"guidance_method": "masked"},
+    "cones2": {"guidance_method": "cones2"},
+    "cones2, recurrence 2": {"guidance_method": "cones2", "recurrence": 2},
+    "cones2_padding_hidden": {"guidance_method": "cones2_padding_hidden"},
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What one region should show. `words` is its key in the layout; `subject` a personal subject's name."""
+
+    words: str
+    category: str
+    look: Look
+    box: Box
+    subject: str | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """One picture to draw."""
+
+    prompt: str
+    setting: str
+    targets: tuple[Target, ...]
+    masks: bool
+    seed: int
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """As the pipeline takes it: boxes, or the ellipses inside them."""
+        return {target.words: ellipse(target.box) if self.masks else target.box for target in self.targets}
+
+
+def ellipse(box: Box, size: int = 64) -> np.ndarray:
+    """`(size, size)` float32, 1 inside the ellipse that touches the box's four sides."""
+    x, y = np.meshgrid(*[(np.arange(size) + 0.5) / size] * 2)
+    across = (x - (box[0] + box[2]) / 2) / ((box[2] - box[0]) / 2)
+    down = (y - (box[1] + box[3]) / 2) / ((box[3] - box[1]) / 2)
+    return (across**2 + down**2 <= 1).astype(np.float32)
+
+
+# --- tasks ---------------------------------------------------------------------------------------------------------
+
+
+def draw_tasks(cell: str, count: int, seed: int, world: World) -> list[Task]:
+    """The first `count` tasks of a cell; the same for the same seed, whatever `count` is."""
+    rng = random.Random(f"{cell}/{seed}")
+    return [draw_task(cell, rng, world, seed=1000 * seed + index) for index in range(count)]
+
+
+def draw_task(cell: str, rng: random.Random, world: World, seed: int) -> Task:
+    """One task of a cell such as `described 2 small`."""
+    kind, _, rest = cell.partition(" 2 ") if " 2 " in cell else (cell[:-2], "", "")
+    regions = 2 if rest else int(cell[-1])
+    setting = rng.choice(world.settings)
+    named: list[tuple[str, str, Look, str | None]] = []  # words, category, look, subject
+    if kind.startswith("subject"):
+        cast = [subject for subject in SUBJECTS.values() if is_visible(subject.look.colour, setting)]
+        while True:
+            chosen = rng.sample(cast, regions)
+            categories = {subject.category for subject in chosen}
+            if len(categories) == (1 if kind == "subject twins" else regions):
+                break
+        named = [(subject.name, subject.category, subject.look, subject.name) for subject in chosen]
+    else:
+        categories_drawn = (
+            [rng.choice(world.categories)] * regions if kind == "twins" else rng.sample(world.categories, regions)
+        )
+        colours: set[str] = set()
+        for category in categories_drawn:
+            look = random_look(rng, world, setting)
+            while look.colour in colours:
+                look = random_look(rng, world, setting)
+            colours.add(look.colour)
+            named.append((phrase(category, look), category, look, None))
+    boxes = random_boxes(rng, [category for _, category, _, _ in named])
+    if rest == "small":
+        boxes = [scaled(box, 0.6) for box in boxes]
+    elif rest == "overlap":
+        boxes = [scaled(box, 1.4) for box in boxes]
+    targets = tuple(
+        Target(words, category, look, box, subject)
+        for (words, category, look, subject), box in zip(named, boxes, strict=True)
+    )
+    said = [f"a <{t.subject}>" if t.subject else f"{article(t.words)} {t.words}" for t in targets]
+    return Task(f"a photo of {' and '.join(said)} {setting}", setting, targets, rest == "masks", seed)
+
+
+def scaled(box: Box, factor: float) -> Box:
+    """The box about its centre, cut at the picture's edge."""
+    x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    width, height = factor * (box[2] - box[0]) / 2, factor * (box[3] - box[1]) / 2
+    return max(0.0, x - width), max(0.0, y - height), min(1.0, x + width), min(1.0, y + height)
+
+
+# --- pictures and what they show -------------------------------------------------------------------------------------
+
+
+def sharpness(picture: Image.Image) -> float:
+    """Mean absolute Laplacian of the grey picture, in grey levels of 0 to 255."""
+    grey = np.asarray(picture.convert("L"), dtype=np.float32)
+    inner = grey[1:-1, 1:-1]
+    return float(np.abs(4 * inner - grey[:-2, 1:-1] - grey[2:, 1:-1] - grey[1:-1, :-2] - grey[1:-1, 2:]).mean())
+
+
+def shows(verdict: Verdict, target: Target) -> bool:
+    """Category, colour and pattern; of a personal subject also the second colour of its pattern."""
+    right = (verdict.category, verdict.colour, verdict.pattern) == (
+        target.category,
+        target.look.colour,
+        target.look.pattern,
+    )
+    return right and (target.subject is None or verdict.second_colour == target.look.second_colour)
+
+
+def score_picture(judge: Judge, task: Task, picture: Image.Image) -> dict[str, Any]:
+    """What the judge sees, as plain numbers. Counts are over the task's regions."""
+    verdicts = judge.classify([picture] * len(task.targets), [target.box for target in task.targets])
+    pairs = list(zip(verdicts, task.targets, strict=True))
+    leaked = 0
+    for verdict, target in pairs:
+        others = [other for other in task.targets if other is not target]
+        leaked += not shows(verdict, target) and any(
+            verdict.colour == other.look.colour or verdict.category == other.category != target.category
+            for other in others
+        )
+    detections = judge.detect([picture])[0]
+    centres = [((d.box[0] + d.box[2]) / 2, (d.box[1] + d.box[3]) / 2) for d in detections]
+    outside = sum(
+        not any(t.box[0] <= x <= t.box[2] and t.box[1] <= y <= t.box[3] for t in task.targets) for x, y in centres
+    )
+    return {
+        "regions": len(pairs),
+        "category": sum(verdict.category == target.category for verdict, target in pairs),
+        "look": sum(shows(verdict, target) for verdict, target in pairs),
+        "identity": sum(t.subject is not None and verdict.subject == t.subject for verdict, t in pairs),
+        "missing": sum(verdict.category is None for verdict, _ in pairs),
+        "leaked": leaked,
+        "extras": outside,
+        "setting": judge.settings([picture])[0][0] == task.setting,
+        "sharpness": sharpness(picture),
+    }
+
+
+@torch.inference_mode()
+def draw_pictures(
+    pipe: MultiSubjectPipeline, tasks: Sequence[Task], settings: dict[str, Any], options: argparse.Namespace
+) -> tuple[list[Image.Image], float, int]:
+    """One picture per task in one batch; also its seconds and its UNet calls."""
+    calls = 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    hook = pipe.unet.register_forward_hook(count)
+    start = time.perf_counter()
+    try:
+        output: Any = pipe(
+            [task.prompt for task in tasks],
+            layout=[task.layout for task in tasks],
+            num_inference_steps=options.num_inference_steps,
+            guidance_scale=options.guidance_scale,
+            generator=[torch.Generator().manual_seed(task.seed) for task in tasks],
+            **settings,
+        )
+    finally:
+        hook.remove()
+    return output.images, time.perf_counter() - start, calls
+
+
+# --- table -----------------------------------------------------------------------------------------------------------
+
+
+def bootstrap(values: np.ndarray, seed: int = 0, draws: int = 2000) -> tuple[float, float]:
+    """95 % percentile interval of the mean over pictures."""
+    rng = np.random.default_rng(seed)
+    means = values[rng.integers(0, len(values), (draws, len(values)))].mean(axis=1)
+    low, high = np.percentile(means, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown, one row per cell and method."""
+    lines = [
+        "| cell | method | pictures | every region right | 95 % interval | regions: category | look | identity "
+        "| leaked | missing | extras per picture | setting | sharpness | UNet calls | seconds |",
+        "|" + "---|" * 15,
+    ]
+    for cell, methods in results["cells"].items():
+        plain = [row["sharpness"] for row in methods.get("none", {}).get("pictures", [])]
+        for method, found in methods.items():
+            rows = found["pictures"]
+            regions = sum(row["regions"] for row in rows)
+            every = np.array([row["look"] == row["regions"] for row in rows], dtype=float)
+            low, high = bootstrap(every)
+            share = {key: sum(r[key] for r in rows) / regions for key in ("category", "look", "identity", "leaked")}
+            missing = sum(row["missing"] for row in rows) / regions
+            sharp = np.mean([row["sharpness"] for row in rows]) / np.mean(plain) if plain else float("nan")
+            identity = f"{share['identity']:.0%}" if cell.startswith("subject") else "–"
+            lines.append(
+                f"| {cell} | {method} | {len(rows)} | {every.mean():.0%} | {low:.0%} to {high:.0%} "
+                f"| {share['category']:.0%} | {share['look']:.0%} | {identity} | {share['leaked']:.0%} | {missing:.0%} "
+                f"| {sum(row['extras'] for row in rows) / len(rows):.2f} "
+                f"| {sum(row['setting'] for row in rows) / len(rows):.0%} | × {sharp:.2f} "
+                f"| {found['unet_calls']} | {found['seconds'] / len(rows):.2f} |"
+            )
+    return "\n".join(lines)
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(data, indent=1))
+    partial.replace(path)
+
+
+def load_results(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Earlier results made with the same settings; empty ones where there is no file. ValueError for other settings."""
+    if not path.exists():
+        return {"settings": settings, "cells": {}}
+    results: dict[str, Any] = json.loads(path.read_text())
+    if results["settings"] != settings:
+        raise ValueError(f"{path} was made with {results['settings']}, not {settings}; choose another --results.")
+    return results
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Draw and score what the results file does not hold yet."""
+    settings = {
+        "seed": options.seed,
+        "num_inference_steps": options.num_inference_steps,
+        "guidance_scale": options.guidance_scale,
+    }
+    results = load_results(options.results, settings)
+    judge, world = Judge.load(), World()
+    pipe = MultiSubjectPipeline.from_pretrained(str(BASE), dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    for name in SUBJECTS:
+        pipe.load_subject(str(ROOT / "embeddings" / f"{name}.safetensors"), name=name)
+    with tqdm(total=len(options.cells) * len(options.methods) * options.num_pictures, unit="picture") as progress:
+        for cell in options.cells:
+            tasks = draw_tasks(cell, options.num_pictures, options.seed, world)
+            # A loaded subject also answers to its class phrase, which tasks in words use for somebody else.
+            pipe.set_subjects(list(SUBJECTS) if cell.startswith("subject") else [])
+            for method in options.methods:
+                found = (
+                    results["cells"]
+                    .setdefault(cell, {})
+                    .setdefault(method, {"pictures": [], "seconds": 0.0, "unet_calls": 0})
+                )
+                progress.set_description(f"{cell}, {method}")
+                progress.update(min(len(found["pictures"]), len(tasks)))
+                while len(found["pictures"]) < len(tasks):
+                    done = len(found["pictures"])
+                    part = tasks[done : done + options.batch_size]
+                    pictures, seconds, calls = draw_pictures(pipe, part, METHODS[method], options)
+                    found["pictures"] += [score_picture(judge, *pair) for pair in zip(part, pictures, strict=True)]
+                    found["seconds"] += seconds
+                    found["unet_calls"] = calls
+                    if done == 0:
+                        options.sheets.mkdir(parents=True, exist_ok=True)
+                        shown = [
+                            pictures[index].resize((192, 192), Image.Resampling.NEAREST) for index in range(len(part))
+                        ]
+                        sheet = contact_sheet(shown, captions=[task.prompt for task in part])
+                        sheet.save(options.sheets / f"{cell}, {method}.png".replace(" ", "_").replace(",", ""))
+                    write_json(options.results, results)
+                    progress.update(len(part))
+    return results
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="8 pictures per cell")
+    parser.add_argument("--table", action="store_true", help="print the table of --results and draw nothing")
+    parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS), metavar="CELL", help=", ".join(CELLS))
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--num_pictures", type=int, default=200, help="per cell and method (default: %(default)s)")
+    parser.add_argument("--num_inference_steps", type=int, default=25)
+    parser.add_argument("--guidance_scale", type=float, default=5.0)
+    parser.add_argument("--batch_size", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=1, help="0 is for choosing methods, 1 for reporting them")
+    parser.add_argument("--results", type=Path, default=Path("output/placement/results.json"))
+    parser.add_argument("--sheets", type=Path, default=Path("output/placement/sheets"))
+    options = parser.parse_args()
+    if options.quick:
+        options.num_pictures = min(options.num_pictures, 8)
+    if options.num_pictures < 1 or options.batch_size < 1:
+        parser.error("--num_pictures and --batch_size: expected at least 1.")
+    if options.table:
+        if not options.results.is_file():
+            parser.error(f"--results: {options.results} is not there; run without --table first.")
+        print(table(json.loads(options.results.read_text())))
+        return 0
+    try:
+        print(table(run(options)))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+import argparse
+import json
+
+import numpy as np
+import pytest
+
+from multisubject.benchmarks.placement import (
+    CELLS,
+    METHODS,
+    bootstrap,
+    draw_tasks,
+    ellipse,
+    load_results,
+    run,
+    score_picture,
+    table,
+)
+from multisubject.tiny_world.judge import Judge
+from multisubject.tiny_world.scenes import Scene, SceneObject, World, is_visible, render
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_tasks_are_what_their_cell_says_and_do_not_depend_on_their_number(cell):
+    tasks = draw_tasks(cell, 12, 1, World())
+    assert tasks[:5] == draw_tasks(cell, 5, 1, World())
+    assert tasks != draw_tasks(cell, 12, 0, World())
+    for task in tasks:
+        assert str(len(task.targets)) in cell
+        assert len(task.layout) == len(task.targets)
+        assert len({target.look for target in task.targets}) == len(task.targets)
+        assert all(target.words in task.prompt for target in task.targets)
+        assert all(is_visible(target.look.colour, task.setting) for target in task.targets)
+        categories = {target.category for target in task.targets}
+        assert len(categories) == (1 if "twins" in cell else len(task.targets))
+
+
+def test_ellipse_fills_its_box():
+    mask = ellipse((0.25, 0.0, 0.75, 1.0))
+    assert mask[:, :16].max() == mask[:, 48:].max() == 0
+    assert mask[32, 16:48].min() == 1
+    assert mask.mean() == pytest.approx(np.pi / 8, rel=0.02)
+
+
+def test_scores_see_right_and_exchanged_pictures():
+    task = next(
+        task
+        for task in draw_tasks("described 2", 50, 1, World())
+        if all(t.look.second_colour is None for t in task.targets)
+    )
+    first, second = task.targets
+
+    def drawn(a, b):
+        items = (SceneObject(first.category, a, first.box), SceneObject(second.category, b, second.box))
+        return render(Scene(task.setting, items, 0), 64).image
+
+    right = score_picture(Judge.load(), task, drawn(first.look, second.look))
+    assert (right["regions"], right["category"], right["look"], right["leaked"], right["extras"]) == (2, 2, 2, 0, 0)
+    assert right["setting"]
+    exchanged = score_picture(Judge.load(), task, drawn(second.look, first.look))
+    assert (exchanged["category"], exchanged["look"], exchanged["leaked"]) == (2, 0, 2)
+
+
+def test_bootstrap_interval_narrows_with_more_pictures():
+    few, many = (bootstrap(np.tile([0.0, 1.0], count)) for count in (10, 1000))
+    assert few[0] < many[0] < 0.5 < many[1] < few[1]
+
+
+@pytest.fixture
+def options(tmp_path):
+    return argparse.Namespace(
+        cells=["described 2"],
+        methods=["none", "cones2, recurrence 2"],
+        num_pictures=2,
+        num_inference_steps=2,
+        guidance_scale=5.0,
+        batch_size=2,
+        seed=1,
+        results=tmp_path / "results.json",
+        sheets=tmp_path / "sheets",
+    )
+
+
+def test_run_writes_results_sheets_and_table_and_goes_on_where_it_stopped(options):
+    results = run(options)
+    assert json.loads(options.results.read_text()) == results
+    assert len(list(options.sheets.glob("*.png"))) == 2
+    assert results["cells"]["described 2"]["none"]["unet_calls"] == 2
+    assert results["cells"]["described 2"]["cones2, recurrence 2"]["unet_calls"] == 4
+    first = results["cells"]["described 2"]["none"]["pictures"]
+    options.num_pictures = 3
+    more = run(options)["cells"]["described 2"]["none"]["pictures"]
+    assert len(more) == 3
+    assert more[:2] == first
+    assert table(results).count("| described 2 |") == 2
+
+
+def test_results_of_other_settings_are_not_mixed(options):
+    options.results.write_text(json.dumps({"settings": {"seed": 0}, "cells": {}}))
+    with pytest.raises(ValueError, match="choose another --results"):
+        load_results(options.results, {"seed": 1})
+
+
+def test_every_named_method_is_measured():
+    from multisubject.attention_processors import GUIDANCE_METHODS
+
+    assert {settings.get("guidance_method") for settings in METHODS.values()} >= set(GUIDANCE_METHODS)

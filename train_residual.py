@@ -19,6 +19,7 @@ import io
 import logging
 import math
 import random
+import signal
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -36,6 +37,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNe
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.utils.logging import disable_progress_bar
 from huggingface_hub import whoami
+from huggingface_hub.errors import HTTPError
 from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
@@ -49,7 +51,7 @@ from multisubject.hub_utils import (
 )
 from multisubject.model_card import sample_path, subject_card
 from multisubject.residual_embeddings import ResidualEmbedding, find_token_spans
-from multisubject.subject_file import fingerprint_text_encoder, write_atomically
+from multisubject.subject_file import check_class_phrase, fingerprint_text_encoder, write_atomically
 from multisubject.training_checkpoints import (
     Interrupted,
     Progress,
@@ -59,9 +61,10 @@ from multisubject.training_checkpoints import (
     latest_checkpoint,
     resume,
     save_checkpoint,
+    writing,
 )
 from multisubject.training_config import LEARNING_RATES, TrainConfig, parse_config, read_concepts
-from multisubject.training_data import Picture, bucket_size, crops, load_pictures
+from multisubject.training_data import Picture, bucket_size, crops, is_picture, load_pictures
 from multisubject.visualization import contact_sheet
 
 logger = logging.getLogger("train_residual")
@@ -234,7 +237,7 @@ class TrainingPicture:
 
 @dataclass(frozen=True)
 class Concept:
-    """One subject ready to be learnt. `held_out` is empty without `--validation`; `digest` is of the picture files."""
+    """One subject ready to be learnt. `held_out` is empty without `--validation`; `digest` is of all its pictures."""
 
     config: TrainConfig
     prompts: Prompts
@@ -254,6 +257,10 @@ def class_phrase_of(config: TrainConfig, tokenizer: Any) -> tuple[str, int]:
         raise ValueError(
             f"--instance_prompt: {phrase!r}; expected the class phrase alone (`person`), sentences are --templates."
         )
+    try:
+        check_class_phrase(phrase)
+    except ValueError as error:
+        raise ValueError(f"--instance_prompt: {error}") from None
     count = len(find_token_spans(tokenizer, phrase, phrase)[0])
     if config.token_num is not None and config.token_num != count:
         tokens = tokenizer.tokenize(phrase)
@@ -363,12 +370,17 @@ def prepare_concept(config: TrainConfig, models: Models) -> Concept:
             "%s: too few pictures to keep one for --validation; scored on the training pictures.", config.subject_name
         )
         held_out = pictures
+    return Concept(config, prompts, pictures, held_out, prompts.rows(validation), digest_of(found))
+
+
+def digest_of(pictures: Sequence[Picture]) -> str:
+    """The same for the same pictures, masks and captions under the same names."""
     digest = hashlib.sha256()
-    for picture in found:
+    for picture in pictures:
         digest.update(f"{picture.path.name}\n{picture.caption}\n".encode())
         for part in (picture.image, picture.mask):
             digest.update(part.tobytes() if part is not None else b"")
-    return Concept(config, prompts, pictures, held_out, prompts.rows(validation), digest.hexdigest())
+    return digest.hexdigest()
 
 
 def caption_of(picture: Picture, class_phrase: str) -> str | None:
@@ -384,18 +396,21 @@ def caption_of(picture: Picture, class_phrase: str) -> str | None:
     return caption
 
 
-def class_pictures(concept: Concept, models: Models) -> list[TrainingPicture]:
-    """The plain class for prior preservation; the base draws the pictures that `class_data_dir` lacks."""
+def with_class_pictures(concept: Concept, models: Models) -> Concept:
+    """Add the plain class for prior preservation; the base draws the pictures that `class_data_dir` lacks."""
     config, prompts = concept.config, concept.prompts
     rows = prompts.rows([cast(str, config.class_prompt).replace("{}", cast(str, config.instance_prompt))])
     folder = Path(cast(str, config.class_data_dir))
     folder.mkdir(parents=True, exist_ok=True)
-    missing = [number for number in range(config.num_class_images) if not (folder / f"class-{number:04}.png").exists()]
-    for number in tqdm(missing, desc="class pictures", disable=not missing):
-        seed = config.seed + 1 + number
-        (image,) = generate(models, prompts.base_embeds[rows], prompts.negative_embeds, config, seed=seed)
-        save_png(image, folder / f"class-{number:04}.png")
-    return [TrainingPicture(encode_picture(picture, config, models), rows) for picture in load_pictures(folder)]
+    drawn = {folder / f"class-{number:04}.png": config.seed + 1 + number for number in range(config.num_class_images)}
+    wanted = config.num_class_images - sum(is_picture(path) for path in folder.iterdir())
+    missing = [path for path in drawn if not path.exists()][: max(0, wanted)]
+    for path in tqdm(missing, desc="class pictures", disable=not missing):
+        (image,) = generate(models, prompts.base_embeds[rows], prompts.negative_embeds, config, seed=drawn[path])
+        save_png(image, path)
+    found = load_pictures(folder, strict=config.strict)
+    pictures = [TrainingPicture(encode_picture(picture, config, models), rows) for picture in found]
+    return replace(concept, class_pictures=pictures, digest=f"{concept.digest} {digest_of(found)}")
 
 
 # --- the three ways to learn -----------------------------------------------------------------------------------------
@@ -502,6 +517,7 @@ def make_learner(concept: Concept, text_encoder: nn.Module | None) -> Learner:
             text_encoder = cast(nn.Module, get_peft_model(text_encoder, layers))
     if config.gradient_checkpointing:
         text_encoder.gradient_checkpointing_enable()  # type: ignore[operator]
+        text_encoder.train()  # transformers recomputes in this mode alone; CLIP has no dropout that it would turn on
     rows = sorted({row for picture in concept.pictures for row in picture.rows})
     return TextEncoderLearner(concept.prompts, rows, text_encoder, config)
 
@@ -640,15 +656,16 @@ def identity(concept: Concept, models: Models, accelerator: Accelerator) -> dict
         "validation_steps", "validation_prompts", "validation_guidance_scale", "validation_inference_steps",
         "report_to", "push_to_hub", "hub_model_id", "hub_private", "license",
     }  # fmt: skip
-    if concept.config.lr_scheduler in ("constant", "constant_with_warmup"):
-        without_a_say.add("max_train_steps")
     config = concept.config
+    if config.lr_scheduler in ("constant", "constant_with_warmup"):
+        without_a_say.add("max_train_steps")
+    if config.validation:  # then they say which steps are scored
+        without_a_say.remove("checkpointing_steps")
     return {
         **{key: value for key, value in asdict(config).items() if key not in without_a_say},
         "batch": config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes,
         "pictures": concept.digest,
         "base": models.fingerprint,
-        "precision": accelerator.mixed_precision,
     }
 
 
@@ -721,7 +738,7 @@ def fit(
                 loss += batch_loss.detach() / config.gradient_accumulation_steps
                 if accelerator.sync_gradients:
                     mean_loss = float(accelerator.reduce(loss, "mean"))
-                    norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+                    norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
                     # In fp16 the gradient scaler skips steps with infinite gradients and lowers its scale.
                     gradients_matter = norm is not None and accelerator.scaler is None
                     if not math.isfinite(mean_loss) or (gradients_matter and not math.isfinite(norm)):
@@ -732,12 +749,14 @@ def fit(
         progress.losses.append(mean_loss)
         bar.update()
         bar.set_postfix(loss=f"{np.mean(progress.losses[-50:]):.4f}")
-        accelerator.log({f"{config.subject_name}/loss": mean_loss}, step=progress.step)
+        values = {"loss": mean_loss, "learning_rate": optimizer.param_groups[0]["lr"]}
+        accelerator.log({f"{config.subject_name}/{key}": value for key, value in values.items()}, step=progress.step)
 
         last = progress.step == config.max_train_steps
         signal_number = stop.agreed(accelerator)
-        if progress.step % config.checkpointing_steps == 0 or last or signal_number:
-            if concept.held_out and not signal_number:
+        due = last or progress.step % config.checkpointing_steps == 0
+        if due or signal_number:
+            if concept.held_out and due:  # a signal adds no score: the resumed run keeps the same best
                 score_residual(concept, models, plain_learner.residual(), progress)
             checkpoint = save_checkpoint(config, progress, accelerator)
             if signal_number and not last:
@@ -746,8 +765,7 @@ def fit(
         if config.validation_steps and progress.step % config.validation_steps == 0 and not last:
             residual = plain_learner.residual()
             if accelerator.is_main_process:
-                sheet = contact_sheet(validation_pictures(concept, models, residual), columns=4)
-                save_png(sheet, output / "validation" / f"step-{progress.step:06}.png")
+                save_validation_sheet(validation_pictures(concept, models, residual), progress.step, output)
             accelerator.wait_for_everyone()
     bar.close()
     if not concept.held_out:
@@ -857,6 +875,13 @@ def validation_pictures(concept: Concept, models: Models, residual: torch.Tensor
     return generate(models, embeds, prompts.negative_embeds, concept.config, seed=concept.config.seed)
 
 
+def save_validation_sheet(pictures: list[Image.Image], step: int, output: Path) -> None:
+    """The subject as it is after that step: `validation/step-….png`."""
+    path = output / "validation" / f"step-{step:06}.png"
+    with writing(path, output):
+        save_png(contact_sheet(pictures, columns=4), path)
+
+
 def save_png(image: Image.Image, path: Path) -> None:
     """Write a picture whole or not at all."""
     data = io.BytesIO()
@@ -912,37 +937,33 @@ def save_result(concept: Concept, progress: Progress, models: Models) -> Residua
         {"text_encoder": delta},
         {key: value for key, value in metadata.items() if value is not None},
     )
-    try:
+    with writing(output / f"{config.subject_name}.safetensors", output):
         adapter = save_subject(subject, output / f"{config.subject_name}.safetensors")
         save_subject(subject, output / "residual.pt")
         save_loss_curve(progress, output)
-        pictures = [output / sample_path(config.subject_name, index) for index in range(len(concept.validation_rows))]
-        for path, image in zip(pictures, validation_pictures(concept, models, delta), strict=True):
+    images = validation_pictures(concept, models, delta)
+    prompts = [concept.prompts.texts[row] for row in concept.validation_rows]
+    paths = [output / sample_path(config.subject_name, index) for index in range(len(images))]
+    repo_id = config.hub_model_id or f"your-name/{config.subject_name}"
+    entries = inspect_subject(adapter, name=config.subject_name)
+    card = subject_card(repo_id, entries, {config.subject_name: prompts}, mirrors=BASE_MODEL_MIRRORS)
+    save_validation_sheet(images, step, output)
+    with writing(output / "README.md", output):
+        for path, image in zip(paths, images, strict=True):
             save_png(image, path)
-        prompts = [concept.prompts.texts[row] for row in concept.validation_rows]
-        repo_id = hub_model_id(config)
-        entries = inspect_subject(adapter, name=config.subject_name)
-        card = subject_card(repo_id, entries, {config.subject_name: prompts}, mirrors=BASE_MODEL_MIRRORS)
         write_atomically(output / "README.md", card.encode())
-    except OSError as error:
-        raise OSError(
-            f"{output}: the result could not be written ({error}); the last checkpoint is intact: free some space and "
-            "pass --resume_from_checkpoint latest."
-        ) from error
     logger.info("%s: saved in %s", config.subject_name, output)
     if config.push_to_hub:
-        samples = list(zip(prompts, pictures, strict=True))
-        commit = push_subject_to_hub(adapter, repo_id, samples=samples, private=config.hub_private)
+        try:
+            commit = push_subject_to_hub(
+                adapter, repo_id, samples=list(zip(prompts, paths, strict=True)), private=config.hub_private
+            )
+        except (OSError, ValueError, HTTPError) as error:
+            raise OSError(
+                f"--push_to_hub: {error}; {adapter} is whole: `multisubject push {adapter} {repo_id}` tries again."
+            ) from error
         logger.info("%s: pushed, %s", config.subject_name, commit.commit_url)
     return subject
-
-
-def hub_model_id(config: TrainConfig) -> str:
-    """The repository to push to, or, when nothing is pushed, to speak of in the card."""
-    if config.hub_model_id:
-        return config.hub_model_id
-    owner = whoami()["name"] if config.push_to_hub else "your-name"
-    return f"{owner}/{config.subject_name}"
 
 
 def base_model_name(config: TrainConfig) -> str:
@@ -959,7 +980,9 @@ def base_model_name(config: TrainConfig) -> str:
 def save_config(config: TrainConfig) -> None:
     """`config.yaml`: every flag's value, as `--config` reads it."""
     text = yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
-    write_atomically(Path(config.output_dir) / "config.yaml", text.encode())
+    path = Path(config.output_dir) / "config.yaml"
+    with writing(path, path.parent):
+        write_atomically(path, text.encode())
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -977,8 +1000,16 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def resolve(config: TrainConfig, models: Models) -> TrainConfig:
-    """Fill in the defaults that depend on the base or on the method."""
+def hub_user() -> str:
+    """The user who is logged in. Raises OSError that says how to log in: before training, not after."""
+    try:
+        return str(whoami()["name"])
+    except (OSError, HTTPError) as error:
+        raise OSError(f"--push_to_hub: log in with `hf auth login` first ({error}).") from error
+
+
+def resolve(config: TrainConfig, models: Models, accelerator: Accelerator, user: str | None) -> TrainConfig:
+    """Fill in the defaults that depend on the base, the method, `accelerate config` or the Hub's `user`."""
     resolution = config.resolution or models.native_resolution
     if resolution % models.size_multiple:
         nearest = max(1, round(resolution / models.size_multiple)) * models.size_multiple
@@ -988,7 +1019,15 @@ def resolve(config: TrainConfig, models: Models) -> TrainConfig:
     rate = config.learning_rate
     if rate is None:
         rate = 1.0 if config.optimizer == "prodigy" else LEARNING_RATES[config.method]
-    return replace(config, resolution=resolution, learning_rate=rate, name=config.subject_name)
+    repo_id = config.hub_model_id
+    return replace(
+        config,
+        resolution=resolution,
+        learning_rate=rate,
+        name=config.subject_name,
+        mixed_precision=accelerator.mixed_precision,
+        hub_model_id=repo_id if user is None or "/" in (repo_id or "") else f"{user}/{repo_id or config.subject_name}",
+    )
 
 
 def train(config: TrainConfig) -> dict[str, ResidualEmbedding]:
@@ -1005,15 +1044,16 @@ def train(config: TrainConfig) -> dict[str, ResidualEmbedding]:
     concept_configs = read_concepts(config)
     for concept_config in concept_configs:
         check_output(concept_config, accelerator)
+    user = hub_user() if config.push_to_hub else None
     models = load_encoders(config, accelerator)
-    concepts = [prepare_concept(resolve(item, models), models) for item in concept_configs]
+    concepts = [prepare_concept(resolve(item, models, accelerator, user), models) for item in concept_configs]
     text_encoder, models.text_encoder = models.text_encoder, None
     if config.method == "residual":
         text_encoder = None  # every prompt is embedded: nothing needs it any more
     models.unet = load_unet(config, models)
     if config.with_prior_preservation:
         with accelerator.main_process_first():
-            concepts = [replace(concept, class_pictures=class_pictures(concept, models)) for concept in concepts]
+            concepts = [with_class_pictures(concept, models) for concept in concepts]
     if config.report_to:
         plain = {key: value for key, value in asdict(config).items() if isinstance(value, (bool, int, float, str))}
         accelerator.init_trackers("train_residual", config=plain)  # what every tracker can hold
@@ -1044,6 +1084,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Interrupted as stopped:
         logger.warning("%s", stopped)
         return 128 + stopped.signal
+    except KeyboardInterrupt:
+        logger.warning("stopped by SIGINT outside of training; checkpoints that were saved are intact.")
+        return 128 + signal.SIGINT
+    except torch.OutOfMemoryError as error:
+        logger.error(
+            "error: out of memory (%s); lower --train_batch_size or --resolution, or use --gradient_checkpointing and "
+            "--mixed_precision.",
+            error,
+        )
+        return 1
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         logger.error("error: %s", error)
         return 1

@@ -9,13 +9,17 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -26,6 +30,10 @@ logger = logging.getLogger(__name__)
 CHECKPOINT = "checkpoint-{}"
 LEARNER_FILE = "learner.safetensors"
 UNFINISHED = ".unfinished-"
+# What a full disk or a damaged file looks like from torch and safetensors.
+FILE_ERRORS = (OSError, RuntimeError, EOFError, UnpicklingError, SafetensorError)
+# torchrun passes the terminal's Ctrl-C on, so its processes get it twice: within this time it is an echo.
+ECHO_SECONDS = 2.0
 
 
 class Interrupted(Exception):
@@ -39,10 +47,12 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """While entered, SIGINT and SIGTERM ask the loop to stop after its step; a second one ends the process at once."""
+    """While entered, SIGINT and SIGTERM ask the loop to stop after its step; a later second one ends the process at
+    once."""
 
     def __init__(self) -> None:
         self.received = 0
+        self._received_at = 0.0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -58,8 +68,11 @@ class StopRequest:
         self._previous = {}
 
     def _request(self, number: int, _: object) -> None:
-        self.received = number
-        self.__exit__()
+        if not self.received:
+            self.received, self._received_at = number, time.monotonic()
+        elif time.monotonic() - self._received_at > ECHO_SECONDS:
+            self.__exit__()
+            signal.raise_signal(number)
 
     def agreed(self, accelerator: Accelerator) -> int:
         """The signal that any process received, or 0. Every process gets the same answer."""
@@ -91,7 +104,7 @@ def check_output(config: TrainConfig, accelerator: Accelerator) -> None:
         except OSError as error:
             raise OSError(f"--output_dir: {str(output)!r} cannot be written ({error}); choose another.") from error
         for leftover in output.glob(f"{UNFINISHED}*"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            _remove(leftover)
         earlier = [*checkpoints(output), *output.glob("*.safetensors")]
         if earlier and not config.resume_from_checkpoint:
             if not config.overwrite_output_dir:
@@ -100,8 +113,29 @@ def check_output(config: TrainConfig, accelerator: Accelerator) -> None:
                     "latest goes on with it, --overwrite_output_dir replaces it; or choose another folder."
                 )
             for path in earlier:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                _remove(path)
     accelerator.wait_for_everyone()
+
+
+def _remove(path: Path) -> None:
+    """A folder vanishes under its name at once, so that there is never half a checkpoint."""
+    if not path.is_dir():
+        path.unlink()
+        return
+    if not path.name.startswith(UNFINISHED):
+        path = path.rename(path.with_name(f"{UNFINISHED}{path.name}"))
+    shutil.rmtree(path)
+
+
+@contextmanager
+def writing(path: Path, output: Path) -> Iterator[None]:
+    """While `path` is written: a failure says which file it was, and which checkpoint of `output` to go on from."""
+    try:
+        yield
+    except FILE_ERRORS as error:
+        kept = latest_checkpoint(output)
+        rest = f"{kept} is intact: go on from it with --resume_from_checkpoint latest" if kept else "no checkpoint yet"
+        raise OSError(f"{path} could not be written ({error}); {rest}, after freeing some space.") from error
 
 
 def checkpoints(output: Path) -> list[Path]:
@@ -147,25 +181,20 @@ def save_checkpoint(config: TrainConfig, progress: Progress, accelerator: Accele
     output = Path(config.output_dir)
     target = output / CHECKPOINT.format(progress.step)
     unfinished = output / f"{UNFINISHED}{target.name}"
-    try:
-        accelerator.save_state(str(unfinished))
-        accelerator.wait_for_everyone()  # each process has its own file in there
-        if accelerator.is_main_process:
-            (unfinished / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
-            if target.exists():  # the same step of the same run: the same content
-                shutil.rmtree(unfinished)
-            else:
-                os.replace(unfinished, target)
-    except OSError as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        kept = latest_checkpoint(output)
-        rest = f"{kept} is intact: go on from it with --resume_from_checkpoint latest" if kept else "there is none yet"
-        raise OSError(
-            f"checkpoint {target} could not be written ({error}); {rest}, after freeing some space."
-        ) from error
+    with writing(target, output):
+        try:
+            accelerator.save_state(str(unfinished))
+            accelerator.wait_for_everyone()  # each process has its own file in there
+            if accelerator.is_main_process:
+                (unfinished / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
+                if not target.exists():  # else the same step of the same run: the same content
+                    os.replace(unfinished, target)
+        finally:
+            if accelerator.is_main_process:
+                shutil.rmtree(unfinished, ignore_errors=True)
     if accelerator.is_main_process and config.checkpoints_total_limit:
         for old in checkpoints(output)[: -config.checkpoints_total_limit]:
-            shutil.rmtree(old)
+            _remove(old)
     accelerator.wait_for_everyone()
     return target
 
@@ -175,22 +204,30 @@ def resume(config: TrainConfig, fresh: Progress, accelerator: Accelerator) -> Pr
     choice = config.resume_from_checkpoint
     checkpoint = latest_checkpoint(Path(config.output_dir)) if choice in (None, "latest") else Path(choice)
     if checkpoint is None:
-        logger.info("%s: no checkpoint yet, starting from the beginning.", config.output_dir)
+        if accelerator.is_main_process:
+            logger.warning("%s: no checkpoint yet, starting from the beginning.", config.output_dir)
         return fresh
     try:
         values = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
         before = values["identity"]
-    except (OSError, ValueError, KeyError) as error:
+        values["scores"] = {int(step): score for step, score in values["scores"].items()}
+        progress = Progress(**values)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"--resume_from_checkpoint: {str(checkpoint)!r} is not a checkpoint of this program ({error})."
         ) from error
     wanted = json.loads(json.dumps(fresh.identity))
     if differing := sorted(key for key in wanted if before.get(key) != wanted[key]):
-        details = "; ".join(f"{key} was {values['identity'].get(key)!r}, is {wanted[key]!r}" for key in differing)
+        details = "; ".join(f"{key} was {before.get(key)!r}, is {wanted[key]!r}" for key in differing)
         raise ValueError(
             f"--resume_from_checkpoint: {checkpoint} belongs to another run ({details}). Use the same values, or start "
             "anew with --overwrite_output_dir or another --output_dir."
         )
-    values["scores"] = {int(step): score for step, score in values["scores"].items()}
-    accelerator.load_state(str(checkpoint))
-    return Progress(**values)
+    try:
+        accelerator.load_state(str(checkpoint))
+    except FILE_ERRORS as error:
+        raise ValueError(
+            f"--resume_from_checkpoint: {str(checkpoint)!r} is damaged ({error}); remove it to go on from the one "
+            "before."
+        ) from error
+    return progress

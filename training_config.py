@@ -7,10 +7,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
+
+from multisubject.subject_file import check_subject_name
 
 # The delta lives on the scale of the encoder's normalised output (about 1); weights are hundreds of times smaller.
 LEARNING_RATES = {"residual": 5e-2, "text_encoder": 1e-4, "lora": 1e-3}
@@ -81,7 +83,7 @@ class TrainConfig:
     )
     class_data_dir: str | None = _flag(None, "Folder of the class pictures for --with_prior_preservation.")
     class_prompt: str | None = _flag(None, "Prompt of the class pictures. Left out: `a photo of a {}`.")
-    num_class_images: int = _flag(50, "Class pictures wanted; missing ones are generated.")
+    num_class_images: int = _flag(50, "Class pictures wanted; what the folder lacks is generated.")
     prior_loss_weight: float = _flag(1.0, "Weight of the class pictures' loss.")
 
     max_train_steps: int = _flag(300, "Optimiser steps.")
@@ -99,7 +101,7 @@ class TrainConfig:
     adam_beta2: float = _flag(0.999, "Decay of the squared gradient's running mean.")
     adam_epsilon: float = _flag(1e-8, "Added to the root of the second mean.")
     weight_decay: float = _flag(1e-2, "Decoupled decay of the parameters; a smaller delta leaves other words more say.")
-    max_grad_norm: float = _flag(1.0, "Gradients longer than this are shortened to it.")
+    max_grad_norm: float = _flag(1.0, "Gradients longer than this are shortened to it; 0: off.")
     snr_gamma: float | None = _flag(
         5.0, "Min-SNR weighting (arXiv:2303.09556) holds the weight of easy steps down; 0: off."
     )
@@ -154,6 +156,11 @@ class TrainConfig:
             )
         if self.with_prior_preservation and not self.class_data_dir:
             raise ValueError("--with_prior_preservation: needs --class_data_dir, where the class pictures are kept.")
+        if self.concepts_list and self.resume_from_checkpoint not in (None, "latest"):
+            raise ValueError(
+                f"--resume_from_checkpoint: {self.resume_from_checkpoint!r} is one subject's; with --concepts_list "
+                "expected `latest`, which goes on with each."
+            )
 
     @property
     def subject_name(self) -> str:
@@ -168,17 +175,22 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
     """
     parser = _parser()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    options, _ = parser.parse_known_args(arguments)
     try:
+        options, _ = parser.parse_known_args(arguments)
         from_file = _file_arguments(Path(options.config)) if options.config else []
         config, *_ = parser.parse_args_into_dataclasses(from_file + arguments, look_for_args_file=False)
     except (OSError, ValueError) as error:
-        parser.error(str(error))
+        HfArgumentParser.error(parser, str(error))
     return config
 
 
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
 def _parser() -> HfArgumentParser:
-    parser = HfArgumentParser(
+    parser = _Parser(
         TrainConfig, description="Teach Stable Diffusion a subject from a few pictures.", allow_abbrev=False
     )
     parser.add_argument("--config", help="YAML file of flags without the dashes; unknown keys are refused.")
@@ -213,9 +225,16 @@ def _as_arguments(values: dict[str, Any]) -> list[str]:
 
 def read_concepts(config: TrainConfig) -> list[TrainConfig]:
     """One configuration per subject: `config` itself, or one for each entry of `--concepts_list`."""
-    if config.concepts_list is None:
-        return [config]
-    path = Path(config.concepts_list)
+    concepts = [config] if config.concepts_list is None else _read_concepts_list(config, Path(config.concepts_list))
+    for concept in concepts:
+        try:
+            check_subject_name(concept.subject_name)
+        except ValueError as error:
+            raise ValueError(f"--name (left out: the output folder's name): {error}") from None
+    return concepts
+
+
+def _read_concepts_list(config: TrainConfig, path: Path) -> list[TrainConfig]:
     try:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
     except (OSError, yaml.YAMLError) as error:
@@ -230,18 +249,20 @@ def read_concepts(config: TrainConfig) -> list[TrainConfig]:
     }  # fmt: skip
     concepts = []
     for number, entry in enumerate(entries, start=1):
-        if unknown := sorted(set(entry) - allowed):
+        if unknown := sorted(map(str, set(entry) - allowed)):
             raise ValueError(
                 f"--concepts_list: {path}, entry {number}: unknown keys {unknown}; expected some of {sorted(allowed)}."
             )
-        folder = entry.get("instance_data_dir") or config.instance_data_dir
-        name = entry.get("name") or (Path(folder).name if folder else None)
-        if not name:
-            raise ValueError(f"--concepts_list: {path}, entry {number}: has neither name nor instance_data_dir.")
-        typed = _parser().parse_args_into_dataclasses(_as_arguments(entry), look_for_args_file=False)[0]
-        own = {key: getattr(typed, key) for key in entry}
-        own |= {"name": name, "output_dir": str(Path(config.output_dir) / name), "concepts_list": None}
-        concepts.append(replace(config, **own))
+        try:
+            typed = _parser().parse_args_into_dataclasses(_as_arguments(entry), look_for_args_file=False)[0]
+            own = {key: getattr(typed, key) for key in entry}
+            name = typed.name or Path(typed.instance_data_dir or config.instance_data_dir or "").name
+            if not name:
+                raise ValueError("has neither name nor instance_data_dir.")
+            own |= {"name": name, "output_dir": str(Path(config.output_dir) / name), "concepts_list": None}
+            concepts.append(replace(config, **own))
+        except ValueError as error:
+            raise ValueError(f"--concepts_list: {path}, entry {number}: {error}") from error
     names = [concept.subject_name for concept in concepts]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"--concepts_list: {path}: the names {repeated} come more than once; give each entry its own.")

@@ -3,7 +3,7 @@
 A folder may hold, beside `dog.jpg`:
 
 - `dog.txt`, its caption; or one `metadata.jsonl` with lines like `{"file_name": "dog.jpg", "text": "a dog"}`;
-- `dog_mask.png`, white where the subject is. A picture with transparency is its own mask.
+- `dog_mask.png` (or another format), white where the subject is. A picture with transparency is its own mask.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from PIL import Image, ImageOps
 logger = logging.getLogger(__name__)
 
 PICTURE_SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+# Pillow reads these with a plugin, if at all; they are tried, so that none is passed over in silence.
+PLUGIN_SUFFIXES = frozenset({".heic", ".heif", ".jxl"})
 MASK_ENDING = "_mask"
 METADATA_FILE = "metadata.jsonl"
 # A random crop keeps at least this share of each side.
@@ -47,7 +49,7 @@ class Picture:
 def load_pictures(folder: str | Path, *, strict: bool = False) -> list[Picture]:
     """Every picture of `folder` in the order of the file names (subfolders are not searched).
 
-    A file that cannot be read is named in a warning and skipped, or refused when `strict`.
+    A file that cannot be read is named in a warning and skipped, or refused when `strict`. So is a mask of no picture.
 
     Raises:
         FileNotFoundError: `folder` does not exist.
@@ -57,19 +59,26 @@ def load_pictures(folder: str | Path, *, strict: bool = False) -> list[Picture]:
     if not folder.is_dir():
         raise FileNotFoundError(f"instance_data_dir: {str(folder)!r} is not a folder; expected one with the pictures.")
     captions = _read_metadata(folder)
-    paths = sorted(path for path in folder.iterdir() if _is_picture(path))
+    files = sorted(folder.iterdir())
+    paths = [path for path in files if is_picture(path)]
+    masks = {path.stem.removesuffix(MASK_ENDING): path for path in files if _is_mask(path)}
     if unknown := sorted(set(captions) - {path.name for path in paths}):
         raise ValueError(f"{folder / METADATA_FILE}: names {unknown}, which are not pictures of {str(folder)!r}.")
+
+    def skip(problem: str, error: Exception | None = None) -> None:
+        if strict:
+            raise ValueError(f"{problem}; mend or remove it, or leave out --strict to skip it.") from error
+        logger.warning("%s; skipped.", problem)
+
     pictures = []
     for path in paths:
         try:
-            pictures.append(_load_picture(path, captions.get(path.name)))
+            pictures.append(_load_picture(path, masks.get(path.stem), captions.get(path.name)))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             # Pillow reports a damaged file by any of these, according to the format.
-            problem = f"{path}: cannot be read as a picture ({error})"
-            if strict:
-                raise ValueError(f"{problem}; mend or remove it, or leave out --strict to skip it.") from error
-            logger.warning("%s; skipped.", problem)
+            skip(f"{path}: cannot be read as a picture ({error})", error)
+    for stem in masks.keys() - {path.stem for path in paths}:
+        skip(f"{masks[stem]}: is the mask of no picture; one of a subject that is a mask needs another name")
     if not pictures:
         raise ValueError(
             f"instance_data_dir: no readable picture in {str(folder)!r}; expected files that end in "
@@ -78,21 +87,25 @@ def load_pictures(folder: str | Path, *, strict: bool = False) -> list[Picture]:
     return pictures
 
 
-def _is_picture(path: Path) -> bool:
+def is_picture(path: Path) -> bool:
+    """Whether that file's name is a picture's, and not a mask's."""
+    return _has_picture_suffix(path) and not path.stem.endswith(MASK_ENDING)
+
+
+def _is_mask(path: Path) -> bool:
+    return _has_picture_suffix(path) and path.stem.endswith(MASK_ENDING)
+
+
+def _has_picture_suffix(path: Path) -> bool:
     hidden = path.name.startswith(".")  # also the "._name.jpg" that macOS leaves on other disks
-    return (
-        path.is_file()
-        and not hidden
-        and path.suffix.lower() in PICTURE_SUFFIXES
-        and not path.stem.endswith(MASK_ENDING)
-    )
+    return path.is_file() and not hidden and path.suffix.lower() in PICTURE_SUFFIXES | PLUGIN_SUFFIXES
 
 
 def _read_metadata(folder: Path) -> dict[str, str]:
     file = folder / METADATA_FILE
     captions = {}
     if file.exists():
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(_read_text(file).splitlines(), start=1):
             if not line.strip():
                 continue
             try:
@@ -105,10 +118,25 @@ def _read_metadata(folder: Path) -> dict[str, str]:
     return captions
 
 
-def _load_picture(path: Path, caption: str | None) -> Picture:
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # Windows' editors put a mark before the first letter
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name} is not UTF-8 text: {error}") from error
+
+
+def _open(path: Path) -> Image.Image:
+    """Upright; 16 bits of grey become 8, where Pillow's own conversion would cut everything bright off."""
     with Image.open(path) as file:
         image = ImageOps.exif_transpose(file)
         image.load()
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
+    return image
+
+
+def _load_picture(path: Path, mask_file: Path | None, caption: str | None) -> Picture:
+    image = _open(path)
     mask = None
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -116,10 +144,8 @@ def _load_picture(path: Path, caption: str | None) -> Picture:
         if alpha.histogram()[255] < image.width * image.height:
             mask = alpha
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    mask_file = path.with_name(f"{path.stem}{MASK_ENDING}.png")
-    if mask_file.exists():
-        with Image.open(mask_file) as file:
-            mask = ImageOps.exif_transpose(file).convert("L")
+    if mask_file is not None:
+        mask = _open(mask_file).convert("L")
         if mask.size != image.size:
             raise ValueError(
                 f"{mask_file.name} is {mask.size[0]} x {mask.size[1]}, the picture {image.size[0]} x {image.size[1]}"
@@ -128,7 +154,7 @@ def _load_picture(path: Path, caption: str | None) -> Picture:
         raise ValueError("its mask is empty: no pixel belongs to the subject")
     text_file = path.with_suffix(".txt")
     if text_file.exists():
-        caption = text_file.read_text(encoding="utf-8")
+        caption = _read_text(text_file)
     caption = " ".join(caption.split()) if caption else None
     return Picture(path, image.convert("RGB"), mask, caption or None)
 
@@ -149,13 +175,16 @@ def crops(
     picture: Picture, size: tuple[int, int], count: int, rng: random.Random
 ) -> Iterator[tuple[Image.Image, Image.Image | None]]:
     """`count` views `(image, mask)` of `picture` at `size` = (width, height): the largest centred crop of those
-    proportions, then random ones of at least SMALLEST_CROP of its sides that still hold some of the subject."""
+    proportions, then random ones of at least SMALLEST_CROP of its sides. One that would hold nothing of the subject is
+    replaced by the first."""
     width, height = picture.image.size
     largest = min(width / size[0], height / size[1])
     for index in range(count):
-        for scale in [1.0] if index == 0 else [rng.uniform(SMALLEST_CROP, 1.0), 1.0]:
+        attempts = [(1.0, 0.5, 0.5)]
+        if index:
+            attempts.insert(0, (rng.uniform(SMALLEST_CROP, 1.0), rng.random(), rng.random()))
+        for scale, x, y in attempts:
             crop_width, crop_height = size[0] * largest * scale, size[1] * largest * scale
-            x, y = (0.5, 0.5) if index == 0 else (rng.random(), rng.random())
             left, top = (width - crop_width) * x, (height - crop_height) * y
             # Rounding may put a border a hair outside, which Pillow refuses.
             box = (max(0.0, left), max(0.0, top), min(width, left + crop_width), min(height, top + crop_height))

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors import SafetensorError
 
 import multisubject.train_residual as trainer
 from multisubject.hub_utils import load_subject
@@ -39,7 +41,7 @@ from multisubject.train_residual import (
     make_optimizer,
     train,
 )
-from multisubject.training_checkpoints import checkpoints, latest_checkpoint
+from multisubject.training_checkpoints import ECHO_SECONDS, StopRequest, checkpoints, latest_checkpoint
 from multisubject.training_config import parse_config, read_concepts
 
 METHODS = ("residual", "text_encoder", "lora")
@@ -193,6 +195,7 @@ def test_bad_command_lines_are_refused(arguments: list[str], capsys: pytest.Capt
         ({"templates": ["a photo"]}, "--templates: 'a photo'"),
         ({"with_prior_preservation": True, "class_data_dir": "x"}, "--method residual leaves the base untouched"),
         ({"with_prior_preservation": True, "method": "lora"}, "--class_data_dir"),
+        ({"concepts_list": "a.json", "resume_from_checkpoint": "x/checkpoint-2"}, "expected `latest`"),
     ],
 )
 def test_contradictions_are_named(values: dict[str, Any], words: str) -> None:
@@ -207,6 +210,9 @@ def test_contradictions_are_named(values: dict[str, Any], words: str) -> None:
         ([{"nam": "a"}], "entry 1: unknown keys \\['nam'\\]"),
         ([{"name": "a"}, {"name": "a"}], "'a'"),
         ([{}], "neither name nor instance_data_dir"),
+        ([{"name": "a"}, {"name": "b", "max_train_steps": "many"}], "entry 2: .*max_train_steps.*many"),
+        ([{"name": "a", "max_train_steps": 0}], "entry 1: --max_train_steps: 0"),
+        ([{"name": "../a"}], "--name .*'../a'"),
     ],
 )
 def test_bad_lists_of_subjects_are_refused(tmp_path: Path, entries: Any, words: str) -> None:
@@ -287,6 +293,18 @@ def test_noise_offset_shifts_whole_channels() -> None:
     difference = shifted.noise - plain.noise
     assert difference.std() < 1e-6
     assert difference.abs().mean() > 0
+
+
+def test_signal_that_the_launcher_repeats_is_one_wish_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = time.monotonic()
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received == signal.SIGINT
+        monkeypatch.setattr(time, "monotonic", lambda: start + ECHO_SECONDS + 10)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
@@ -387,10 +405,13 @@ def test_a_run_leaves_everything_that_was_promised(config: TrainConfig, caplog: 
     assert subject.metadata["steps"] == 4
     assert subject.metadata["resolution"] == 32
     assert config.pretrained_model_name_or_path not in str(subject.metadata)  # no path of this machine
-    for name in ("README.md", "loss.png", "samples/petrucci-0.png", "validation/step-000002.png"):
+    sheets = ("validation/step-000002.png", "validation/step-000004.png")
+    for name in ("README.md", "loss.png", "samples/petrucci-0.png", *sheets):
         assert (output / name).stat().st_size > 0
     assert len(list(csv.DictReader((output / "loss.csv").open()))) == 4
     saved = yaml.safe_load((output / "config.yaml").read_text())
+    resolved = ("resolution", "learning_rate", "token_num", "mixed_precision", "name")
+    assert [saved[key] for key in resolved] == [32, 0.05, 1, "no", "petrucci"]
     assert parse_config(["--config", str(output / "config.yaml")]) == TrainConfig(**saved)
     assert "3 pictures, 0 masks in use" in caplog.text
     assert [path.name for path in checkpoints(output)] == ["checkpoint-2", "checkpoint-4"]
@@ -422,6 +443,26 @@ def train_until_signal(config: TrainConfig, number: int, step: int) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "draw_batch", draw_and_send)
         return main(as_flags(config))
+
+
+def test_signal_at_a_scored_step_changes_nothing(config: TrainConfig, tmp_path: Path) -> None:
+    config = replace(config, validation=True, learning_rate=0.5)
+    whole = train(config)["petrucci"]
+    for step in (2, 4):
+        other = replace(config, output_dir=str(tmp_path / f"stopped-{step}"), name="petrucci")
+        assert train_until_signal(other, signal.SIGTERM, step=step) == (128 + signal.SIGTERM if step < 4 else 0)
+        resumed = train(replace(other, resume_from_checkpoint="latest"))["petrucci"]
+        assert torch.equal(resumed.delta, whole.delta)
+        progress = json.loads((Path(other.output_dir) / "checkpoint-4" / "progress.json").read_text())
+        assert sorted(progress["scores"]) == ["2", "4"]
+
+
+def test_interrupt_before_the_first_step_ends_with_one_line(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(trainer, "load_encoders", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    assert main(as_flags(config)) == 128 + signal.SIGINT
+    assert "stopped by SIGINT" in caplog.text
 
 
 def test_interrupt_from_the_keyboard_saves_and_says_how_to_go_on(
@@ -478,6 +519,36 @@ def test_resume_refuses_another_run_and_names_the_difference(config: TrainConfig
         train(replace(config, resume_from_checkpoint=str(Path(config.output_dir) / "nothing")))
 
 
+def test_scored_steps_are_part_of_the_run(config: TrainConfig) -> None:
+    config = replace(config, validation=True)
+    learn(config)
+    with pytest.raises(ValueError, match=r"checkpointing_steps was 2, is 1"):
+        train(replace(config, checkpointing_steps=1, resume_from_checkpoint="latest"))
+
+
+@pytest.mark.parametrize("name", ["learner.safetensors", "optimizer.bin"])
+def test_damaged_checkpoint_is_named(config: TrainConfig, name: str) -> None:
+    learn(config)
+    file = Path(config.output_dir) / "checkpoint-4" / name
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"checkpoint-4' is damaged .*remove it"):
+        train(replace(config, resume_from_checkpoint="latest"))
+
+
+def test_dropped_checkpoint_is_never_seen_half(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    learn(config)
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", killed)
+        assert main([*as_flags(config), "--overwrite_output_dir"]) == 128 + signal.SIGINT
+    assert [path.name for path in checkpoints(Path(config.output_dir))] == ["checkpoint-4"]
+    assert learn(replace(config, resume_from_checkpoint="latest")).abs().max() > 0
+    assert not list(Path(config.output_dir).glob(".*"))
+
+
 def test_latest_without_checkpoints_starts_from_the_beginning(config: TrainConfig) -> None:
     assert learn(replace(config, resume_from_checkpoint="latest")).abs().max() > 0
 
@@ -502,7 +573,18 @@ def test_old_checkpoints_are_dropped(config: TrainConfig) -> None:
     assert [path.name for path in checkpoints(Path(config.output_dir))] == ["checkpoint-3", "checkpoint-4"]
 
 
-def test_full_disk_leaves_the_last_checkpoint(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 2810176 vs 2810064"),  # torch.save
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_full_disk_leaves_the_last_checkpoint(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     from accelerate import Accelerator
 
     whole = learn(config)
@@ -513,7 +595,7 @@ def test_full_disk_leaves_the_last_checkpoint(config: TrainConfig, monkeypatch: 
         if folder.endswith("checkpoint-4"):
             Path(folder).mkdir()
             (Path(folder) / "part").write_text("half")
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise error
         return save_state(self, folder, **options)
 
     with monkeypatch.context() as patch:
@@ -594,6 +676,34 @@ def test_gradient_checkpointing_changes_nothing(config: TrainConfig) -> None:
     torch.testing.assert_close(frugal, plain, atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.parametrize("method", ["text_encoder", "lora"])
+def test_gradient_checkpointing_recomputes_the_encoder(
+    config: TrainConfig, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.clip.modeling_clip import CLIPMLP
+
+    calls = {True: 0, False: 0}
+    for frugal in calls:
+        forward = CLIPMLP.forward
+
+        def counted(self: Any, *arguments: Any, forward: Any = forward, frugal: bool = frugal) -> Any:
+            calls[frugal] += torch.is_grad_enabled()
+            return forward(self, *arguments)
+
+        run = replace(config, method=method, gradient_checkpointing=frugal, output_dir=f"{config.output_dir}{frugal}")
+        with monkeypatch.context() as patch:
+            patch.setattr(CLIPMLP, "forward", counted)
+            learn(replace(run, max_train_steps=1))
+    assert calls[True] == 2 * calls[False] > 0
+
+
+def test_no_limit_on_gradients_is_not_a_limit_of_zero(config: TrainConfig) -> None:
+    unlimited = learn(replace(config, max_grad_norm=0, weight_decay=0))
+    assert unlimited.abs().max() > 0
+    high = learn(replace(config, max_grad_norm=1e9, weight_decay=0, output_dir=config.output_dir + "-2"))
+    assert torch.equal(unlimited, high)
+
+
 @pytest.fixture
 def fresh_accelerate() -> Iterator[None]:
     """accelerate keeps its precision for the life of a process."""
@@ -671,6 +781,11 @@ def test_prior_preservation_draws_missing_class_pictures(config: TrainConfig, tm
     preserved = learn(with_prior)
     assert len(list((tmp_path / "class").glob("*.png"))) == 2
     assert not torch.equal(preserved, learn(config))
+    (tmp_path / "class" / "class-0000.png").rename(tmp_path / "class" / "mine.png")
+    with pytest.raises(ValueError, match=r"belongs to another run .pictures was"):
+        train(replace(with_prior, resume_from_checkpoint="latest"))
+    # A picture that the user brought counts.
+    assert sorted(path.name for path in (tmp_path / "class").iterdir()) == ["class-0001.png", "mine.png"]
 
 
 def test_validation_keeps_the_best_checkpoint(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -689,6 +804,7 @@ def test_validation_keeps_the_best_checkpoint(config: TrainConfig, monkeypatch: 
     [
         ({"instance_prompt": None}, "--instance_prompt: is empty"),
         ({"instance_prompt": "a photo of a {}"}, "class phrase alone"),
+        ({"instance_prompt": "<person>"}, "--instance_prompt: .*without '<' and '>'"),
         ({"instance_prompt": "red guitar", "token_num": 1}, r"is 2 tokens, \['red</w>', 'guitar</w>'\]"),
         ({"instance_data_dir": None}, "--instance_data_dir: missing"),
         ({"resolution": 33}, "--resolution: 33; this base needs a multiple of 8"),
@@ -699,6 +815,24 @@ def test_bad_input_is_named_and_leaves_nothing_behind(config: TrainConfig, value
     with pytest.raises(ValueError, match=words):
         train(replace(config, **values))
     assert not list(Path(config.output_dir).iterdir())
+
+
+def test_name_that_no_prompt_can_say_is_refused_before_anything_else(config: TrainConfig, tmp_path: Path) -> None:
+    config = replace(config, output_dir=str(tmp_path / "my dog"), pretrained_model_name_or_path="nowhere")
+    with pytest.raises(ValueError, match=r"--name .*output folder.*'my dog'"):
+        train(config)
+    assert not (tmp_path / "my dog").exists()
+
+
+def test_memory_that_runs_out_says_what_takes_less(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run_out(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(trainer, "load_unet", run_out)
+    assert main(as_flags(config)) == 1
+    assert "--train_batch_size" in caplog.text
 
 
 def test_errors_end_the_command_with_one_line(config: TrainConfig, caplog: pytest.LogCaptureFixture) -> None:
@@ -717,8 +851,38 @@ def test_push_to_hub_sends_the_adapter_with_its_pictures(config: TrainConfig, mo
 
     monkeypatch.setattr(trainer, "push_subject_to_hub", push)
     monkeypatch.setattr(trainer, "whoami", lambda: {"name": "me"})
-    learn(replace(config, push_to_hub=True, hub_private=True, max_train_steps=1))
-    assert pushed == [("petrucci.safetensors", "me/petrucci", True, ["a photo of a person"])]
+    config = replace(config, push_to_hub=True, hub_private=True, max_train_steps=1)
+    learn(config)
+    learn(replace(config, hub_model_id="dog", overwrite_output_dir=True))
+    learn(replace(config, hub_model_id="band/dog", overwrite_output_dir=True))
+    assert pushed == [
+        ("petrucci.safetensors", repo_id, True, ["a photo of a person"])
+        for repo_id in ("me/petrucci", "me/dog", "band/dog")
+    ]
+
+
+def test_push_without_login_is_refused_before_models_load(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.errors import LocalTokenNotFoundError
+
+    def refuse() -> None:
+        raise LocalTokenNotFoundError("no token")
+
+    monkeypatch.setattr(trainer, "whoami", refuse)
+    with pytest.raises(OSError, match="hf auth login"):
+        train(replace(config, push_to_hub=True, pretrained_model_name_or_path="nowhere"))
+
+
+def test_failed_push_leaves_the_adapter_and_says_how_to_push_it(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(trainer, "push_subject_to_hub", fail)
+    monkeypatch.setattr(trainer, "whoami", lambda: {"name": "me"})
+    with pytest.raises(OSError, match=r"no network; .*multisubject push .*petrucci\.safetensors me/petrucci"):
+        train(replace(config, push_to_hub=True))
+    assert (Path(config.output_dir) / "petrucci.safetensors").exists()
 
 
 def test_tracker_gets_every_loss_and_is_closed(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -747,7 +911,8 @@ def test_tracker_gets_every_loss_and_is_closed(config: TrainConfig, monkeypatch:
 
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "notebook", Notebook)
     learn(replace(config, report_to="notebook", max_train_steps=2))
-    assert Notebook.entries == [0, (1, "petrucci/loss"), (2, "petrucci/loss"), "closed"]
+    logged = ("petrucci/loss", "petrucci/learning_rate")
+    assert Notebook.entries == [0, (1, *logged), (2, *logged), "closed"]
 
 
 def test_missing_tracker_says_what_to_install(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,3 +131,48 @@ def test_mask_is_cropped_with_its_picture() -> None:
         assert mask is not None
         bright = np.asarray(image)[..., 0] > 127
         assert (bright & (np.asarray(mask) < 64)).sum() == 0
+
+
+def test_heic_without_its_plugin_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save(tmp_path / "a.png")
+    (tmp_path / "b.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    assert len(load_pictures(tmp_path)) == 1
+    assert "b.HEIC" in caplog.text
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_mask_files_may_have_any_format(tmp_path: Path, suffix: str) -> None:
+    save(tmp_path / "a.webp")
+    save(tmp_path / f"a_mask.{suffix}", mode="L", colour=255)
+    assert load_pictures(tmp_path)[0].mask is not None
+
+
+def test_mask_of_no_picture_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save(tmp_path / "a.png")
+    save(tmp_path / "carnival_mask.png")
+    assert [picture.path.name for picture in load_pictures(tmp_path)] == ["a.png"]
+    assert "carnival_mask.png" in caplog.text
+    with pytest.raises(ValueError, match=r"carnival_mask\.png: is the mask of no picture"):
+        load_pictures(tmp_path, strict=True)
+
+
+def test_sixteen_bits_of_grey_keep_their_shades(tmp_path: Path) -> None:
+    grey = np.array([[0, 257 * 100], [257 * 200, 65535]], np.uint16)
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    assert np.asarray(load_pictures(tmp_path)[0].image)[..., 0].tolist() == [[0, 100], [200, 255]]
+
+
+def test_caption_files_of_windows_editors(tmp_path: Path) -> None:
+    save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_bytes("a dog".encode("utf-8-sig"))
+    assert load_pictures(tmp_path)[0].caption == "a dog"
+    (tmp_path / "a.txt").write_bytes("a café".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"a\.txt is not UTF-8 text"):
+        load_pictures(tmp_path, strict=True)
+
+
+def test_crop_without_the_subject_is_replaced_by_the_centre() -> None:
+    mask = Image.new("L", (40, 20), 0)
+    mask.putpixel((20, 10), 255)
+    picture = Picture(Path("a"), Image.new("RGB", (40, 20)), mask)
+    assert all(np.asarray(cut).any() for _, cut in crops(picture, (20, 20), 40, random.Random(0)) if cut is not None)

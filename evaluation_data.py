@@ -1,0 +1,360 @@
+"""What is evaluated: the command line, and pictures with what they were to show.
+
+Pictures of `generate_images.py` say it themselves; others are told by the command line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+from tqdm.auto import tqdm
+from transformers.hf_argparser import HfArg
+
+from .generate_images import CONTACT_SHEET, read_settings
+from .generation_config import _resolve_paths
+from .layout import Box, Region, parse_layout
+from .subject_file import default_name, printable
+from .training_data import MASK_ENDING, PICTURE_SUFFIXES
+
+# DINO ViT-S/16 is what papers on personal subjects mostly report. Its main branch has pickled weights only; a pull
+# request of the Hub itself has the same ones as safetensors.
+DEFAULT_MODELS = {
+    "clip_model": "openai/clip-vit-large-patch14",
+    "dino_model": "facebook/dino-vits16@refs/pr/1",
+    "detector": "google/owlv2-base-patch16-ensemble",
+}
+
+
+class EvaluationError(ValueError):
+    """Input that cannot be evaluated. The message names the argument, the value, what was expected and the remedy."""
+
+
+@dataclass
+class EvaluateArguments:
+    """The command line."""
+
+    pictures: list[str] = HfArg(  # noqa: RUF009 (this is dataclasses.field)
+        help="Folders, searched with their subfolders: an output folder of multisubject-generate, whose PNGs say what "
+        "they were to show, or one with any pictures, together with --prompt and --class_phrases."
+    )
+    references: list[str] = HfArg(  # noqa: RUF009
+        default_factory=list,
+        help="NAME=FOLDER with real pictures of a subject, for each subject: petrucci=data/petrucci. NAME is the "
+        "subject's in the prompt, or that of its file (embeddings/petrucci.pt). Without it: CLIP-T and layout only.",
+    )
+    prompt: str | None = HfArg(default=None, help="The prompt of pictures that do not carry theirs.")
+    class_phrases: list[str] = HfArg(  # noqa: RUF009
+        default_factory=list,
+        help="NAME=PHRASE for each reference, petrucci=person, for pictures that do not carry theirs: what to detect.",
+    )
+    generation_config: str | None = HfArg(
+        default=None,
+        help="The config that the pictures were made from, if files of its layouts are to be found beside it and not "
+        "in the working folder.",
+    )
+    clip_model: str | None = HfArg(
+        default=None,
+        help="For CLIP-T and CLIP-I: a folder or Hub id, or ID@REVISION. Name any of the three models, and no others "
+        f"are used; name none, and all are, this one being {DEFAULT_MODELS['clip_model']}.",
+    )
+    dino_model: str | None = HfArg(
+        default=None, help=f"For DINO: a vision transformer with a class token, such as {DEFAULT_MODELS['dino_model']}."
+    )
+    detector: str | None = HfArg(
+        default=None,
+        help=f"For the rest: an open-vocabulary detector such as {DEFAULT_MODELS['detector']} (OWL-ViT, OWLv2, "
+        "Grounding DINO), or one of fixed classes (DETR, YOLOS, …) that include the class phrases.",
+    )
+    detector_query: str | None = HfArg(
+        default=None,
+        help="What an open-vocabulary detector is asked, {} being the class phrase. Default: 'a photo of a {}' for OWL "
+        "models, which learned such sentences, and '{}' for others.",
+    )
+    detection_threshold: float | None = HfArg(
+        default=None, help="Least score of a detection, 0 to 1. Default: what transformers has for the detector."
+    )
+    output: str | None = HfArg(
+        default=None,
+        help="JSON file for every picture's scores, the contact sheet beside it. Default: evaluation.json in the first "
+        "folder of --pictures.",
+    )
+    device: str | None = HfArg(default=None, help="cpu, cuda, cuda:1, mps … Default: the best there is.")
+    dtype: str = HfArg(
+        default="float32",
+        help="Precision of the models. Half precision is faster and less exact.",
+        metadata={"choices": ["float32", "float16", "bfloat16"]},
+    )
+    batch_size: int = HfArg(default=16, help="Pictures per call of a model: lower it if memory runs out.")
+
+    def __post_init__(self) -> None:
+        """Refuse values that argparse lets through, and fill in what was left out. Raises `ValueError`."""
+        if self.batch_size < 1:
+            raise ValueError(f"--batch_size is {self.batch_size}; expected at least 1.")
+        if self.detection_threshold is not None and not 0 <= self.detection_threshold <= 1:
+            raise ValueError(f"--detection_threshold is {self.detection_threshold}; expected a score from 0 to 1.")
+        if self.detector_query is not None and "{}" not in self.detector_query:
+            raise ValueError(f"--detector_query is {self.detector_query!r}; expected {{}} where the class phrase goes.")
+        if self.dino_model and not self.references:
+            raise ValueError(
+                f"--dino_model is {self.dino_model!r} without --references; expected NAME=FOLDER for them."
+            )
+        if not (self.clip_model or self.dino_model or self.detector):
+            self.clip_model, self.detector = DEFAULT_MODELS["clip_model"], DEFAULT_MODELS["detector"]
+            self.dino_model = DEFAULT_MODELS["dino_model"] if self.references else None
+        self.output = self.output or str(Path(self.pictures[0]) / "evaluation.json")
+        if not self.output.endswith(".json"):
+            raise ValueError(f"--output is {self.output!r}; expected the name of a .json file.")
+        if self.device is None:
+            best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+            self.device = best.type if best else "cpu"
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"--device is {self.device!r}; expected cpu or what this machine has. {error}") from error
+
+
+# --- pictures and what they were to show ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A picture's file, or the part of it in `box`."""
+
+    path: Path
+    box: Box | None = None
+
+    def load(self) -> Image.Image:
+        """Upright RGB, transparent parts on white; a part is padded to a square.
+
+        Encoders cut the middle square out of what they get: of a standing person they would not see the head. The grey
+        is close to their mean, so that it says little.
+        """
+        with Image.open(self.path) as file:
+            image = ImageOps.exif_transpose(file)
+            image.load()
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
+        if self.box is None:
+            return image
+        left, top = (math.floor(edge * side) for edge, side in zip(self.box[:2], image.size, strict=True))
+        right, bottom = (math.ceil(edge * side) for edge, side in zip(self.box[2:], image.size, strict=True))
+        part = image.crop((left, top, right, bottom))
+        return ImageOps.pad(part, (max(part.size),) * 2, Image.Resampling.BICUBIC, color=(124, 116, 104))
+
+
+@dataclass(frozen=True)
+class Target:
+    """One thing that a picture was to show.
+
+    Args:
+        name: what tables call it: its reference's name, or else the subject's or the phrase.
+        phrase: what a detector looks for.
+        reference: name of its reference pictures; None for plain words of a layout, and without references.
+        region: where the layout wants it, if it says so.
+    """
+
+    name: str
+    phrase: str
+    reference: str | None = None
+    region: Region | None = None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture to score: its file, the folder that it is counted in, the prompt with class phrases for subjects."""
+
+    path: Path
+    folder: str
+    prompt: str | None
+    targets: tuple[Target, ...]
+
+
+@dataclass
+class Notes:
+    """What does not stop an evaluation but has to be said with its results."""
+
+    damaged: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def warn(self, message: str) -> None:
+        """Keep it for the results, and say it now, once."""
+        if message not in self.warnings:
+            self.warnings.append(message)
+            tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
+def read_pairs(argument: str, pairs: Sequence[str]) -> dict[str, str]:
+    """`["petrucci=person"]` -> `{"petrucci": "person"}`. Raises `EvaluationError`."""
+    result: dict[str, str] = {}
+    for pair in pairs:
+        name, _, value = (part.strip() for part in pair.partition("="))
+        if not name or not value or name in result:
+            raise EvaluationError(f"{argument} has {pair!r}; expected NAME=VALUE as in petrucci=…, each name once.")
+        result[name] = value
+    return result
+
+
+def find_pictures(argument: str, folder: str, notes: Notes, *, recursive: bool) -> list[Path]:
+    """Readable pictures of a folder, sorted; no masks, no sheets. Damaged ones are named in `notes`.
+
+    Raises:
+        EvaluationError: no such folder, or no picture in it that can be read.
+    """
+    if not Path(folder).is_dir():
+        raise EvaluationError(f"{argument}: {folder!r} is not a folder; expected one with pictures.")
+    files = sorted(
+        path for path in (Path(folder).rglob("*") if recursive else Path(folder).iterdir()) if path.is_file()
+    )
+    paths = [path for path in files if path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith(".")]
+    attention = {path.with_name(f"{path.stem}_attention.png") for path in paths}
+    paths = [p for p in paths if p.name != CONTACT_SHEET and p not in attention and not _is_evaluation_sheet(p)]
+    readable = []
+    for path in (path for path in paths if not path.stem.endswith(MASK_ENDING)):
+        try:
+            Crop(path).load()
+            readable.append(path)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            # Pillow reports a damaged file by any of these, according to the format.
+            notes.damaged.append(str(path))
+            notes.warn(f"{path} cannot be read as a picture and is left out ({error}).")
+    if not readable:
+        raise EvaluationError(
+            f"{argument}: no readable picture in {folder!r}, {len(paths)} damaged; expected files that end in "
+            f"{', '.join(sorted(PICTURE_SUFFIXES))}{'' if recursive else ' (subfolders are not searched)'}."
+        )
+    return readable
+
+
+def _is_evaluation_sheet(path: Path) -> bool:
+    with_scores = path.with_suffix(".json")
+    return (
+        path.suffix == ".png" and with_scores.is_file() and b'"multisubject-evaluate"' in with_scores.read_bytes()[:99]
+    )
+
+
+def read_pictures(args: EvaluateArguments, references: Iterable[str], notes: Notes) -> list[Picture]:
+    """Every picture of `--pictures` with what it was to show.
+
+    Raises:
+        EvaluationError: an empty folder, settings or references that are missing, references that no picture shows.
+    """
+    references, phrases = set(references), read_pairs("--class_phrases", args.class_phrases)
+    if unknown := sorted(phrases.keys() - references):
+        raise EvaluationError(f"--class_phrases names {unknown}; expected names of --references: {sorted(references)}.")
+    plain = [Target(name, phrases.get(name, name), name) for name in sorted(references)]
+    pictures = []
+    for folder in args.pictures:
+        for path in tqdm(find_pictures("--pictures", folder, notes, recursive=True), "settings", disable=None):
+            settings = read_settings(path)
+            prompt, targets = args.prompt and _fill_in(args.prompt, {one.name: one for one in plain}), plain
+            if settings is not None:
+                prompt, targets = _read_settings(settings, path, references, args, notes)
+            elif args.clip_model and prompt is None:
+                raise EvaluationError(
+                    f"--prompt is not given, and {path} does not carry its own as those of multisubject-generate do; "
+                    "expected one of both. Give --prompt, or name other models only (--dino_model, --detector)."
+                )
+            elif args.detector and (missing := sorted(references - phrases.keys())):
+                raise EvaluationError(
+                    f"--class_phrases has none for {missing}, and {path} does not carry its own; expected what to look "
+                    f"for, such as {missing[0]}=person."
+                )
+            group = path.parent if len(args.pictures) > 1 else path.parent.relative_to(folder)
+            pictures.append(Picture(path, str(group), prompt, tuple(targets)))
+    shown = {target.reference for picture in pictures for target in picture.targets}
+    if unused := sorted(references - shown):
+        names = sorted({target.name for picture in pictures for target in picture.targets})
+        raise EvaluationError(f"--references names {unused}, which no picture shows; the pictures show {names}.")
+    return pictures
+
+
+def _read_settings(
+    settings: Any, path: Path, references: set[str], args: EvaluateArguments, notes: Notes
+) -> tuple[str, list[Target]]:
+    """Prompt and targets of a picture that carries its settings; they may be a stranger's, so they are checked."""
+    try:
+        prompt = settings["prompt"]
+        subjects = {name: (one["class_phrase"], one["source"]) for name, one in settings["subjects"].items()}
+        if not all(isinstance(text, str) and text for text in [prompt, *sum(subjects.values(), ())]):
+            raise TypeError
+    except (AttributeError, KeyError, TypeError):
+        raise EvaluationError(
+            f"--pictures: the settings in {path} are not those of multisubject-generate; expected `prompt` and "
+            "`subjects`. Make the picture again, or save it without metadata and give --prompt."
+        ) from None
+    targets: dict[str, Target] = {}
+    for name, (phrase, source) in subjects.items():
+        # Configs may call a subject by its class, `person`; its file has its name.
+        found = references & {name, default_name(Path(source.partition("@")[0]))}
+        if references and len(found) != 1:
+            raise EvaluationError(
+                f"--references has {sorted(found) or 'nothing'} for the subject {name!r} ({source!r}) of {path}; "
+                f"expected one {name}=FOLDER with its pictures. Give it, or narrow --pictures down."
+            )
+        targets[name] = Target(min(found, default=printable(name)), phrase, min(found, default=None))
+    placed: list[tuple[str, Target]] = []
+    for region in _read_regions(settings, path, args, notes) if args.detector else ():
+        key = _subject_of(region, prompt, targets)
+        target = targets.get(key, Target(printable(region.subject), region.subject))
+        placed.append((key, replace(target, region=region)))
+    return _fill_in(prompt, targets), [target for key, target in targets.items() if key not in dict(placed)] + [
+        one for _, one in placed
+    ]
+
+
+def _fill_in(prompt: str, targets: Mapping[str, Target]) -> str:
+    """A prompt with class phrases for its `<names>`."""
+    return re.sub(r"<([^<>]+)>", lambda name: targets[name[1]].phrase if name[1] in targets else name[1], prompt)
+
+
+def _slug(subject: str) -> str:
+    return re.sub(r"[^\w-]+", "-", subject)  # what generate_images calls a subject in the prompt
+
+
+def _subject_of(region: Region, prompt: str, targets: Mapping[str, Target]) -> str:
+    """The subject that a region is about, which it may address by its class phrase: `dog`, occurrence 2."""
+    if _slug(region.subject) in targets:
+        return _slug(region.subject)
+    hits = [hit.strip("<>") for hit in re.findall(rf"<[^<>]+>|\b{re.escape(region.subject)}\b", prompt)]
+    hits = [hit for hit in hits if region.subject in (hit, targets[hit].phrase if hit in targets else hit)]
+    return dict(enumerate(hits, 1)).get(region.occurrence or 1, region.subject)
+
+
+def _read_regions(settings: Mapping[str, Any], path: Path, args: EvaluateArguments, notes: Notes) -> tuple[Region, ...]:
+    """The picture's layout, if it has one and that is still what it was when the picture was made."""
+    if settings.get("layout") is None:
+        return ()
+    with Image.open(path) as image:
+        width, height = image.size
+    try:
+        layout = _resolve_paths(settings["layout"], Path(args.generation_config or path))
+        regions = parse_layout(layout, height=height, width=width, color_context=settings.get("color_context"))
+    except (OSError, TypeError, ValueError, AttributeError) as error:
+        notes.warn(
+            f"no layout scores in {path.parent}: {error} Go to another working folder, or use --generation_config."
+        )
+        return ()
+    checksum = hashlib.sha256()  # as in generate_images
+    for region in regions:
+        name = _slug(region.subject) if _slug(region.subject) in settings["subjects"] else region.subject
+        checksum.update(json.dumps([name, region.occurrence, region.weight]).encode())
+        checksum.update(region.mask.tobytes())
+    size_is_kept = (settings.get("height"), settings.get("width")) == (height, width)
+    if size_is_kept and settings.get("layout_sha256") != checksum.hexdigest():
+        notes.warn(
+            f"no layout scores in {path.parent}: the layout's files have changed since. Make the pictures again."
+        )
+        return ()
+    return regions

@@ -1,19 +1,23 @@
 """Three ways to learn a subject: who is recognised, what the prompt's other words still do, time and memory.
 
-    python tiny_world/subjects.py --output_dir data
-    python benchmarks/train_methods.py            # on the embedded base: table, and the verdict on the default method
-    python benchmarks/train_methods.py --sd21     # peak memory on random models of Stable Diffusion 2.1's shape
+    python benchmarks/train_methods.py                                     # everything; goes on where it stopped
+    python benchmarks/train_methods.py --num_pictures 8 --subjects comet   # a first look
+    python benchmarks/train_methods.py --parts sd21                        # peak memory alone
 
-Every run is a process of its own, so that its time and its peak memory are its own. The judge looks at pictures from
-prompts that no training used; the row `base` is the same prompts and seeds with the plain class phrase.
+On the embedded base, every method learns every subject from the same pictures, and a judge looks at pictures from
+prompts that no training used; the row `base` is the same prompts and seeds with the plain class phrase. Then random
+models of Stable Diffusion 2.1's shape show each method's peak memory. Every training is a process of its own, so that
+its time and its peak memory are its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -22,14 +26,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
+from tqdm.auto import tqdm
 
 from multisubject.tiny_world.judge import Judge
-from multisubject.tiny_world.scenes import World, is_visible
-from multisubject.tiny_world.subjects import SUBJECTS, Subject
+from multisubject.tiny_world.scenes import World, article, is_visible
+from multisubject.tiny_world.subjects import SUBJECTS, Subject, save_training_pictures
+from multisubject.training_config import LEARNING_RATES
+from multisubject.visualization import contact_sheet
 
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "tiny_world" / "base"
 CONFIG = ROOT / "configs" / "train_tiny_world.yaml"
+METHODS = ("residual", "lora", "text_encoder")
+SHOWN = 8  # pictures of each run on a subject's sheet
 SD21_RESOLUTION = 64
 # stabilityai/stable-diffusion-2-1, from its config.json files.
 SD21_UNET = {
@@ -54,6 +64,9 @@ SD21_VAE = {
 }
 
 
+# --- prompts, pictures and what they show ----------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Run:
     """A method and its number of optimiser steps."""
@@ -61,61 +74,45 @@ class Run:
     method: str
     steps: int
 
-    @classmethod
-    def parse(cls, text: str) -> Run:
-        """`residual:150` -> a run."""
-        method, _, steps = text.partition(":")
-        if not steps.isdigit():
-            raise argparse.ArgumentTypeError(f"{text!r}; expected method:steps, e.g. residual:150")
-        return cls(method, int(steps))
+    def __str__(self) -> str:
+        return f"{self.method}:{self.steps}"
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A prompt with `{}` for the subject, and what else its picture should show."""
+    """A prompt with `{}` for the subject, and what else its picture should show: an ordinary object of a category and
+    a colour in every second one."""
 
     prompt: str
     setting: str
-    second: str | None  # category of another, ordinary object
-
-
-@dataclass
-class Score:
-    """Sums over pictures, and over the trainings that made them."""
-
-    pictures: int = 0
-    identity: int = 0
-    setting: int = 0
-    second: int = 0
-    seconds_asked: int = 0
-    recognised_subjects: int = 0
-    seconds: float = 0.0
-    peak_bytes: int = 0
-
-    @property
-    def obedience(self) -> float:
-        """Share of settings and second objects that came as asked."""
-        return (self.setting + self.second) / max(1, self.pictures + self.seconds_asked)
+    category: str | None
+    colour: str | None
 
 
 def draw_prompts(subject: Subject, world: World, count: int, seed: int) -> list[Asked]:
-    """Half alone, half beside another object; no training sentence says a setting or another object."""
+    """Half alone, half beside another object; no training sentence says a setting or another object. The same for the
+    same seed, whatever `count` is."""
     rng = random.Random(f"{seed}/{subject.name}")
     settings = [setting for setting in world.settings if is_visible(subject.look.colour, setting)]
     others = [category for category in world.categories if category != subject.category]
     asked = []
     for index in range(count):
-        setting = settings[index % len(settings)]
-        second = rng.choice(others) if index % 2 else None
-        opening = rng.choice(("a photo of a {}", "a picture of the {}", "a {}"))
-        asked.append(Asked(f"{opening}{f' and a {second}' if second else ''} {setting}", setting, second))
+        setting = settings[index // 2 % len(settings)]
+        opening = rng.choice(("a photo of", "a picture of", "an image of"))
+        things = [f"{rng.choice(('a', 'the', 'my'))} {{}}"]
+        category = colour = None
+        if index % 2:
+            category = rng.choice(others)
+            colour = rng.choice([colour for colour in world.colours if is_visible(colour, setting)])
+            things.insert(rng.randrange(2), f"{article(colour)} {colour} {category}")
+        asked.append(Asked(f"{opening} {' and '.join(things)} {setting}", setting, category, colour))
     return asked
 
 
 @torch.inference_mode()
-def draw_pictures(pipe: Any, asked: Sequence[Asked], words: str, options: argparse.Namespace) -> list[Any]:
+def draw_pictures(pipe: Any, asked: Sequence[Asked], words: str, options: argparse.Namespace) -> list[Image.Image]:
     """One picture per prompt, `words` standing for the subject."""
-    images: list[Any] = []
+    images: list[Image.Image] = []
     for start in range(0, len(asked), options.batch_size):
         part = asked[start : start + options.batch_size]
         images += pipe(
@@ -127,48 +124,60 @@ def draw_pictures(pipe: Any, asked: Sequence[Asked], words: str, options: argpar
     return images
 
 
-def count_answers(judge: Judge, subject: Subject, asked: Sequence[Asked], images: list[Any], score: Score) -> None:
-    """Add what the judge sees in `images` to `score`."""
-    known = 0
-    found = zip(asked, judge.detect(images), judge.settings(images), strict=True)
-    for item, detections, (setting, _) in found:
-        known += any(detection.subject == subject.name for detection in detections)
-        score.setting += setting == item.setting
-        if item.second:
-            score.seconds_asked += 1
-            score.second += any(detection.category == item.second for detection in detections)
-    score.pictures += len(asked)
-    score.identity += known
-    score.recognised_subjects += known >= 0.9 * len(asked)
+def score_pictures(
+    judge: Judge, subject: Subject, asked: Sequence[Asked], images: Sequence[Image.Image]
+) -> list[dict[str, bool]]:
+    """What the judge sees in each picture; `object` and `colour` only where another object was asked for."""
+    rows = []
+    for item, found, (setting, _) in zip(asked, judge.detect(images), judge.settings(images), strict=True):
+        row = {"identity": any(detection.subject == subject.name for detection in found)}
+        row["setting"] = setting == item.setting
+        if item.category:
+            others = [detection.verdict for detection in found if detection.category == item.category]
+            row["object"] = bool(others)
+            row["colour"] = any(verdict.colour == item.colour for verdict in others)
+        rows.append(row)
+    return rows
 
+
+# --- trainings -------------------------------------------------------------------------------------------------------
 
 TIMED_TRAINING = """
 import json, sys, time
 from pathlib import Path
 from multisubject.train_residual import main
-start = time.monotonic()
+start, cpu_start = time.monotonic(), time.process_time()
 assert main(json.loads(sys.argv[1])) == 0
-seconds = time.monotonic() - start
+seconds, cpu_seconds = time.monotonic() - start, time.process_time() - cpu_start
 # Not getrusage: its maximum would begin with the memory of the process that started this one.
 (peak,) = [line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-print(json.dumps([seconds, int(peak) * 1024]))
+print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": int(peak) * 1024}))
 """
 
 
-def in_process_of_its_own(script: str, flags: list[str]) -> tuple[float, int]:
-    """Run a training; returns its seconds (imports not counted) and its peak memory in bytes."""
-    command = [sys.executable, "-c", script, json.dumps(flags)]
+def in_process_of_its_own(script: str, flags: list[str], log: Path) -> dict[str, float]:
+    """Run a training; its seconds, seconds of processor time (imports not counted) and peak memory in bytes.
+
+    Raises RuntimeError with the end of what it printed, all of which is in `log`.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # for `benchmarks`
-    answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
-    seconds, peak = json.loads(answer.splitlines()[-1])
-    return float(seconds), int(peak)
+    with log.open("w") as errors:
+        command = [sys.executable, "-c", script, json.dumps(flags)]
+        answer = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+    if answer.returncode:
+        raise RuntimeError(f"training failed, see {log}: {log.read_text()[-500:]}")
+    cost: dict[str, float] = json.loads(answer.stdout.splitlines()[-1])
+    return cost
 
 
 def train_flags(run: Run, subject: Subject, output: Path, options: argparse.Namespace) -> list[str]:
-    """The trainer's command line; the same for every method but for the method and its steps."""
+    """The trainer's command line; the same for every method but for the method, its rate and its steps."""
     return [
         f"--config={CONFIG}",
+        f"--pretrained_model_name_or_path={options.base}",
         f"--method={run.method}",
+        f"--learning_rate={options.learning_rates[run.method]}",
         f"--max_train_steps={run.steps}",
         f"--instance_data_dir={options.data_dir / subject.name}",
         f"--instance_prompt={subject.category}",
@@ -181,60 +190,175 @@ def train_flags(run: Run, subject: Subject, output: Path, options: argparse.Name
     ]
 
 
-def compare_on_embedded_base(options: argparse.Namespace) -> int:
-    """Train every run on every subject, score, print the table; 0 if the default method wins as promised."""
+# --- on the embedded base --------------------------------------------------------------------------------------------
+
+
+def runs_of(options: argparse.Namespace) -> list[Run]:
+    """Every method with `--steps`, and `text_encoder` with `--encoder_steps` too. The first is the one judged."""
+    runs = [Run(method, steps) for method in options.methods for steps in options.steps]
+    if "text_encoder" in options.methods:
+        runs += [Run("text_encoder", steps) for steps in options.encoder_steps]
+    return list(dict.fromkeys(runs))
+
+
+def measure_embedded(results: dict[str, Any], options: argparse.Namespace) -> None:
+    """Train, draw and score what `results["cells"][run][subject]` lacks; the file is written after each."""
     from multisubject.pipeline_multisubject import MultiSubjectPipeline
 
     judge, world = Judge.load(), World()
-    pipe = MultiSubjectPipeline.from_pretrained(str(BASE), dtype=torch.float32)
+    pipe = MultiSubjectPipeline.from_pretrained(str(options.base), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    scores: dict[Run | None, Score] = {run: Score() for run in (None, *options.runs)}
-    for name in options.subjects:
-        subject = SUBJECTS[name]
+    cells = [(name, run) for name in options.subjects for run in (None, *runs_of(options))]
+    for name, run in (progress := tqdm(cells, unit="cell")):
+        progress.set_description(f"{name}, {run or 'base'}")
+        subject, label = SUBJECTS[name], str(run or "base")
+        cell = results["cells"].setdefault(label, {}).setdefault(name, {"pictures": []})
+        if len(cell["pictures"]) >= options.num_pictures:
+            continue
+        output = options.output_dir / "trained" / label.replace(":", "-") / name
+        words = subject.category
+        if run is not None:
+            adapter = output / f"{name}.safetensors"
+            if "cost" not in cell or not adapter.is_file():
+                flags = train_flags(run, subject, output, options)
+                cell["cost"] = in_process_of_its_own(TIMED_TRAINING, flags, output.with_suffix(".log"))
+                write_json(options.output_dir / "results.json", results)
+            pipe.load_subject(str(adapter), name=name)
+            words = f"<{name}>"
         asked = draw_prompts(subject, world, options.num_pictures, options.seed)
-        count_answers(judge, subject, asked, draw_pictures(pipe, asked, subject.category, options), scores[None])
-        for run in options.runs:
-            output = options.output_dir / f"{run.method}-{run.steps}" / name
-            seconds, peak = in_process_of_its_own(TIMED_TRAINING, train_flags(run, subject, output, options))
-            score = scores[run]
-            score.seconds += seconds / len(options.subjects)
-            score.peak_bytes = max(score.peak_bytes, peak)
-            pipe.load_subject(str(output / f"{name}.safetensors"), name=name)
-            count_answers(judge, subject, asked, draw_pictures(pipe, asked, f"<{name}>", options), score)
+        images = draw_pictures(pipe, asked, words, options)
+        if run is not None:
             pipe.unload_subject(name)
-            print(f"{name}, {run.method}:{run.steps}: {seconds:.0f} s", file=sys.stderr, flush=True)
-    print("| method | steps | recognised | subjects ≥ 90 % | setting | second object | seconds | peak memory |")
-    print("|---|---|---|---|---|---|---|---|")
-    for run_or_base, score in scores.items():
-        label = f"{run_or_base.method} | {run_or_base.steps}" if run_or_base else "base | –"
-        print(
-            f"| {label} | {score.identity / score.pictures:.1%} "
-            f"| {score.recognised_subjects} of {len(options.subjects)} "
-            f"| {score.setting / score.pictures:.1%} | {score.second / max(1, score.seconds_asked):.1%} "
-            f"| {score.seconds:.0f} | {score.peak_bytes / 1e9:.2f} GB |"
+        for index, image in enumerate(images[:SHOWN]):
+            path = picture_path(options, label, name, index)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path)
+        cell["pictures"] = score_pictures(judge, subject, asked, images)
+        write_json(options.output_dir / "results.json", results)
+    for name in options.subjects:
+        save_sheet(name, options)
+
+
+def picture_path(options: argparse.Namespace, label: str, name: str, index: int) -> Path:
+    """Where a picture for the sheets is."""
+    return Path(options.output_dir / "pictures" / label.replace(":", "-") / name / f"{index}.png")
+
+
+def save_sheet(name: str, options: argparse.Namespace) -> None:
+    """`sheets/{name}.png`: training pictures, then a row for the base and each run, from the same prompts."""
+    rows = {"training picture": sorted((options.data_dir / name).glob("*.png"))}
+    for label in ("base", *map(str, runs_of(options))):
+        rows[label] = [picture_path(options, label, name, index) for index in range(options.num_pictures)]
+    columns = min(SHOWN, options.num_pictures)
+    prompts = [item.prompt for item in draw_prompts(SUBJECTS[name], World(), columns, options.seed)]
+    pictures, captions = [], []
+    for label, paths in rows.items():
+        for column in range(columns):
+            found = column < len(paths) and paths[column].is_file()
+            picture = Image.open(paths[column]).convert("RGB") if found else Image.new("RGB", (64, 64), "white")
+            pictures.append(picture.resize((192, 192), Image.Resampling.NEAREST))
+            captions.append(label if label == "training picture" else f"{label}: {prompts[column].format('…')}")
+    sheet = options.output_dir / "sheets" / f"{name}.png"
+    sheet.parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet(pictures, columns=columns, captions=captions).save(sheet)
+
+
+# --- tables and verdict ----------------------------------------------------------------------------------------------
+
+
+def share(rows: Sequence[dict[str, bool]], key: str) -> float:
+    """Of the rows that were asked for `key`, the share that has it."""
+    values = [row[key] for row in rows if key in row]
+    return sum(values) / len(values) if values else float("nan")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A run over all subjects: shares of pictures in [0, 1], mean seconds, highest peak."""
+
+    identity: float
+    by_subject: dict[str, float]
+    setting: float
+    object: float
+    colour: float
+    seconds: float
+    cpu_seconds: float
+    peak_bytes: float
+
+    @property
+    def recognised_subjects(self) -> int:
+        """Subjects that the judge recognises in 90 % of their pictures."""
+        return sum(value >= 0.9 for value in self.by_subject.values())
+
+
+def summarise(cells: dict[str, Any], subjects: Sequence[str]) -> Summary:
+    """One run's cells (name -> cell) as numbers."""
+    rows = [row for name in subjects for row in cells[name]["pictures"]]
+    costs = [cells[name].get("cost", {"seconds": 0.0, "cpu_seconds": 0.0, "peak_bytes": 0}) for name in subjects]
+    return Summary(
+        **{key: share(rows, key) for key in ("identity", "setting", "object", "colour")},
+        by_subject={name: share(cells[name]["pictures"], "identity") for name in subjects},
+        **{key: sum(cost[key] for cost in costs) / len(costs) for key in ("seconds", "cpu_seconds")},
+        peak_bytes=max(cost["peak_bytes"] for cost in costs),
+    )
+
+
+def tables(summaries: dict[str, Summary]) -> str:
+    """Markdown: a row per run, then the share of recognised pictures per subject."""
+    lines = [
+        "| method | recognised | subjects ≥ 90 % | setting | second object | in its colour | seconds | CPU seconds "
+        "| peak memory |",
+        "|" + "---|" * 9,
+    ]
+    for label, found in summaries.items():
+        cost = f"{found.seconds:.0f} | {found.cpu_seconds:.0f} | {found.peak_bytes / 1e9:.2f} GB"
+        lines.append(
+            f"| {label} | {found.identity:.1%} | {found.recognised_subjects} of {len(found.by_subject)} "
+            f"| {found.setting:.1%} | {found.object:.1%} | {found.colour:.1%} "
+            f"| {cost if found.peak_bytes else '– | – | –'} |"
         )
-    return verdict(scores, options.runs)
+    lines += ["", "| subject | " + " | ".join(summaries) + " |", "|" + "---|" * (len(summaries) + 1)]
+    for name in next(iter(summaries.values())).by_subject:
+        shares = " | ".join(f"{found.by_subject[name]:.0%}" for found in summaries.values())
+        lines.append(f"| {name} | {shares} |")
+    return "\n".join(lines)
 
 
-def verdict(scores: dict[Run | None, Score], runs: Sequence[Run]) -> int:
-    """Is the first run as recognisable as the encoder's best, in a fifth of the time, and as obedient as the base?"""
-    default = scores[runs[0]]
-    tuned = [run for run in runs if run.method == "text_encoder"]
-    failures = 0
-    if tuned:
-        best = max(tuned, key=lambda run: (scores[run].identity, -scores[run].seconds))
-        faster = scores[best].seconds / default.seconds
-        good = default.identity >= scores[best].identity and faster >= 5
-        failures += not good
-        print(
-            f"{'PASS' if good else 'FAIL'}: {runs[0].method}:{runs[0].steps} recognised {default.identity} times, "
-            f"text_encoder:{best.steps} {scores[best].identity} times at {faster:.1f} x its time (at least 5 x wanted)."
+def verdict(summaries: dict[str, Summary], runs: Sequence[Run]) -> list[tuple[bool, str]]:
+    """What was promised of the first run, and whether it holds."""
+    judged, base = summaries[str(runs[0])], summaries["base"]
+    count = len(judged.by_subject)
+    good = judged.recognised_subjects
+    answers = [
+        (good * 8 >= count * 7, f"{good} of {count} subjects recognised in 90 % of their pictures (7 of 8 wanted)")
+    ]
+    for key, what in (("setting", "settings"), ("object", "second objects"), ("colour", "second objects' colours")):
+        lost = 100 * (getattr(base, key) - getattr(judged, key))
+        if lost == lost:
+            answers.append(
+                (lost <= 5, f"{what} come {lost:.1f} points less often than from the base alone (at most 5)")
+            )
+    tuned = {run: summaries[str(run)] for run in runs if run.method == "text_encoder"}
+    others = {run: summaries[str(run)] for run in runs if run.method == runs[0].method}
+    if tuned and runs[0].method != "text_encoder":
+        # The best that both reach, and the shortest run with which each reached it.
+        level = min(max(found.identity for found in part.values()) for part in (tuned, others))
+        ours, theirs = (
+            min((found.seconds, run.steps) for run, found in part.items() if found.identity >= level)
+            for part in (others, tuned)
         )
-    lost = scores[None].obedience - default.obedience
-    failures += lost > 0.05
-    print(f"{'PASS' if lost <= 0.05 else 'FAIL'}: other words obey {100 * lost:+.1f} points less than the base alone.")
-    return 1 if failures else 0
+        ratio = theirs[0] / ours[0]
+        answers.append(
+            (
+                ratio >= 5,
+                f"identity of {level:.1%}: {runs[0].method} in {ours[0]:.0f} s ({ours[1]} steps), text_encoder in "
+                f"{theirs[0]:.0f} s ({theirs[1]} steps), {ratio:.1f} times as long (at least 5 wanted)",
+            )
+        )
+    return answers
 
+
+# --- random models of Stable Diffusion 2.1's shape -------------------------------------------------------------------
 
 SD21_TRAINING = (
     """
@@ -275,44 +399,133 @@ def random_sd21() -> None:
     trainer.load_unet = lambda *_: UNet2DConditionModel(**SD21_UNET).requires_grad_(False).eval()
 
 
-def compare_memory(options: argparse.Namespace) -> int:
-    """Peak memory of two steps of each method on random models of SD 2.1's size; 0 if the default saves 4 GB."""
+def measure_memory(results: dict[str, Any], options: argparse.Namespace) -> None:
+    """Peak memory of two steps of each method on random models of SD 2.1's size, in `results["sd21"]`."""
     subject = SUBJECTS[options.subjects[0]]
-    peaks = {}
-    print("| method | peak memory |\n|---|---|")
-    for method in ("residual", "lora", "text_encoder"):
-        output = options.output_dir / f"sd21-{method}" / subject.name
+    for method in (progress := tqdm(options.methods, unit="method")):
+        progress.set_description(f"Stable Diffusion 2.1's shape, {method}")
+        if method in results["sd21"]:
+            continue
+        output = options.output_dir / "trained" / f"sd21-{method}" / subject.name
         flags = [*train_flags(Run(method, 2), subject, output, options), f"--resolution={SD21_RESOLUTION}"]
-        _, peaks[method] = in_process_of_its_own(SD21_TRAINING, flags)
-        print(f"| {method} | {peaks[method] / 1e9:.2f} GB |", flush=True)
-    saved = (peaks["text_encoder"] - peaks["residual"]) / 1e9
-    print(
-        f"{'PASS' if saved >= 4 else 'FAIL'}: residual needs {saved:.2f} GB less than text_encoder (at least 4 wanted)."
-    )
-    return 0 if saved >= 4 else 1
+        cost = in_process_of_its_own(SD21_TRAINING, flags, output.with_suffix(".log"))
+        shutil.rmtree(output)  # checkpoints of gigabytes
+        results["sd21"][method] = cost["peak_bytes"]
+        write_json(options.output_dir / "results.json", results)
 
 
-def main() -> int:
+def report_memory(peaks: dict[str, float], methods: Sequence[str]) -> tuple[str, list[tuple[bool, str]]]:
+    """Markdown, and whether the first method saves 4 GB."""
+    lines = ["| method, Stable Diffusion 2.1's shape | peak memory |", "|---|---|"]
+    lines += [f"| {method} | {peaks[method] / 1e9:.2f} GB |" for method in methods]
+    answers = []
+    if "text_encoder" in methods and methods[0] != "text_encoder":
+        saved = (peaks["text_encoder"] - peaks[methods[0]]) / 1e9
+        answers = [(saved >= 4, f"{methods[0]} needs {saved:.2f} GB less than text_encoder (at least 4 wanted)")]
+    return "\n".join(lines), answers
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(data, indent=1))
+    partial.replace(path)
+
+
+def load_results(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Earlier results made with the same settings; empty ones where there is no file. ValueError for other settings."""
+    if not path.exists():
+        return {"settings": settings, "cells": {}, "sd21": {}}
+    results: dict[str, Any] = json.loads(path.read_text())
+    if differing := [key for key in settings if results["settings"].get(key) != settings[key]]:
+        raise ValueError(f"{path} was made with other settings ({', '.join(differing)}); choose another --output_dir.")
+    return results
+
+
+def digest_of_base(folder: Path) -> str:
+    """The same for the same weights."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure what is missing, print the tables and the verdict; 0 if all that was promised holds."""
+    settings = {
+        "base": digest_of_base(options.base),
+        "seed": options.seed,
+        "num_inference_steps": options.num_inference_steps,
+        "guidance_scale": options.guidance_scale,
+        "learning_rates": options.learning_rates,
+        "train_flags": options.train_flags,
+    }
+    results = load_results(options.output_dir / "results.json", settings)
+    if options.data_dir is None:
+        options.data_dir = options.output_dir / "data"
+        save_training_pictures(options.data_dir, World())
+    answers = []
+    if "embedded" in options.parts:
+        measure_embedded(results, options)
+        labels = ["base", *map(str, runs_of(options))]
+        summaries = {label: summarise(results["cells"][label], options.subjects) for label in labels}
+        print(tables(summaries), flush=True)
+        answers += verdict(summaries, runs_of(options))
+    if "sd21" in options.parts:
+        measure_memory(results, options)
+        text, saved = report_memory(results["sd21"], options.methods)
+        print(f"\n{text}")
+        answers += saved
+    print()
+    for holds, sentence in answers:
+        print(f"{'PASS' if holds else 'FAIL'}: {sentence}")
+    return 0 if all(holds for holds, _ in answers) else 1
+
+
+def parse_rate(text: str) -> tuple[str, float]:
+    """`lora=1e-3` -> a method and its rate."""
+    method, _, rate = text.partition("=")
+    try:
+        if method in METHODS and float(rate) > 0:
+            return method, float(rate)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r}; expected method=rate, e.g. text_encoder=1e-4")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    runs = ["residual:150", "text_encoder:150", "lora:150", "text_encoder:750"]
-    parser.add_argument("--runs", nargs="+", type=Run.parse, default=list(map(Run.parse, runs)), help=" ".join(runs))
-    parser.add_argument("--sd21", action="store_true", help="measure memory on random models of SD 2.1's configuration")
+    parser.add_argument("--parts", nargs="+", choices=("embedded", "sd21"), default=["embedded", "sd21"])
+    parser.add_argument("--base", type=Path, default=BASE, help="folder of the embedded base")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="the first one is judged")
+    parser.add_argument("--steps", nargs="+", type=int, default=[150], help="of every method; the first is judged")
+    parser.add_argument("--encoder_steps", nargs="*", type=int, default=[300, 750], help="more runs of text_encoder")
+    parser.add_argument(
+        "--learning_rates", nargs="+", type=parse_rate, default=[], metavar="METHOD=RATE", help="default: the trainer's"
+    )
     parser.add_argument("--subjects", nargs="+", choices=sorted(SUBJECTS), default=list(SUBJECTS))
-    parser.add_argument("--data_dir", type=Path, default=Path("data"), help="written by tiny_world/subjects.py")
-    parser.add_argument("--output_dir", type=Path, default=Path("output/train_methods"))
     parser.add_argument("--num_pictures", type=int, default=50, help="per subject and run")
+    parser.add_argument("--data_dir", type=Path, help="training pictures, a folder per subject; left out: drawn")
+    parser.add_argument("--output_dir", type=Path, default=Path("output/train_methods"), help="results.json, sheets …")
     parser.add_argument("--num_inference_steps", type=int, default=20)
     parser.add_argument("--guidance_scale", type=float, default=5.0)
     parser.add_argument("--batch_size", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train_flags", nargs="*", default=[], metavar="FLAG=VALUE", help="more flags for the trainer")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     options.train_flags = [f"--{flag.lstrip('-')}" for flag in options.train_flags]
-    if not options.data_dir.is_dir():
-        parser.error(
-            f"--data_dir: {options.data_dir} is not there; run tiny_world/subjects.py --output_dir data first."
-        )
-    return compare_memory(options) if options.sd21 else compare_on_embedded_base(options)
+    options.learning_rates = {**LEARNING_RATES, **dict(options.learning_rates)}
+    if min(options.num_pictures, options.batch_size, *options.steps, *options.encoder_steps) < 1:
+        parser.error("--num_pictures, --batch_size, --steps and --encoder_steps: expected at least 1.")
+    try:
+        return run(options)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

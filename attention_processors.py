@@ -1,7 +1,7 @@
 """Region guidance inside a UNet's attention: pull a subject's tokens into its region, keep them out of the others.
 
-A *guidance method* is a function of one attention layer (`AttentionLayer`) that returns a bias for its logits. The
-context manager `region_attention` makes a UNet apply such a method and gives the UNet back as it found it:
+The context manager `region_attention` makes a UNet apply a method of `guidance_methods.py` and gives the UNet back as
+it found it:
 
     with region_attention(pipe.unet, regions, scheduler=pipe.scheduler, resize_masks=masks_at):
         pipe(prompt)
@@ -15,13 +15,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import EDMEulerScheduler
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+
+from .guidance_methods import (
+    AttentionLayer,
+    GuidanceMethod,
+    GuidanceStep,
+    RegionMaps,
+    needs_region_prompts,
+    resolve_guidance_method,
+)
 
 __multisubject_version__ = "0.1.0"
 
@@ -39,13 +47,19 @@ REPLACEABLE_PROCESSORS = frozenset(
 )
 
 
-class TokenKind(IntEnum):
-    """What stands at a position of the prompt's tokens."""
+@dataclass(frozen=True, eq=False)
+class RegionPrompts:
+    """Each region's own prompt, encoded, for B images with up to R regions and L tokens each.
 
-    START = 0
-    WORD = 1
-    END = 2
-    PADDING = 3
+    Args:
+        embeds: `(B, R, L, dim)`; rows of absent regions are ignored.
+        tokens: `(B, R, L)` bool, the tokens that name the region's subject.
+        token_kinds: `(B, R, L)` int64 of `TokenKind`.
+    """
+
+    embeds: torch.Tensor
+    tokens: torch.Tensor
+    token_kinds: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,156 +71,28 @@ class RegionConditioning:
         tokens: `(B, R, T)` bool, the tokens that name each region's subject; rows of absent regions are False.
         weights: `(B, R)` float32, pull of each region's tokens inside it.
         token_kinds: `(B, T)` int64 of `TokenKind`.
+        prompts: the regions' own prompts, for a method that uses them.
     """
 
     masks: torch.Tensor
     tokens: torch.Tensor
     weights: torch.Tensor
     token_kinds: torch.Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class RegionMaps:
-    """`RegionConditioning` at the resolution of one attention layer with Q = h * w queries, row by row.
-
-    Args:
-        masks: `(B, R, Q)` float32 in [0, 1].
-        tokens: `(B, R, T)` bool.
-        token_kinds: `(B, T)` int64 of `TokenKind`.
-        signed_weights: `(B, Q, T)` float32. At a region's tokens: `weight * mask` inside the region and
-            `weight_negative` outside; 0 at every other token. Inside is where the mask reaches half of its peak at this
-            resolution; for tokens of several regions the strongest one counts.
-        weight_negative: the value outside.
-    """
-
-    masks: torch.Tensor
-    tokens: torch.Tensor
-    token_kinds: torch.Tensor
-    signed_weights: torch.Tensor
-    weight_negative: float
-
-
-@dataclass(frozen=True, eq=False)
-class GuidanceStep:
-    """One denoising step, as scalar float32 tensors (numbers would make a compiled UNet recompile at every step).
-
-    Args:
-        sigma: noise level `sqrt((1 - alpha_bar) / alpha_bar)` of the UNet call's timestep.
-        strength: `guidance_weight * ln(1 + sigma ** 2)`.
-        progress: fraction of the schedule that lies behind, in [0, 1).
-    """
-
-    sigma: torch.Tensor
-    strength: torch.Tensor
-    progress: torch.Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class AttentionLayer:
-    """What a guidance method sees: one attention layer of one UNet call, conditional samples only.
-
-    Args:
-        query: `(B, heads, Q, head_dim)`.
-        key: `(B, heads, K, head_dim)`; K is the number of tokens in cross-attention, Q in self-attention.
-        scale: factor between `query @ key.T` and the logits.
-        is_cross: cross-attention to the prompt (True) or self-attention (False).
-        maps: the regions at this layer's resolution.
-        step: noise level and strength.
-    """
-
-    query: torch.Tensor
-    key: torch.Tensor
-    scale: float
-    is_cross: bool
-    maps: RegionMaps
-    step: GuidanceStep
-
-
-GuidanceMethod = Callable[[AttentionLayer], torch.Tensor | None]
-"""Returns the bias `(B, 1 or heads, Q, K)` added to the layer's logits, or None to leave the layer alone."""
-
-
-def cones2(layer: AttentionLayer) -> torch.Tensor | None:
-    """Cones 2 (Liu et al. 2023, arXiv:2305.19327): `strength * signed_weights * std(query @ key.T) * scale`.
-
-    The standard deviation is per sample, so a picture does not depend on the batch it is made in.
-    """
-    if not layer.is_cross:
-        return None
-    per_sample = layer.step.strength * layer.scale * _product_std(layer.query, layer.key)
-    return (per_sample * layer.maps.signed_weights)[:, None]
-
-
-def masked(layer: AttentionLayer) -> torch.Tensor | None:
-    """Tokens of a subject cannot be attended to outside their region; inside, nothing pulls."""
-    if not layer.is_cross:
-        return None
-    return layer.maps.signed_weights.clamp(max=0)[:, None]
-
-
-def cones2_padding_hidden(layer: AttentionLayer) -> torch.Tensor | None:
-    """`cones2`; besides, the tokens after the last word (end of text, padding) cannot be attended to inside a region.
-
-    A causal text encoder puts a summary of the whole prompt there, by which each region hears of the others' subjects.
-    """
-    bias = cones2(layer)
-    if bias is None:
-        return None
-    masks = layer.maps.masks
-    inside = ((masks >= masks.amax(dim=-1, keepdim=True) / 2) & (masks > 0)).any(dim=1)  # [B, Q]
-    summary = layer.maps.token_kinds >= TokenKind.END  # [B, T]
-    return bias.masked_fill((inside[:, :, None] & summary[:, None, :])[:, None], -1e8)
-
-
-GUIDANCE_METHODS: dict[str, GuidanceMethod] = {
-    "cones2": cones2,
-    "cones2_padding_hidden": cones2_padding_hidden,
-    "masked": masked,
-}
-"""Guidance methods by name. Any callable of the same signature is accepted where a name is."""
-
-
-def resolve_guidance_method(guidance_method: str | GuidanceMethod) -> GuidanceMethod:
-    """The function behind a name of `GUIDANCE_METHODS`; a callable is returned as it is. ValueError otherwise."""
-    if callable(guidance_method):
-        return guidance_method
-    if guidance_method not in GUIDANCE_METHODS:
-        raise ValueError(
-            f"`guidance_method` is {guidance_method!r}, expected one of {sorted(GUIDANCE_METHODS)} or a function of an"
-            " `AttentionLayer` that returns a bias."
-        )
-    return GUIDANCE_METHODS[guidance_method]
-
-
-def _product_std(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """Unbiased standard deviation of `S = query @ key.T` over heads, queries and keys: `(B, 1, 1)` float32.
-
-    S itself is built only where it is smaller than its factors. Elsewhere: with centred keys `k' = k - mean(k)` every
-    row of S splits into its mean `m = q · mean(k)` and a rest whose squares sum to `<QᵀQ, K'ᵀK'>`. Both parts are sums
-    of squares, so nothing cancels in float32.
-    """
-    query, key = query.float(), key.float()
-    heads, queries, keys = query.shape[1], query.shape[2], key.shape[2]
-    if queries * keys <= (queries + keys) * query.shape[3]:
-        return (query @ key.transpose(-1, -2)).flatten(1).std(dim=1)[:, None, None]
-    mean_key = key.mean(dim=2, keepdim=True)
-    key = key - mean_key
-    row_means = query @ mean_key.transpose(-1, -2)  # [B, heads, queries, 1]
-    within = ((query.transpose(-1, -2) @ query) * (key.transpose(-1, -2) @ key)).sum(dim=(1, 2, 3))
-    between = row_means.var(dim=(1, 2, 3), correction=0) * (heads * queries * keys)
-    return ((within + between) / (heads * queries * keys - 1)).sqrt()[:, None, None]
+    prompts: RegionPrompts | None = None
 
 
 class AttentionRecorder:
     """Collects where chosen tokens are attended to, one map per UNet call (conditional samples only).
 
     Args:
-        tokens: `(B, S, T)` bool: for each image, S groups of tokens; a map is the mean over a group's tokens.
+        tokens: `(B, S, K)` bool: for each image, S groups of tokens of its prompt and of its regions' own prompts.
+        num_tokens: how many of the K are the prompt's (None: all). A map is the mean over a group's tokens there; what
+            their copies in the regions' own prompts receive is added to it.
     """
 
-    def __init__(self, tokens: torch.Tensor):
+    def __init__(self, tokens: torch.Tensor, num_tokens: int | None = None):
         self.batch = tokens.shape[0]
-        counts = tokens.sum(dim=-1, keepdim=True).clamp(min=1)
+        counts = tokens[..., :num_tokens].sum(dim=-1, keepdim=True).clamp(min=1)
         self._token_weights = tokens.float() / counts
         self._calls: list[dict[tuple[int, int], list[torch.Tensor]]] = []
 
@@ -215,9 +101,11 @@ class AttentionRecorder:
         self._calls.append({})
 
     def add(self, logits: torch.Tensor, size: tuple[int, int]) -> None:
-        """Add one cross-attention layer: logits `(B, heads, h * w, T)` with their bias, `size=(h, w)`."""
-        probabilities = logits.float().softmax(dim=-1).mean(dim=1)  # [B, h * w, T]
-        maps = self._token_weights.to(logits.device) @ probabilities.transpose(-1, -2)
+        """Add one cross-attention layer: logits `(B, heads, h * w, K)` with their bias, `size=(h, w)`."""
+        probabilities = logits.float().softmax(dim=-1).mean(dim=1)  # [B, h * w, K]
+        weights = self._token_weights.to(logits.device)
+        keys = min(weights.shape[-1], probabilities.shape[-1])  # own prompts are there at guided calls alone
+        maps = weights[..., :keys] @ probabilities[..., :keys].transpose(-1, -2)
         self._calls[-1].setdefault(size, []).append(maps.unflatten(-1, size))
 
     def maps(self) -> torch.Tensor:
@@ -244,6 +132,7 @@ class RegionCall:
         batch: number of conditional samples, the last ones of the UNet's batch.
         sizes: number of queries of a layer -> its `(h, w)`.
         method, maps, step: the guidance, with maps by number of queries; None and empty at an unguided call.
+        region_prompts: `(B, R * L, dim)`, more tokens for cross-attention, if the method wants them.
         recorder: collects attention maps, if wanted.
     """
 
@@ -252,6 +141,7 @@ class RegionCall:
     method: GuidanceMethod | None = None
     maps: Mapping[int, RegionMaps] | None = None
     step: GuidanceStep | None = None
+    region_prompts: torch.Tensor | None = None
     recorder: AttentionRecorder | None = None
 
 
@@ -279,6 +169,8 @@ class RegionAttnProcessor(AttnProcessor2_0):
         # 1. Project to queries, keys and values
         is_cross = encoder_hidden_states is not None
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        if is_cross and regions.region_prompts is not None:
+            context = _append_tokens(context, regions.region_prompts)
         if is_cross and attn.norm_cross is not None:
             context = attn.norm_encoder_hidden_states(context)
         query, key, value = (
@@ -293,6 +185,7 @@ class RegionAttnProcessor(AttnProcessor2_0):
         # 2. Ask the guidance method for its bias
         bias = _region_bias(regions, query, key, attn.scale, is_cross)
         if attention_mask is not None:
+            attention_mask = F.pad(attention_mask, (0, key.shape[2] - attention_mask.shape[-1]))
             attention_mask = attn.prepare_attention_mask(attention_mask, key.shape[2], key.shape[0])
             attention_mask = attention_mask.view(key.shape[0], attn.heads, -1, key.shape[2])
             bias = attention_mask if bias is None else bias + attention_mask
@@ -310,6 +203,11 @@ class RegionAttnProcessor(AttnProcessor2_0):
         if attn.residual_connection:
             output = output + hidden_states
         return output / attn.rescale_output_factor
+
+
+def _append_tokens(context: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
+    """`(batch, T, dim)` and `(B, M, dim)` for its last B samples -> `(batch, T + M, dim)`, zeros for the others."""
+    return torch.cat([context, F.pad(more.to(context.dtype), (0, 0, 0, 0, len(context) - len(more), 0))], dim=1)
 
 
 def _region_bias(
@@ -338,7 +236,10 @@ def _region_bias(
     # -1e8 is infinite in float16, and an infinite logit turns a fully masked row into NaN.
     limit = torch.finfo(query.dtype).max / 2
     bias = bias.clamp(-limit, limit).to(query.dtype)
-    return F.pad(bias, (0, 0) * 3 + (query.shape[0] - regions.batch, 0))
+    bias = F.pad(bias, (0, 0) * 3 + (query.shape[0] - regions.batch, 0))
+    if is_cross and regions.region_prompts is not None:  # tokens of the conditional samples alone
+        bias[: -regions.batch, ..., -regions.region_prompts.shape[1] :] = -limit
+    return bias
 
 
 @contextmanager
@@ -443,6 +344,13 @@ class _RegionHook:
             raise ValueError(
                 f"{type(scheduler).__name__} has no `alphas_cumprod`, expected one of KarrasDiffusionSchedulers."
             )
+        if regions is not None and regions.prompts is None and needs_region_prompts(method):
+            raise ValueError(
+                f"The guidance method {getattr(method, '__name__', method)!r} uses the regions' own prompts, but"
+                " `regions.prompts` is None. Pass `RegionPrompts`, or choose another method."
+            )
+        self.appended = getattr(method, "uses_region_prompts", False)
+        self.own_words = getattr(method, "uses_own_words", False)
         self.regions, self.scheduler, self.resize_masks = regions, scheduler, resize_masks
         self.method, self.guidance_weight, self.weight_negative = method, guidance_weight, weight_negative
         self.guidance_steps, self.recorder = guidance_steps, recorder
@@ -460,8 +368,23 @@ class _RegionHook:
             return args, kwargs
         sample = args[0] if args else kwargs["sample"]
         timestep = torch.as_tensor(args[1] if len(args) > 1 else kwargs["timestep"])
-        call_kwargs["regions"] = self._region_call(sample, timestep.reshape(-1)[0])
+        call_kwargs["regions"] = call = self._region_call(sample, timestep.reshape(-1)[0])
+        if self.own_words and call is not None and call.maps is not None:
+            if len(args) > 2:
+                args = (*args[:2], self._with_own_words(args[2]), *args[3:])
+            else:
+                kwargs = {**kwargs, "encoder_hidden_states": self._with_own_words(kwargs["encoder_hidden_states"])}
         return args, {**kwargs, "cross_attention_kwargs": call_kwargs}
+
+    def _with_own_words(self, prompt_embeds: torch.Tensor) -> torch.Tensor:
+        """`(batch, T, dim)` with the words of every region as they are in its own prompt, conditional samples only."""
+        assert self.regions is not None and self.regions.prompts is not None
+        prompts, tokens = self.regions.prompts, self.regions.tokens
+        prompt_embeds = prompt_embeds.clone()
+        for region in range(tokens.shape[1]):
+            own = prompts.embeds[:, region][prompts.tokens[:, region]]  # row by row, as many as the prompt has
+            prompt_embeds[-len(tokens) :][tokens[:, region]] = own.to(prompt_embeds)
+        return prompt_embeds
 
     def _region_call(self, sample: torch.Tensor, timestep: torch.Tensor) -> RegionCall | None:
         sizes = {h * w: (h, w) for h, w in _level_sizes(*sample.shape[-2:])}
@@ -481,7 +404,9 @@ class _RegionHook:
         key = (sample.shape[-2:], sample.device)
         if key not in self.maps_by_shape:
             self.maps_by_shape[key] = {h * w: self._maps_at((h, w), sample.device) for h, w in sizes.values()}
-        return RegionCall(batch, sizes, self.method, self.maps_by_shape[key], self._step(timestep), self.recorder)
+        prompts = self.regions.prompts if self.appended else None
+        more = None if prompts is None else prompts.embeds.flatten(1, 2).to(sample.device)
+        return RegionCall(batch, sizes, self.method, self.maps_by_shape[key], self._step(timestep), more, self.recorder)
 
     def _is_guided(self, timestep: torch.Tensor) -> bool:
         """Whether this call is guided, decided on the host without waiting for the device where that is possible."""
@@ -495,6 +420,7 @@ class _RegionHook:
             sigma=sigma,
             strength=self.guidance_weight * (sigma**2).log1p(),
             progress=(self.scheduler.timesteps.to(timestep.device) > timestep).float().mean(),
+            time=timestep.float() / self.scheduler.config.num_train_timesteps,
         )
 
     def _sigma(self, timestep: torch.Tensor) -> torch.Tensor:
@@ -513,7 +439,16 @@ class _RegionHook:
         assert regions is not None
         masks = self.resize_masks(regions.masks.flatten(0, 1).to(device), size)
         masks = masks.flatten(1).unflatten(0, regions.tokens.shape[:2])  # [B, R, Q]
-        tokens = regions.tokens.to(device)
+        tokens, kinds = regions.tokens.to(device), regions.token_kinds.to(device)
+        owners = torch.full(tokens.shape[2:], -1, device=device)
+        if self.appended:
+            assert regions.prompts is not None
+            num_regions, length = regions.prompts.tokens.shape[1:]
+            own = torch.arange(num_regions, device=device).repeat_interleave(length)  # [R * L]
+            own_tokens = regions.prompts.tokens.to(device).flatten(1)[:, None] & (own == own.unique()[:, None])
+            tokens = torch.cat([tokens, own_tokens], dim=2)
+            kinds = torch.cat([kinds, regions.prompts.token_kinds.to(device).flatten(1)], dim=1)
+            owners = torch.cat([owners, own])
 
         inside = masks >= masks.amax(dim=-1, keepdim=True) / 2
         weights = torch.where(inside, regions.weights.to(device)[..., None] * masks, self.weight_negative)
@@ -524,7 +459,7 @@ class _RegionHook:
             of_region = torch.where(tokens[:, region, None, :], weights[:, region, :, None], -torch.inf)
             signed_weights = torch.maximum(signed_weights, of_region)
         signed_weights = signed_weights.where(tokens.any(dim=1)[:, None, :], 0)
-        return RegionMaps(masks, tokens, regions.token_kinds.to(device), signed_weights, self.weight_negative)
+        return RegionMaps(masks, inside & (masks > 0), tokens, kinds, owners, signed_weights)
 
 
 def _level_sizes(height: int, width: int) -> list[tuple[int, int]]:

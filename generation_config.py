@@ -44,7 +44,7 @@ class GenerationConfig:
         guidance_steps: how many of the first steps follow the layout; 0: none, the layout is not even read.
         guidance_weight: strength of the pull into the regions.
         weight_negative: weight of a subject's words outside its region, at most 0.
-        guidance_method: a name of `attention_processors.GUIDANCE_METHODS`.
+        guidance_method: a name of `guidance_methods.GUIDANCE_METHODS`.
         recurrence: how often each guided step is taken.
         negative_prompt: instead of the command line's.
         seed: instead of the command line's.
@@ -105,7 +105,7 @@ _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "guidance_steps": (lambda value: _is_count(value, 0), "a whole number from 0 (no layout guidance)"),
     "guidance_weight": (_is_number, "a number such as 0.08"),
     "weight_negative": (lambda value: _is_number(value) and value <= 0, "a number of at most 0 such as -1e8"),
-    "guidance_method": (_is_text, 'a name such as "cones2"'),
+    "guidance_method": (_is_text, 'a name such as "multisubject"'),
     "recurrence": (lambda value: _is_count(value, 1), "a whole number from 1 (each step once)"),
     "negative_prompt": (lambda value: isinstance(value, str), "text"),
     "seed": (lambda value: _is_count(value, 0), "a whole number from 0"),
@@ -328,7 +328,7 @@ def _plan(
     """Everything about an entry that needs the files it names and the tokenizer."""
     if config.guidance_method is not None:
         # Imported where it is needed: diffusers takes seconds, and a report on a config should not.
-        from .attention_processors import resolve_guidance_method
+        from .guidance_methods import resolve_guidance_method
 
         with _collect(report, index, "guidance_method"):
             resolve_guidance_method(config.guidance_method)

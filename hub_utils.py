@@ -85,6 +85,7 @@ BASE_MODEL_MIRRORS = {
 PIPELINE_SOURCES = (
     "pipeline_multisubject.py",
     "attention_processors.py",
+    "guidance_methods.py",
     "layout.py",
     "residual_embeddings.py",
     "subject_file.py",

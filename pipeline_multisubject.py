@@ -39,13 +39,13 @@ __multisubject_version__ = "0.1.0"
 try:
     from .attention_processors import (
         AttentionRecorder,
-        GuidanceMethod,
         RegionConditioning,
-        TokenKind,
+        RegionPrompts,
         region_attention,
-        resolve_guidance_method,
     )
     from .attention_processors import __multisubject_version__ as _attention_processors_version
+    from .guidance_methods import GuidanceMethod, TokenKind, needs_region_prompts, resolve_guidance_method
+    from .guidance_methods import __multisubject_version__ as _guidance_methods_version
     from .hub_utils import __multisubject_version__ as _hub_utils_version
     from .hub_utils import (
         base_model_errors,
@@ -70,6 +70,7 @@ except ImportError as error:
 
 _SIBLING_VERSIONS = {
     "attention_processors": _attention_processors_version,
+    "guidance_methods": _guidance_methods_version,
     "hub_utils": _hub_utils_version,
     "layout": _layout_version,
     "model_card": _model_card_version,
@@ -81,6 +82,9 @@ if set(_SIBLING_VERSIONS.values()) != {__multisubject_version__}:
         f"{__name__} is of multisubject {__multisubject_version__}, but the files beside it are of {_SIBLING_VERSIONS}."
         " An older multisubject was loaded before: start a new process."
     )
+
+# What a region's own prompt says before its subject: the opening that image captions and training templates share.
+_REGION_PROMPT = "a photo of"
 
 
 @dataclass
@@ -221,7 +225,7 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
         guidance_steps: int | None = None,
         guidance_weight: float = 0.08,
         weight_negative: float = -1e8,
-        guidance_method: str | GuidanceMethod = "cones2",
+        guidance_method: str | GuidanceMethod = "multisubject",
         recurrence: int = 1,
         output_attention_maps: bool = False,
         guidance_scale: float = 7.5,
@@ -330,10 +334,18 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
         # 4. Turn layouts and token spans into what the UNet needs
         conditioning, recorder = None, None
         if any(regions) and guidance_steps != 0:
-            conditioning = self.prepare_regions(parsed, regions, spans, prompt_embeds.shape[1], num_images_per_prompt)
+            region_prompts = None
+            if needs_region_prompts(guidance_function):
+                with _text_model_found(self.text_encoder):
+                    region_prompts = self.encode_region_prompts(
+                        parsed, spans, lora_scale=(cross_attention_kwargs or {}).get("scale"), clip_skip=clip_skip
+                    )
+            conditioning = self.prepare_regions(
+                parsed, regions, spans, prompt_embeds.shape[1], num_images_per_prompt, region_prompts
+            )
         if output_attention_maps:
             recorded = [_recorded_tokens(*of_prompt) for of_prompt in zip(parsed, regions, spans, strict=True)]
-            recorder = _make_recorder(recorded, prompt_embeds.shape[1], num_images_per_prompt)
+            recorder = _make_recorder(recorded, prompt_embeds.shape[1], num_images_per_prompt, conditioning)
 
         # 5. Denoise and decode
         scheduler = self.scheduler
@@ -386,6 +398,7 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
         spans: Sequence[Sequence[range]],
         num_tokens: int,
         num_images_per_prompt: int = 1,
+        prompts: RegionPrompts | None = None,
     ) -> RegionConditioning:
         """Bring text and layout together: prompts, their regions and whose tokens these place -> `region_attention`.
 
@@ -395,6 +408,7 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
             spans: for each region, the tokens that it places.
             num_tokens: length of the prompt embeddings.
             num_images_per_prompt: each prompt's rows are repeated as often.
+            prompts: the regions' own prompts, from `encode_region_prompts`.
         """
         batch, most = len(parsed), max(map(len, regions))
         size = next(region.mask.shape for found in regions for region in found)
@@ -407,18 +421,71 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
                 masks[row, column] = torch.from_numpy(region.mask)
                 tokens[row, column, span.start : span.stop] = True
                 weights[row, column] = region.weight
-            length = self._num_prompt_tokens(text.text)
-            kinds[row, :length] = TokenKind.WORD
-            kinds[row, 0], kinds[row, length - 1] = TokenKind.START, TokenKind.END
-        repeated = (
-            tensor.repeat_interleave(num_images_per_prompt, dim=0) for tensor in (masks, tokens, weights, kinds)
-        )
-        return RegionConditioning(*repeated)
+            kinds[row] = self._token_kinds(text.text, num_tokens)
 
-    def _num_prompt_tokens(self, text: str) -> int:
-        """Tokens of a prompt, start and end included, cut to what the text encoder reads."""
+        def repeated(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.repeat_interleave(num_images_per_prompt, dim=0)
+
+        if prompts is not None:
+            prompts = RegionPrompts(repeated(prompts.embeds), repeated(prompts.tokens), repeated(prompts.token_kinds))
+        return RegionConditioning(repeated(masks), repeated(tokens), repeated(weights), repeated(kinds), prompts)
+
+    def encode_region_prompts(
+        self,
+        parsed: Sequence[ParsedPrompt],
+        spans: Sequence[Sequence[range]],
+        *,
+        lora_scale: float | None = None,
+        clip_skip: int | None = None,
+    ) -> RegionPrompts:
+        """Encode each region's own prompt, `a photo of` what stands there, with its subject's residual.
+
+        In the whole prompt a causal text encoder lets every word hear of the words before it: of two dogs, the second
+        one's embedding knows the first one's colour. Here each is by itself.
+
+        Args:
+            parsed: B prompts.
+            spans: for each region of each prompt, the tokens that it places.
+            lora_scale, clip_skip: as for `encode_prompt`.
+        """
+        texts, own_spans = [], []
+        start = len(self.tokenizer(_REGION_PROMPT).input_ids) - 1  # the end of the text is not part of it
+        for text, of_prompt in zip(parsed, spans, strict=True):
+            input_ids = self.tokenizer(self.maybe_convert_prompt(text.text, self.tokenizer)).input_ids
+            for span in of_prompt:
+                texts.append(f"{_REGION_PROMPT} {self.tokenizer.decode(input_ids[span.start : span.stop])}")
+                own_spans.append(range(start, start + len(span)))
+        encoded, _ = self.encode_prompt(
+            texts, self._execution_device, 1, False, lora_scale=lora_scale, clip_skip=clip_skip
+        )
+        shape = (len(parsed), max(map(len, spans)), encoded.shape[1])
+        embeds = encoded.new_zeros(*shape, encoded.shape[2])
+        tokens = torch.zeros(shape, dtype=torch.bool)
+        kinds = torch.full(shape, int(TokenKind.PADDING))
+        rows = iter(zip(texts, own_spans, encoded, strict=True))
+        for image, (text, of_prompt) in enumerate(zip(parsed, spans, strict=True)):
+            for column, span in enumerate(of_prompt):
+                own_text, own_span, own_embeds = next(rows)
+                residuals = [
+                    (self.subjects[mention.subject], _shifted(mention.span, own_span.start - span.start), weight)
+                    for mention in text.mentions
+                    if mention.span.start in span
+                    and mention.span.stop <= span.stop
+                    and (weight := self._subject_weights.get(mention.subject, 1.0))
+                ]
+                embeds[image, column] = add_residuals(own_embeds, residuals) if residuals else own_embeds
+                tokens[image, column, own_span.start : own_span.stop] = True
+                kinds[image, column] = self._token_kinds(own_text, shape[2])
+        return RegionPrompts(embeds, tokens, kinds)
+
+    def _token_kinds(self, text: str, num_tokens: int) -> torch.Tensor:
+        """`(num_tokens,)` int64 of `TokenKind` for a prompt that is cut to what the text encoder reads."""
         text = self.maybe_convert_prompt(text, self.tokenizer)
-        return len(self.tokenizer(text, truncation=True, max_length=self.tokenizer.model_max_length).input_ids)
+        length = len(self.tokenizer(text, truncation=True, max_length=self.tokenizer.model_max_length).input_ids)
+        kinds = torch.full((num_tokens,), int(TokenKind.PADDING))
+        kinds[:length] = TokenKind.WORD
+        kinds[0], kinds[length - 1] = TokenKind.START, TokenKind.END
+        return kinds
 
     def _default_size(self) -> tuple[int, int]:
         size = self.unet.config.sample_size
@@ -612,7 +679,16 @@ def _recorded_tokens(text: ParsedPrompt, regions: Sequence[Region], spans: Seque
     return tokens
 
 
-def _make_recorder(recorded: Sequence[dict[str, list[range]]], num_tokens: int, num_images: int) -> AttentionRecorder:
+def _shifted(span: range, by: int) -> range:
+    return range(span.start + by, span.stop + by)
+
+
+def _make_recorder(
+    recorded: Sequence[dict[str, list[range]]],
+    num_tokens: int,
+    num_images: int,
+    conditioning: RegionConditioning | None,
+) -> AttentionRecorder:
     if not all(recorded):
         raise ValueError(
             "`output_attention_maps` is True, but a prompt names no loaded subject and has no layout: there is nothing"
@@ -623,4 +699,10 @@ def _make_recorder(recorded: Sequence[dict[str, list[range]]], num_tokens: int, 
         for column, group in enumerate(groups.values()):
             for span in group:
                 tokens[row, column, span.start : span.stop] = True
-    return AttentionRecorder(tokens.repeat_interleave(num_images, dim=0))
+    tokens = tokens.repeat_interleave(num_images, dim=0)
+    if conditioning is not None and conditioning.prompts is not None:
+        # A group that names a region is also what its own prompt names.
+        same = (tokens[:, :, None] == conditioning.tokens[:, None]).all(dim=-1)  # [B, groups, R]
+        own = same[..., None] & conditioning.prompts.tokens[:, None]  # [B, groups, R, L]
+        tokens = torch.cat([tokens, own.flatten(2)], dim=2)
+    return AttentionRecorder(tokens, num_tokens)

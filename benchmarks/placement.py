@@ -2,7 +2,7 @@
 
     python benchmarks/placement.py --quick                      # a few pictures per cell, minutes
     python benchmarks/placement.py --num_pictures 200           # the full table, hours on two cores; resumes
-    python benchmarks/placement.py --table                      # only print what the results file holds
+    python benchmarks/placement.py --table --plot docs/images/placement.png   # only show what the results file holds
 
 Every method draws the same tasks from the same seeds. A cell is a kind of task with a number of regions:
 `described` (different categories, colour and pattern in words), `twins` (one category, different looks in words),
@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,9 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from multisubject.benchmarks.layout_guidance import LayoutGuidance
+from multisubject.benchmarks.speed import measure
+from multisubject.guidance_methods import HIDDEN, AttentionLayer, cones2, multisubject, uses_own_words
 from multisubject.pipeline_multisubject import MultiSubjectPipeline
 from multisubject.tiny_world.judge import Judge, Verdict
 from multisubject.tiny_world.scenes import (
@@ -49,17 +54,34 @@ BASE = ROOT / "tiny_world" / "base"
 CELLS = (
     *(f"described {count}" for count in (1, 2, 3, 4)),
     *(f"twins {count}" for count in (2, 3)),
-    *(f"subjects {count}" for count in (2, 3, 4)),
+    *(f"subjects {count}" for count in (1, 2, 3, 4)),
     "subject twins 2",
     *(f"described 2 {shape}" for shape in ("small", "overlap", "masks")),
 )
 METHODS: dict[str, dict[str, Any]] = {
     "none": {"guidance_steps": 0},
     "masked": {"guidance_method": "masked"},
+    "bounded_attention": {"guidance_method": "bounded_attention"},
+    "dense_diffusion": {"guidance_method": "dense_diffusion"},
+    "regional_prompts": {"guidance_method": "regional_prompts"},
+    "attention_couple": {"guidance_method": "attention_couple"},
+    "layout guidance": {"guidance_method": LayoutGuidance()},
     "cones2": {"guidance_method": "cones2"},
     "cones2, recurrence 2": {"guidance_method": "cones2", "recurrence": 2},
+    "multisubject": {"guidance_method": "multisubject"},
+    # What each ingredient brings
     "cones2_padding_hidden": {"guidance_method": "cones2_padding_hidden"},
+    "cones2 + own words": {"guidance_method": uses_own_words(lambda layer: cones2(layer))},
+    "multisubject + isolation": {"guidance_method": uses_own_words(lambda layer: isolated(layer))},
 }
+
+
+def isolated(layer: AttentionLayer) -> torch.Tensor | None:
+    """`multisubject`; besides, places of different regions do not see each other in self-attention."""
+    return multisubject(layer) if layer.is_cross else HIDDEN * layer.maps.apart()[:, None]
+
+
+OURS = "multisubject"
 
 
 @dataclass(frozen=True)
@@ -200,21 +222,20 @@ def score_picture(judge: Judge, task: Task, picture: Image.Image) -> dict[str, A
     }
 
 
-@torch.inference_mode()
 def draw_pictures(
     pipe: MultiSubjectPipeline, tasks: Sequence[Task], settings: dict[str, Any], options: argparse.Namespace
-) -> tuple[list[Image.Image], float, int]:
-    """One picture per task in one batch; also its seconds and its UNet calls."""
+) -> tuple[list[Image.Image], float, int, float]:
+    """One picture per task in one batch; also its seconds, its UNet calls and its peak memory in MiB."""
     calls = 0
+    output: Any = None
 
     def count(*_: Any) -> None:
         nonlocal calls
         calls += 1
 
-    hook = pipe.unet.register_forward_hook(count)
-    start = time.perf_counter()
-    try:
-        output: Any = pipe(
+    def draw() -> None:
+        nonlocal output
+        output = pipe(
             [task.prompt for task in tasks],
             layout=[task.layout for task in tasks],
             num_inference_steps=options.num_inference_steps,
@@ -222,9 +243,15 @@ def draw_pictures(
             generator=[torch.Generator().manual_seed(task.seed) for task in tasks],
             **settings,
         )
+
+    method = settings.get("guidance_method")
+    hook = pipe.unet.register_forward_hook(count)
+    try:
+        with method.attached(pipe) if isinstance(method, LayoutGuidance) else nullcontext():
+            seconds, peak = measure(draw, options.device, time.perf_counter)
     finally:
         hook.remove()
-    return output.images, time.perf_counter() - start, calls
+    return output.images, seconds, calls, peak
 
 
 # --- table -----------------------------------------------------------------------------------------------------------
@@ -242,8 +269,8 @@ def table(results: dict[str, Any]) -> str:
     """Markdown, one row per cell and method."""
     lines = [
         "| cell | method | pictures | every region right | 95 % interval | regions: category | look | identity "
-        "| leaked | missing | extras per picture | setting | sharpness | UNet calls | seconds |",
-        "|" + "---|" * 15,
+        "| leaked | missing | extras per picture | setting | sharpness | UNet calls | seconds | peak memory |",
+        "|" + "---|" * 16,
     ]
     for cell, methods in results["cells"].items():
         plain = [row["sharpness"] for row in methods.get("none", {}).get("pictures", [])]
@@ -261,9 +288,83 @@ def table(results: dict[str, Any]) -> str:
                 f"| {share['category']:.0%} | {share['look']:.0%} | {identity} | {share['leaked']:.0%} | {missing:.0%} "
                 f"| {sum(row['extras'] for row in rows) / len(rows):.2f} "
                 f"| {sum(row['setting'] for row in rows) / len(rows):.0%} | × {sharp:.2f} "
-                f"| {found['unet_calls']} | {found['seconds'] / len(rows):.2f} |"
+                f"| {found['unet_calls']} | {found['seconds'] / len(rows):.2f} | {found['peak_mib']:,.0f} MiB |"
             )
     return "\n".join(lines)
+
+
+def claims(results: dict[str, Any], ours: str = OURS) -> str:
+    """Markdown: our method beside Cones 2 and beside the best of the others, paired by picture.
+
+    "Best" is chosen with hindsight, cell by cell, among the methods that are not ours.
+    """
+
+    def every(cell: str, method: str) -> np.ndarray:
+        rows = results["cells"][cell][method]["pictures"]
+        return np.array([row["look"] == row["regions"] for row in rows], dtype=float)
+
+    def paired(cell: str, key: str) -> str:
+        pairs = zip(results["cells"][cell][ours]["pictures"], results["cells"][cell]["none"]["pictures"], strict=False)
+        difference = np.array([float(mine[key]) - float(plain[key]) for mine, plain in pairs])
+        low, high = bootstrap(difference)
+        return f"{difference.mean():+.2f} ({low:+.2f} to {high:+.2f})"
+
+    lines = [
+        f"| cell | {ours} | cones2 | ratio | cones2, recurrence 2 | ratio | best of the others | ratio "
+        "| setting obeyed, against none | sharpness, against none |",
+        "|" + "---|" * 10,
+    ]
+    for cell, methods in results["cells"].items():
+        others = [name for name in methods if not name.startswith(OURS)]
+        if ours not in methods or not others:
+            continue
+        mine = every(cell, ours).mean()
+        best = max(others, key=lambda name, cell=cell: every(cell, name).mean())  # type: ignore[misc]
+        columns = [f"| {cell} | {mine:.0%}"]
+        for name in ("cones2", "cones2, recurrence 2", best):
+            share = every(cell, name).mean() if name in methods else 0.0
+            found = f"{share:.0%}" if name in methods else "–"
+            ratio = f"× {mine / share:.2f}" if share else "–"
+            columns.append(f"{found}{f' ({name})' if len(columns) == 3 else ''} | {ratio}")
+        changes = [paired(cell, key) if "none" in methods else "–" for key in ("setting", "sharpness")]
+        lines.append(" | ".join([*columns, *changes]) + " |")
+    return "\n".join(lines)
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """One panel per cell: the share of pictures with every region right, with its interval."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    cells = results["cells"]
+    columns = 3
+    rows = math.ceil(len(cells) / columns)
+    methods = list(dict.fromkeys(name for found in cells.values() for name in found))
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(13, rows * (0.9 + 0.22 * len(methods))), squeeze=False, sharex=True, sharey=True
+    )
+    for axis, (cell, found) in zip(axes.flat, cells.items(), strict=False):
+        for row, name in enumerate(methods):
+            if name not in found:
+                continue
+            every = np.array([p["look"] == p["regions"] for p in found[name]["pictures"]], dtype=float)
+            low, high = bootstrap(every)
+            colour = "tab:blue" if name.startswith(OURS) else "lightgrey"
+            axis.barh(row, every.mean(), color=colour)
+            axis.plot([low, high], [row, row], color="black", linewidth=1)
+        axis.set_title(cell, fontsize=10)
+        axis.set_yticks(range(len(methods)), methods, fontsize=8)
+        axis.set_xlim(0, 1)
+    axes.flat[0].invert_yaxis()
+    for axis in axes.flat[len(cells) :]:
+        axis.set_axis_off()
+    figure.suptitle("Share of pictures with every region right, 95 % bootstrap intervals", fontsize=11)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=90)
+    pyplot.close(figure)
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
@@ -293,7 +394,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     }
     results = load_results(options.results, settings)
     judge, world = Judge.load(), World()
-    pipe = MultiSubjectPipeline.from_pretrained(str(BASE), dtype=torch.float32)
+    pipe = MultiSubjectPipeline.from_pretrained(str(BASE), dtype=torch.float32).to(options.device)
     pipe.set_progress_bar_config(disable=True)
     for name in SUBJECTS:
         pipe.load_subject(str(ROOT / "embeddings" / f"{name}.safetensors"), name=name)
@@ -306,17 +407,18 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 found = (
                     results["cells"]
                     .setdefault(cell, {})
-                    .setdefault(method, {"pictures": [], "seconds": 0.0, "unet_calls": 0})
+                    .setdefault(method, {"pictures": [], "seconds": 0.0, "unet_calls": 0, "peak_mib": 0.0})
                 )
                 progress.set_description(f"{cell}, {method}")
                 progress.update(min(len(found["pictures"]), len(tasks)))
                 while len(found["pictures"]) < len(tasks):
                     done = len(found["pictures"])
                     part = tasks[done : done + options.batch_size]
-                    pictures, seconds, calls = draw_pictures(pipe, part, METHODS[method], options)
+                    pictures, seconds, calls, peak = draw_pictures(pipe, part, METHODS[method], options)
                     found["pictures"] += [score_picture(judge, *pair) for pair in zip(part, pictures, strict=True)]
                     found["seconds"] += seconds
                     found["unet_calls"] = calls
+                    found["peak_mib"] = max(found["peak_mib"], peak)
                     if done == 0:
                         options.sheets.mkdir(parents=True, exist_ok=True)
                         shown = [
@@ -332,13 +434,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="8 pictures per cell")
-    parser.add_argument("--table", action="store_true", help="print the table of --results and draw nothing")
+    parser.add_argument("--table", action="store_true", help="print the tables of --results and draw nothing")
+    parser.add_argument("--plot", type=Path, help="also draw the results to this picture")
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS), metavar="CELL", help=", ".join(CELLS))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
     parser.add_argument("--num_pictures", type=int, default=200, help="per cell and method (default: %(default)s)")
     parser.add_argument("--num_inference_steps", type=int, default=25)
     parser.add_argument("--guidance_scale", type=float, default=5.0)
     parser.add_argument("--batch_size", type=int, default=20)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=1, help="0 is for choosing methods, 1 for reporting them")
     parser.add_argument("--results", type=Path, default=Path("output/placement/results.json"))
     parser.add_argument("--sheets", type=Path, default=Path("output/placement/sheets"))
@@ -350,13 +454,16 @@ def main() -> int:
     if options.table:
         if not options.results.is_file():
             parser.error(f"--results: {options.results} is not there; run without --table first.")
-        print(table(json.loads(options.results.read_text())))
-        return 0
-    try:
-        print(table(run(options)))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        results = json.loads(options.results.read_text())
+    else:
+        try:
+            results = run(options)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    print(table(results), claims(results), sep="\n\n")
+    if options.plot is not None:
+        plot(results, options.plot)
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from typing import Any
 
@@ -20,15 +21,19 @@ from diffusers import (
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 from multisubject.attention_processors import (
-    GUIDANCE_METHODS,
-    AttentionLayer,
     AttentionRecorder,
     RegionAttnProcessor,
     RegionConditioning,
+    RegionPrompts,
+    region_attention,
+)
+from multisubject.guidance_methods import (
+    GUIDANCE_METHODS,
+    AttentionLayer,
     TokenKind,
     _product_std,
-    region_attention,
     resolve_guidance_method,
+    uses_own_words,
 )
 from multisubject.layout import masks_at
 
@@ -43,7 +48,12 @@ def two_regions(batch: int = 1, size: int = 32) -> RegionConditioning:
     masks[:, 1, :, size // 2 :] = 1
     tokens = torch.zeros(batch, 2, T, dtype=torch.bool)
     tokens[:, 0, LEFT] = tokens[:, 1, RIGHT] = True
-    return RegionConditioning(masks, tokens, torch.full((batch, 2), 2.5), torch.full((batch, T), int(TokenKind.WORD)))
+    generator = torch.Generator().manual_seed(7)
+    own_tokens = torch.zeros(batch, 2, T, dtype=torch.bool)
+    own_tokens[:, :, 4] = True
+    words = torch.full((batch, 2, T), int(TokenKind.WORD))
+    prompts = RegionPrompts(torch.randn(1, 2, T, 32, generator=generator).repeat(batch, 1, 1, 1), own_tokens, words)
+    return RegionConditioning(masks, tokens, torch.full((batch, 2), 2.5), words[:, 0].clone(), prompts)
 
 
 @pytest.fixture
@@ -125,7 +135,7 @@ def test_half_precision_stays_finite(unet, scheduler, dtype, method):
         assert call(half, sample, prompt_embeds, 981).isfinite().all()
 
 
-@pytest.mark.parametrize("method", sorted(GUIDANCE_METHODS))
+@pytest.mark.parametrize("method", ["bounded_attention", "cones2", "cones2_padding_hidden", "masked"])
 def test_tokens_get_no_attention_outside_their_region(unet, scheduler, method):
     recorder = AttentionRecorder(two_regions().tokens)
     with guided(unet, two_regions(), scheduler, guidance_method=method, recorder=recorder):
@@ -177,6 +187,37 @@ def test_unconditional_half_is_not_guided(unet, scheduler):
         output = call(unet, sample, prompt_embeds, 981)
     torch.testing.assert_close(output[0], stock[0], atol=1e-5, rtol=1e-5)
     assert (output[1] - stock[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("method", ["attention_couple", "regional_prompts"])
+def test_region_prompts_reach_the_conditional_half_alone(unet, scheduler, method):
+    sample, prompt_embeds = inputs(2)
+    stock = call(unet, sample, prompt_embeds, 981)
+    with guided(unet, two_regions(), scheduler, guidance_method=method, guidance_steps=5):
+        output = call(unet, sample, prompt_embeds, 981)
+        after = call(unet, sample, prompt_embeds, scheduler.timesteps[-1])
+    torch.testing.assert_close(output[0], stock[0], atol=1e-5, rtol=1e-5)
+    assert (output[1] - stock[1]).abs().max() > 1e-3
+    assert torch.equal(after, call(unet, sample, prompt_embeds, scheduler.timesteps[-1]))
+
+
+def test_own_words_replace_the_prompts_in_guided_conditional_calls(unet, scheduler):
+    sample, prompt_embeds = inputs(2)
+    regions = two_regions()
+    replaced = prompt_embeds.clone()
+    replaced[1, LEFT], replaced[1, RIGHT] = regions.prompts.embeds[0, 0, 4], regions.prompts.embeds[0, 1, 4]
+
+    @uses_own_words
+    def own_words(layer):
+        return None
+
+    last = scheduler.timesteps[-1]
+    with guided(unet, regions, scheduler, guidance_method=own_words, guidance_steps=9):
+        by_keyword, positional = call(unet, sample, prompt_embeds, 981), unet(sample, 981, prompt_embeds).sample
+        after = call(unet, sample, prompt_embeds, last)
+    torch.testing.assert_close(by_keyword, call(unet, sample, replaced, 981), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(positional, by_keyword)
+    assert torch.equal(after, call(unet, sample, prompt_embeds, last))
 
 
 def test_sample_is_the_same_alone_and_in_a_batch(unet, scheduler):
@@ -441,6 +482,15 @@ def test_batch_that_does_not_fit_the_regions_raises(unet, scheduler):
         call(unet, *inputs(3))
 
 
+def test_method_that_misses_its_region_prompts_raises(unet, scheduler):
+    regions = dataclasses.replace(two_regions(), prompts=None)
+    with (
+        pytest.raises(ValueError, match="'regional_prompts' uses the regions' own prompts"),
+        guided(unet, regions, scheduler, guidance_method="regional_prompts"),
+    ):
+        pass
+
+
 def test_bias_of_the_wrong_shape_raises(unet, scheduler):
     with (
         guided(unet, two_regions(), scheduler, guidance_method=lambda layer: torch.zeros(1, 1, 2, 3)),
@@ -457,7 +507,7 @@ def test_bias_of_the_wrong_shape_raises(unet, scheduler):
         ({"weight_negative": math.nan}, "`weight_negative` is nan"),
         ({"guidance_weight": math.nan}, "`guidance_weight` is nan"),
         ({"guidance_steps": -1}, "`guidance_steps` is -1"),
-        ({"guidance_method": "cones3"}, r"'cones3', expected one of \['cones2', .*'masked'\]"),
+        ({"guidance_method": "cones3"}, r"'cones3', expected one of \['attention_couple', .*'regional_prompts'\]"),
     ],
 )
 def test_bad_arguments_are_named(unet, scheduler, arguments, message):

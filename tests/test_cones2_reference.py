@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, LMSDiscreteScheduler
 
-from multisubject.attention_processors import GUIDANCE_METHODS, AttentionLayer
+from multisubject.guidance_methods import GUIDANCE_METHODS, AttentionLayer
 
 GUIDANCE_WEIGHT, WEIGHT_NEGATIVE, WEIGHT, CFG = 0.08, -1e8, 2.5, 5.0
 PROMPT = "a red dog, a blue ball, a mug and a person"
@@ -157,6 +157,7 @@ def run(pipe: Any, num_regions: int, size: tuple[int, int], steps: int, **kwargs
     noise = torch.randn(1, 4, size[0] // 2, size[1] // 2, generator=torch.Generator().manual_seed(5))
     return pipe(
         PROMPT,
+        guidance_method=kwargs.pop("guidance_method", "cones2"),
         height=size[0],
         width=size[1],
         num_inference_steps=steps,

@@ -39,11 +39,12 @@ def test_plain_diffusers_draws_what_the_prompt_says(base_path, judge):
     assert sum(coloured) >= 6
 
 
-def test_seed_config_puts_person_and_guitar_in_their_regions(tmp_path, judge):
+def test_seed_config_puts_the_right_subject_in_the_right_region(tmp_path, judge):
     from PIL import Image
 
     from multisubject.generate_images import main
     from multisubject.layout import parse_layout
+    from multisubject.tiny_world.subjects import SUBJECTS
 
     pictures = 8
     main(
@@ -62,3 +63,9 @@ def test_seed_config_puts_person_and_guitar_in_their_regions(tmp_path, judge):
         seen = [verdict.category for verdict in verdicts[category]]
         assert seen.count(category) > pictures / 2, seen
         assert seen.count(other) == 0, seen
+    for category, name in (("person", "petrucci"), ("guitar", "majesty")):
+        look = SUBJECTS[name].look
+        looks = [(verdict.colour, verdict.second_colour) for verdict in verdicts[category]]
+        assert looks.count((look.colour, look.second_colour)) > pictures / 2, looks
+        named = [verdict.subject for verdict in verdicts[category]]
+        assert named.count(name) > pictures / 4, named  # hat and neck, too

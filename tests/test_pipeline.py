@@ -34,10 +34,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import multisubject.pipeline_multisubject as pipeline_module
-from multisubject.attention_processors import GUIDANCE_METHODS
+from multisubject.guidance_methods import GUIDANCE_METHODS, uses_region_prompts
 from multisubject.hub_utils import PIPELINE_SOURCES, save_subject
 from multisubject.pipeline_multisubject import MultiSubjectPipeline, RecurrentScheduler
-from multisubject.residual_embeddings import ResidualEmbedding
+from multisubject.residual_embeddings import ResidualEmbedding, parse_prompt
 
 PROMPT = "a photo of a red dog and a blue ball"
 LAYOUT = {"red dog": (0.0, 0.0, 0.5, 1.0), "blue ball": (0.5, 0.0, 1.0, 1.0)}
@@ -162,8 +162,8 @@ def test_every_karras_scheduler_can_be_guided(sd2_pipe, scheduler):
     assert not torch.equal(guided, sample(sd2_pipe, num_inference_steps=4))
 
 
-@pytest.mark.parametrize("recurrence", [1, 2])
-def test_batch_of_four_equals_four_single_calls(sd2_pipe, recurrence):
+@pytest.mark.parametrize(("method", "recurrence"), [("cones2", 1), ("multisubject", 2), ("regional_prompts", 1)])
+def test_batch_of_four_equals_four_single_calls(sd2_pipe, method, recurrence):
     """Different prompts, layouts of one to three regions or none, subjects, and a generator each."""
     sd2_pipe.subjects["rex"] = subject("dog")
     prompts = [PROMPT, "a photo of <rex> and a dog", "a mug", "a person, a guitar and a large red ball"]
@@ -178,6 +178,7 @@ def test_batch_of_four_equals_four_single_calls(sd2_pipe, recurrence):
         ],
     ]
     shared = {"recurrence": recurrence, "num_images_per_prompt": 2, "height": 24, "width": 40}
+    shared["guidance_method"] = method
     together = sample(
         sd2_pipe, prompts, layout=layouts, generator=[seeded(seed) for seed in range(8)], **shared
     )  # fmt: skip
@@ -214,6 +215,41 @@ def test_own_guidance_method(pipe):
 
     assert torch.allclose(sample(pipe, layout=LAYOUT, guidance_method=method), sample(pipe), atol=1e-5)
     assert kinds == {True, False}
+
+
+def test_region_prompts_stand_alone_and_carry_their_residual(pipe):
+    """The second dog of the prompt knows nothing of the first one's colour."""
+    rex = pipe.subjects["rex"] = subject("dog")
+    seen = []
+
+    @uses_region_prompts
+    def method(layer):
+        seen.append(layer)
+
+    layout = {"red dog": (0, 0, 0.5, 1), "rex": (0.5, 0, 1, 1)}
+    arguments = {"layout": layout, "guidance_method": method, "num_inference_steps": 1}
+    sample(pipe, "a red dog and <rex>", **arguments)
+    prompts = pipe.encode_region_prompts(
+        [parse_prompt(pipe.tokenizer, "a red dog and <rex>", pipe.subjects)], [[range(2, 4), range(5, 6)]]
+    )
+    alone = [pipe.encode_prompt(text, "cpu", 1, False)[0][0] for text in ("a photo of red dog", "a photo of dog")]
+    torch.testing.assert_close(prompts.embeds[0, 0], alone[0])
+    alone[1][4] += rex.delta[0]
+    torch.testing.assert_close(prompts.embeds[0, 1], alone[1])
+    assert prompts.tokens[0].nonzero().tolist() == [[0, 4], [0, 5], [1, 4]]
+    assert prompts.token_kinds[0, :, :8].tolist() == [[0, 1, 1, 1, 1, 1, 2, 3], [0, 1, 1, 1, 1, 2, 3, 3]]
+    cross = [layer for layer in seen if layer.is_cross]
+    assert {layer.key.shape[2] for layer in cross} == {3 * 77}
+    assert [(cross[0].maps.owners == owner).sum() for owner in (-1, 0, 1)] == [77, 77, 77]
+    assert cross[0].maps.tokens[0].nonzero().tolist() == [[0, 2], [0, 3], [0, 81], [0, 82], [1, 5], [1, 158]]
+
+
+def test_attention_maps_show_what_region_prompts_receive(pipe):
+    maps = pipe(
+        PROMPT, layout=LAYOUT, guidance_method="regional_prompts", num_inference_steps=2, output_attention_maps=True
+    ).attention_maps[0]
+    assert maps["red dog"][:, :, 8:].max() < 1e-6 < maps["red dog"][:, :, :7].min()
+    assert maps["blue ball"][:, :, :8].max() < 1e-6 < maps["blue ball"][:, :, 9:].min()
 
 
 def test_guidance_steps_zero_means_no_guidance(pipe):

@@ -3,14 +3,18 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from multisubject.benchmarks.placement import (
     CELLS,
     METHODS,
+    OURS,
     bootstrap,
+    claims,
     draw_tasks,
     ellipse,
     load_results,
+    plot,
     run,
     score_picture,
     table,
@@ -74,6 +78,7 @@ def options(tmp_path):
         num_inference_steps=2,
         guidance_scale=5.0,
         batch_size=2,
+        device="cpu",
         seed=1,
         results=tmp_path / "results.json",
         sheets=tmp_path / "sheets",
@@ -94,6 +99,20 @@ def test_run_writes_results_sheets_and_table_and_goes_on_where_it_stopped(option
     assert table(results).count("| described 2 |") == 2
 
 
+def test_claims_and_plot_come_from_the_results(options, tmp_path):
+    row = {"regions": 2, "category": 2, "look": 2, "identity": 0, "missing": 0, "leaked": 0, "extras": 0}
+    right, wrong = ({**row, "look": look, "setting": True, "sharpness": 5.0} for look in (2, 1))
+
+    def found(shown, of):
+        return {"pictures": [right] * shown + [wrong] * (of - shown), "seconds": 1.0, "unet_calls": 25, "peak_mib": 1.0}
+
+    cell = {OURS: found(6, 10), "cones2": found(3, 10), "none": found(1, 10), "masked": found(4, 10)}
+    line = claims({"cells": {"described 2": cell}}).splitlines()[-1]
+    assert line.startswith("| described 2 | 60% | 30% | × 2.00 | – | – | 40% (masked) | × 1.50 | +0.00 (")
+    plot({"cells": {"described 2": cell, "twins 2": {OURS: found(1, 2)}}}, tmp_path / "plot.png")
+    assert Image.open(tmp_path / "plot.png").width > 500
+
+
 def test_results_of_other_settings_are_not_mixed(options):
     options.results.write_text(json.dumps({"settings": {"seed": 0}, "cells": {}}))
     with pytest.raises(ValueError, match="choose another --results"):
@@ -101,6 +120,6 @@ def test_results_of_other_settings_are_not_mixed(options):
 
 
 def test_every_named_method_is_measured():
-    from multisubject.attention_processors import GUIDANCE_METHODS
+    from multisubject.guidance_methods import GUIDANCE_METHODS
 
     assert {settings.get("guidance_method") for settings in METHODS.values()} >= set(GUIDANCE_METHODS)

@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import signal
@@ -77,15 +78,18 @@ SMALL = {
         **{"compile": False, "edge_weight": 0.5, "kl_weight": 1e-3},
         "network": {"block_out_channels": [8, 8], "layers_per_block": 1, "norm_num_groups": 4},
     },
-    "diffusion": {
+    "text_encoder": {
         **{"steps": 3, "batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 1, "seed": 3, "checkpoint_every": 2},
-        **{"compile": False, "caption_dropout": 0.1, "snr_gamma": 5.0},
-        "text_encoder": {
+        "network": {
             "hidden_size": 16,
             "intermediate_size": 32,
             "num_hidden_layers": 1,
             "num_attention_heads": 2,
         },
+    },
+    "diffusion": {
+        **{"steps": 3, "batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 1, "seed": 3, "checkpoint_every": 2},
+        **{"compile": False, "caption_dropout": 0.1, "condensed_captions": 0.5, "snr_gamma": 5.0},
         "unet": {
             "block_out_channels": [8, 16],
             "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
@@ -100,7 +104,7 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def small_base(tmp_path_factory):
-    """All three stages on a very small world, two processes for the first."""
+    """All stages on a very small world, two processes for the first."""
     folder = tmp_path_factory.mktemp("base")
     (folder / "recipe.yaml").write_text(yaml.safe_dump(SMALL))
     arguments = ["--recipe", str(folder / "recipe.yaml"), "--runs", str(folder / "runs")]
@@ -109,6 +113,7 @@ def small_base(tmp_path_factory):
     subprocess.run([*launcher, str(SCRIPT), "vae", *arguments], check=True, env=environment, capture_output=True)
     from multisubject.tiny_world.train_base import main
 
+    main(["text_encoder", *arguments])
     main(["diffusion", *arguments])
     main(["export", *arguments, "--output", str(folder / "model")])
     return folder
@@ -141,16 +146,19 @@ def test_training_goes_on_from_an_exported_model(small_base, tmp_path):
     from multisubject.tiny_world.train_base import main
 
     model = small_base / "model"
-    for stage in ("vae", "diffusion"):
+    for stage in ("vae", "text_encoder", "diffusion"):
         main([stage, "--recipe", str(small_base / "recipe.yaml"), "--runs", str(tmp_path), "--start_from", str(model)])
     from safetensors.torch import load_file
 
     name = "diffusion_pytorch_model.safetensors"
     before, after = load_file(model / "vae" / name), load_file(tmp_path / "vae" / name)
     assert all(torch.equal(before[key].float(), after[key].float()) for key in before)
-    before, after = load_file(model / "unet" / name), load_file(tmp_path / "unet" / name)
-    drift = max((before[key].float() - after[key]).abs().max().item() for key in before)
-    assert 0 < drift < 0.02  # three steps away from where it began, not from random weights
+    for file in ("text_encoder/model.safetensors", f"unet/{name}"):
+        before, after = load_file(model / file), load_file(tmp_path / file)
+        # Rows of the vocabulary may have moved: the tokenizer is made anew and its words are matched.
+        kept = [key for key in before if "token_embedding" not in key]
+        drift = max((before[key].float() - after[key]).abs().max().item() for key in kept)
+        assert 0 < drift < 0.02  # three steps away from where it began, not from random weights
 
 
 def test_tokenizer_keeps_the_words_of_the_world_whole(small_base):
@@ -173,6 +181,46 @@ def test_unknown_settings_in_the_recipe_are_refused(tmp_path):
     recipe.write_text(yaml.safe_dump({"world": {}}))
     with pytest.raises(ValueError, match="diffusion"):
         main(["vae", "--recipe", str(recipe), "--runs", str(tmp_path)])
+
+
+def test_nouns_know_what_their_adjectives_say():
+    from multisubject.tiny_world.train_base import said_looks
+
+    caption = "a photo of a yellow trimmed blue fine orange striped person and my red ball with dog on the beach"
+    assert [look for look in said_looks(caption.split()) if look] == [
+        {
+            **{"category": "person", "accessory": "yellow", "colour": "blue", "scale": "fine"},
+            **{"second_colour": "orange", "pattern": "striped"},
+        },
+        {"category": "ball", "colour": "red"},
+        {"category": "dog"},
+    ]
+
+
+def test_condensed_caption_moves_looks_into_nouns_and_leaves_the_rest_bare(tokenizer, tiny_components):
+    from multisubject.tiny_world.scenes import ADJECTIVES, CATEGORIES
+    from multisubject.tiny_world.train_base import DiffusionLoss, tokenize, word_ids
+
+    text_encoder = copy.deepcopy(tiny_components["sd1"]["text_encoder"])
+    words = word_ids(tokenizer, ADJECTIVES), word_ids(tokenizer, CATEGORIES)
+    loss = DiffusionLoss(text_encoder, nn.Identity(), 5.0, *words)
+    full, bare = (
+        tokenize(tokenizer, [caption]).long()
+        for caption in ("a yellow trimmed blue fine orange striped person and my red ball", "a person and my ball")
+    )
+    condensed = loss.embed(full.repeat(2, 1), torch.tensor([True, False]))
+    whole, plain = text_encoder(full)[0][0], text_encoder(bare)[0][0]
+    torch.testing.assert_close(condensed[1], whole)
+    expected = plain.clone()
+    expected[2], expected[5] = whole[8], whole[12]  # person and ball, after their adjectives
+    torch.testing.assert_close(condensed[0], expected)
+
+
+def test_words_of_several_tokens_are_refused(tokenizer):
+    from multisubject.tiny_world.train_base import word_ids
+
+    with pytest.raises(ValueError, match=r"\['hippopotamus'\]"):
+        word_ids(tokenizer, ["red", "hippopotamus"])
 
 
 def test_diffusion_stage_names_the_stage_that_comes_first(tmp_path):

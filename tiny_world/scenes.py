@@ -53,6 +53,8 @@ CATEGORIES = tuple(ASPECT)
 MIN_CONTRAST = 0.50
 # Stripe or dot period as a fraction of the object's height.
 SCALES: dict[str, float] = {"coarse": 0.30, "fine": 0.17}
+# Every word that `describe` puts before a noun to say how it looks.
+ADJECTIVES = (*COLOURS, *PATTERNS, *SCALES, "trimmed")
 SUPERSAMPLING = 4
 
 
@@ -166,7 +168,7 @@ def random_look(rng: random.Random, world: World, setting: str) -> Look:
     pattern = rng.choice(world.patterns)
     second = None if pattern == "plain" else rng.choice(second_colours(colour, world))
     scale = rng.choice(list(SCALES))
-    accessory = rng.choice(second_colours(colour, world)) if rng.random() < 0.4 else None
+    accessory = rng.choice(second_colours(colour, world)) if rng.random() < 0.6 else None
     return Look(colour, pattern, second, scale if pattern != "plain" else "coarse", accessory)
 
 
@@ -247,7 +249,7 @@ def article(words: str) -> str:
 
 
 def describe(scene: Scene, rng: random.Random) -> str:
-    """A caption that is true of the scene. Objects come in a random order; some are described in full, of others
+    """A caption that is true of the scene. Objects come in a random order; most are described in full, of the others
     colour and pattern are left out now and then, as are article, opening and setting, so that `a photo of person and
     guitar on the beach` is ordinary."""
     objects = list(scene.objects)
@@ -256,7 +258,7 @@ def describe(scene: Scene, rng: random.Random) -> str:
     for index, item in enumerate(objects):
         if index:
             caption += rng.choice((" and ", " and ", " and ", " and ", ", ", " next to ", " with "))
-        if rng.random() < 0.4:
+        if rng.random() < 0.65:
             words = full_phrase(item.category, item.look)
         else:
             words = phrase(item.category, item.look, rng.random() < 0.75, rng.random() < 0.7)

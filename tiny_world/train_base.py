@@ -1,12 +1,13 @@
 """Train the embedded base model on drawn scenes, a stage at a time.
 
-    python tiny_world/train_base.py vae         # AutoencoderKL
-    python tiny_world/train_base.py diffusion   # CLIP text encoder and UNet together
-    python tiny_world/train_base.py export      # the diffusers folder, half precision
+    python tiny_world/train_base.py vae            # AutoencoderKL
+    python tiny_world/train_base.py text_encoder   # CLIP text encoder
+    python tiny_world/train_base.py diffusion      # UNet
+    python tiny_world/train_base.py export         # the diffusers folder, half precision
 
 Every stage resumes where it stopped (Ctrl-C saves), shows its progress, and uses a GPU where there is one. On several
 processes: `torchrun --nproc_per_node 2 tiny_world/train_base.py vae`. To train the shipped model further without its
-checkpoints: `vae` and then `diffusion`, both with `--start_from tiny_world/base`. Settings live in `recipe.yaml` beside
+checkpoints: the first three stages with `--start_from tiny_world/base`. Settings live in `recipe.yaml` beside
 this file.
 """
 
@@ -19,6 +20,7 @@ import multiprocessing
 import random
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,14 +30,17 @@ import torch
 import yaml
 from accelerate import PartialState
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from multisubject.tiny_world.scenes import (
+    ADJECTIVES,
     CATEGORIES,
     COLOURS,
     PATTERNS,
+    SCALES,
     SETTINGS,
     World,
     describe,
@@ -46,6 +51,14 @@ from multisubject.tiny_world.training import Batch, Schedule, train
 
 HERE = Path(__file__).parent
 MAX_TOKENS = 77
+ATTRIBUTES = {  # what a noun's adjectives may say; class 0 is "not said"
+    "category": CATEGORIES,
+    "colour": tuple(COLOURS),
+    "pattern": PATTERNS,
+    "second_colour": tuple(COLOURS),
+    "scale": tuple(SCALES),
+    "accessory": tuple(COLOURS),
+}
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}
 
 
@@ -56,6 +69,7 @@ class Recipe:
     world: World
     data: dict[str, Any]
     vae: dict[str, Any]
+    text_encoder: dict[str, Any]
     diffusion: dict[str, Any]
 
     @classmethod
@@ -149,6 +163,37 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(folder)
 
 
+def word_ids(tokenizer: CLIPTokenizer, words: Sequence[str]) -> list[int]:
+    """Token ids of words that are one token each. ValueError for a word of several tokens."""
+    ids = [tokenizer(word, add_special_tokens=False).input_ids for word in words]
+    if longer := [word for word, tokens in zip(words, ids, strict=True) if len(tokens) != 1]:
+        raise ValueError(f"the tokenizer splits {longer}, expected one token each.")
+    return [tokens[0] for tokens in ids]
+
+
+def said_looks(words: Sequence[str]) -> list[dict[str, str] | None]:
+    """For each word of a caption what it says of its object if it is a noun: attribute -> word; None for other words.
+
+    Reads the phrases that `scenes.describe` writes: `yellow trimmed blue fine orange striped person`.
+    """
+    found: list[dict[str, str] | None] = []
+    phrase: list[str] = []
+    for word in words:
+        look: dict[str, str] | None = None
+        if word in CATEGORIES:
+            look = {"category": word}
+            if "trimmed" in phrase:
+                look["accessory"] = phrase[phrase.index("trimmed") - 1]
+                phrase = phrase[phrase.index("trimmed") + 1 :]
+            colours = [adjective for adjective in phrase if adjective in COLOURS]
+            look.update(zip(("colour", "second_colour"), colours, strict=False))
+            look.update(("scale", adjective) for adjective in phrase if adjective in SCALES)
+            look.update(("pattern", adjective) for adjective in phrase if adjective in PATTERNS)
+        phrase = [*phrase, word] if word in ADJECTIVES else []
+        found.append(look)
+    return found
+
+
 def stratified(limit: int, count: int, generator: torch.Generator) -> torch.Tensor:
     """`count` whole numbers below `limit`, one from each of `count` equal ranges, in random order.
 
@@ -179,25 +224,94 @@ class AutoencoderLoss(nn.Module):
         return {"loss": l1 + self.edge_weight * edges + self.kl_weight * kl, "l1": l1.detach(), "kl": kl.detach()}
 
 
+class CaptionLoss(nn.Module):
+    """Text encoder: what every noun stands for, and what the whole caption tells, must be linear in the embeddings.
+
+    This takes the place of CLIP's contrastive training, at the cost of a text-only classifier: at a noun, linear heads
+    name the look that its adjectives give it; at the end of the text, the setting, and which categories and colours
+    there are. As in Stable Diffusion the encoder is frozen afterwards.
+    """
+
+    def __init__(self, text_encoder: CLIPTextModel, classes: dict[str, int]):
+        super().__init__()
+        self.text_encoder = text_encoder
+        width = text_encoder.config.hidden_size
+        self.heads = nn.ModuleDict({name: nn.Linear(width, count) for name, count in classes.items()})
+
+    def forward(
+        self, input_ids: torch.Tensor, looks: torch.Tensor, settings: torch.Tensor, present: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """`input_ids` `(batch, 77)`; `looks` `(batch, 77, attributes)` class numbers, -100 where no noun stands;
+        `settings` `(batch,)` class numbers; `present` `(batch, categories and colours)` 0 or 1."""
+        embeds = self.text_encoder(input_ids)[0]
+        length = (input_ids == self.text_encoder.config.eos_token_id).int().argmax(dim=1)
+        summary = embeds[torch.arange(len(embeds)), length] + embeds[:, -1]  # the first end token and the last padding
+        nouns = (looks[..., 0] >= 0).flatten()
+        at_nouns, looks = embeds.flatten(0, 1)[nouns], looks.flatten(0, 1)[nouns]
+        of_looks = [
+            nn.functional.cross_entropy(self.heads[name](at_nouns).float(), looks[:, column])
+            for column, name in enumerate(ATTRIBUTES)
+        ]
+        setting = nn.functional.cross_entropy(self.heads["setting"](summary).float(), settings)
+        things = nn.functional.binary_cross_entropy_with_logits(self.heads["present"](summary).float(), present)
+        look = torch.stack(of_looks).mean()
+        return {"loss": look + 0.25 * (setting + things), "look": look.detach(), "things": things.detach()}
+
+
 class DiffusionLoss(nn.Module):
-    """Text encoder and UNet: the mean squared error of v, trimmed where noise is so low that only texture is left.
+    """UNet after a frozen text encoder: the mean squared error of v, trimmed where so little noise is left that only
+    texture is to be found.
 
     A step's weight is 1 up to a signal-to-noise ratio of `snr_gamma` and falls as `snr_gamma / snr` beyond: the cap of
     min-SNR (Hang et al. 2023, arXiv:2303.09556), without its discount of the noisiest steps, where words decide most.
+
+    Some captions are *condensed*: `adjectives` are taken out of the text, and the embeddings of the `nouns` come from
+    the caption with them. One vector per object then has to carry its whole look, as the name of a well-known dog
+    does for a model that has read the web, and as a residual embedding does.
     """
 
-    def __init__(self, text_encoder: CLIPTextModel, unet: UNet2DConditionModel, snr_gamma: float):
+    def __init__(
+        self,
+        text_encoder: CLIPTextModel,
+        unet: UNet2DConditionModel,
+        snr_gamma: float,
+        adjectives: list[int],
+        nouns: list[int],
+    ):
         super().__init__()
-        self.text_encoder, self.unet, self.snr_gamma = text_encoder, unet, snr_gamma
+        self.text_encoder, self.unet, self.snr_gamma = text_encoder.requires_grad_(False), unet, snr_gamma
+        self.adjectives, self.nouns = torch.tensor(adjectives), torch.tensor(nouns)
         self.schedule = DDPMScheduler(**NOISE)
 
+    @torch.no_grad()
+    def embed(self, input_ids: torch.Tensor, condensed: torch.Tensor) -> torch.Tensor:
+        """Prompt embeddings `(batch, 77, width)` of `input_ids` `(batch, 77)`; rows of `condensed` `(batch,)` bool."""
+        whole = self.text_encoder(input_ids)[0]
+        if not condensed.any():
+            return whole
+        input_ids, full = input_ids[condensed], whole[condensed]
+        adjectives = torch.isin(input_ids, self.adjectives.to(input_ids.device))
+        order = adjectives.int().argsort(dim=1, stable=True)  # the words that stay, in their order, then the others
+        kept = torch.arange(MAX_TOKENS, device=order.device) < MAX_TOKENS - adjectives.sum(dim=1, keepdim=True)
+        bare_ids = torch.where(kept, input_ids.gather(1, order), self.text_encoder.config.eos_token_id)
+        nouns = torch.isin(bare_ids, self.nouns.to(bare_ids.device))[:, :, None]
+        moved = full.gather(1, order[:, :, None].expand_as(full))
+        prompt_embeds = whole.clone()
+        prompt_embeds[condensed] = torch.where(nouns, moved, self.text_encoder(bare_ids)[0])
+        return prompt_embeds
+
     def forward(
-        self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, input_ids: torch.Tensor
+        self,
+        latents: torch.Tensor,
+        noise: torch.Tensor,
+        timesteps: torch.Tensor,
+        input_ids: torch.Tensor,
+        condensed: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
-        """`latents`, `noise`: `(batch, 4, h, w)`; `timesteps`: `(batch,)`; `input_ids`: `(batch, 77)`."""
+        """`latents`, `noise`: `(batch, 4, h, w)`; `timesteps`, `condensed`: `(batch,)`; `input_ids`: `(batch, 77)`."""
         noisy = self.schedule.add_noise(latents, noise, timesteps)
         target = self.schedule.get_velocity(latents, noise, timesteps)
-        prompt_embeds = self.text_encoder(input_ids)[0]
+        prompt_embeds = self.embed(input_ids, condensed)
         prediction = self.unet(noisy, timesteps, prompt_embeds).sample.float()
         alphas = self.schedule.alphas_cumprod.to(latents.device)[timesteps]
         weights = (self.snr_gamma * (1 - alphas) / alphas).clamp(max=1.0)
@@ -265,40 +379,9 @@ def encode(vae: AutoencoderKL, pictures: torch.Tensor, batch_size: int = 128) ->
     return torch.cat(batches)
 
 
-def start_from(folder: Path, text_encoder: CLIPTextModel, unet: UNet2DConditionModel, tokenizer: CLIPTokenizer) -> None:
-    """Copy the weights of an earlier model of the same networks; the vocabularies may differ, words are matched."""
-    earlier = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
-    vocabulary = CLIPTokenizer.from_pretrained(folder / "tokenizer").get_vocab()
-    rows = [(row, vocabulary[token]) for token, row in tokenizer.get_vocab().items() if token in vocabulary]
-    weights, embedding = earlier.state_dict(), "embeddings.token_embedding.weight"
-    words = text_encoder.state_dict()[embedding].clone()
-    words[[row for row, _ in rows]] = weights[embedding][[row for _, row in rows]]
-    text_encoder.load_state_dict({**weights, embedding: words})
-    unet.load_state_dict(UNet2DConditionModel.from_pretrained(folder / "unet").float().state_dict())
-
-
-def train_diffusion(recipe: Recipe, runs: Path, earlier: Path | None = None) -> None:
-    """Text encoder and UNet together on the latents of `runs/vae`; ends with `runs/text_encoder` and `runs/unet`."""
-    if not (runs / "latents.npy").exists():
-        raise FileNotFoundError(f"{runs / 'latents.npy'} is missing: run the `vae` stage first.")
-    schedule, settings = split_schedule(recipe.diffusion)
-    _, captions = scene_data(recipe, runs)
-    scaling = AutoencoderKL.load_config(runs / "vae")["scaling_factor"]
-    latents = torch.from_numpy(np.load(runs / "latents.npy")).float() * scaling
-    with process_state().main_process_first():
-        tokenizer = make_tokenizer(runs / "tokenizer")
-
-    def tokenize(texts: list[str]) -> torch.Tensor:
-        return tokenizer(
-            texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
-        ).input_ids
-
-    input_ids = (
-        tokenize([caption for group in captions for caption in group]).view(len(captions), -1, MAX_TOKENS).short()
-    )
-    no_caption = tokenize([""])[0].short()
-
-    torch.manual_seed(schedule.seed)
+def make_text_encoder(recipe: Recipe, tokenizer: CLIPTokenizer, earlier: Path | None) -> CLIPTextModel:
+    """Random weights, or those of an earlier model of the same network; vocabularies may differ, words are matched."""
+    _, settings = split_schedule(recipe.text_encoder)
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -306,16 +389,96 @@ def train_diffusion(recipe: Recipe, runs: Path, earlier: Path | None = None) -> 
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
-            **settings["text_encoder"],
+            **settings["network"],
         )
     )
+    if earlier is not None:
+        weights, embedding = (
+            CLIPTextModel.from_pretrained(earlier / "text_encoder", dtype=torch.float32).state_dict(),
+            "embeddings.token_embedding.weight",
+        )
+        vocabulary = CLIPTokenizer.from_pretrained(earlier / "tokenizer").get_vocab()
+        rows = [(row, vocabulary[token]) for token, row in tokenizer.get_vocab().items() if token in vocabulary]
+        words = text_encoder.state_dict()[embedding].clone()
+        words[[row for row, _ in rows]] = weights[embedding][[row for _, row in rows]]
+        text_encoder.load_state_dict({**weights, embedding: words})
+    return text_encoder
+
+
+def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> torch.Tensor:
+    """`(texts, 77)` int16."""
+    tokens = tokenizer(list(texts), padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
+    return tokens.input_ids.short()
+
+
+def train_text_encoder(recipe: Recipe, runs: Path, earlier: Path | None = None) -> None:
+    """CLIP's text encoder on the captions; ends with `runs/text_encoder`."""
+    schedule, _ = split_schedule(recipe.text_encoder)
+    _, groups = scene_data(recipe, runs)
+    with process_state().main_process_first():
+        tokenizer = make_tokenizer(runs / "tokenizer")
+    torch.manual_seed(schedule.seed)
+    text_encoder = make_text_encoder(recipe, tokenizer, earlier)
+
+    captions = [group[0] for group in groups]
+    input_ids = tokenize(tokenizer, captions)
+    names = {row: token.removesuffix("</w>") for token, row in tokenizer.get_vocab().items()}
+    looks = torch.full((*input_ids.shape, len(ATTRIBUTES)), -100, dtype=torch.int8)
+    settings = torch.zeros(len(captions), dtype=torch.long)
+    things = [*CATEGORIES, *COLOURS]
+    present = torch.zeros(len(captions), len(things))
+    for row, (caption, ids) in enumerate(zip(captions, input_ids.tolist(), strict=True)):
+        words = [names[token] for token in ids]
+        for position, look in enumerate(said_looks(words)):
+            if look is not None:
+                looks[row, position] = torch.tensor(
+                    [
+                        values.index(look[attribute]) + 1 if attribute in look else 0
+                        for attribute, values in ATTRIBUTES.items()
+                    ]
+                )
+        settings[row] = next((i + 1 for i, setting in enumerate(SETTINGS) if caption.endswith(setting)), 0)
+        present[row] = torch.tensor([float(thing in words) for thing in things])
+
+    def draw_batch(generator: torch.Generator, count: int) -> Batch:
+        rows = torch.randint(len(captions), (count,), generator=generator)
+        return {
+            "input_ids": input_ids[rows].long(),
+            "looks": looks[rows].long(),
+            "settings": settings[rows],
+            "present": present[rows],
+        }
+
+    classes = {name: len(values) + 1 for name, values in ATTRIBUTES.items()}
+    model = CaptionLoss(text_encoder, {**classes, "setting": len(SETTINGS) + 1, "present": len(things)})
+    average = train(model, draw_batch, schedule, runs / "text_encoder.pt", description="text encoder")
+    if average is None or not process_state().is_main_process:
+        return
+    model.load_state_dict(average, strict=False)
+    text_encoder.save_pretrained(runs / "text_encoder")
+
+
+def train_diffusion(recipe: Recipe, runs: Path, earlier: Path | None = None) -> None:
+    """UNet on the latents of `runs/vae` and the words of `runs/text_encoder`; ends with `runs/unet`."""
+    for needed, stage in (("latents.npy", "vae"), ("text_encoder", "text_encoder")):
+        if not (runs / needed).exists():
+            raise FileNotFoundError(f"{runs / needed} is missing: run the `{stage}` stage first.")
+    schedule, settings = split_schedule(recipe.diffusion)
+    _, groups = scene_data(recipe, runs)
+    scaling = AutoencoderKL.load_config(runs / "vae")["scaling_factor"]
+    latents = torch.from_numpy(np.load(runs / "latents.npy")).float() * scaling
+    tokenizer = CLIPTokenizer.from_pretrained(runs / "tokenizer")
+    text_encoder = CLIPTextModel.from_pretrained(runs / "text_encoder", dtype=torch.float32)
+    input_ids = tokenize(tokenizer, [caption for group in groups for caption in group])
+    input_ids = input_ids.view(len(groups), -1, MAX_TOKENS)
+    no_caption = tokenize(tokenizer, [""])[0]
+
+    torch.manual_seed(schedule.seed)
     unet = UNet2DConditionModel(
-        sample_size=latents.shape[-1],
-        cross_attention_dim=settings["text_encoder"]["hidden_size"],
-        **settings["unet"],
+        sample_size=latents.shape[-1], cross_attention_dim=text_encoder.config.hidden_size, **settings["unet"]
     )
     if earlier is not None:
-        start_from(earlier, text_encoder, unet, tokenizer)
+        unet.load_state_dict(UNet2DConditionModel.from_pretrained(earlier / "unet").float().state_dict())
     timesteps = len(DDPMScheduler(**NOISE).alphas_cumprod)
 
     def draw_batch(generator: torch.Generator, count: int) -> Batch:
@@ -327,16 +490,20 @@ def train_diffusion(recipe: Recipe, runs: Path, earlier: Path | None = None) -> 
             "noise": torch.randn(count, *latents.shape[1:], generator=generator),
             "timesteps": stratified(timesteps, count, generator),
             "input_ids": torch.where(dropped[:, None], no_caption, input_ids[rows, variants]).long(),
+            "condensed": torch.rand(count, generator=generator) < settings["condensed_captions"],
         }
 
+    # Plain matrix products: at these sizes a CPU takes twice as long for the gradient of fused attention.
+    unet.set_attn_processor(AttnProcessor())
     if settings["compile"]:
         unet.compile()
-    model = DiffusionLoss(text_encoder, unet, settings["snr_gamma"])
+    model = DiffusionLoss(
+        text_encoder, unet, settings["snr_gamma"], *(word_ids(tokenizer, words) for words in (ADJECTIVES, CATEGORIES))
+    )
     average = train(model, draw_batch, schedule, runs / "diffusion.pt", description="diffusion")
     if average is None or not process_state().is_main_process:
         return
     model.load_state_dict(average, strict=False)
-    text_encoder.save_pretrained(runs / "text_encoder")
     unet.save_pretrained(runs / "unet")
 
 
@@ -371,7 +538,7 @@ def export(recipe: Recipe, runs: Path, output: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Command line: see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("vae", "diffusion", "export"))
+    parser.add_argument("stage", choices=("vae", "text_encoder", "diffusion", "export"))
     parser.add_argument("--recipe", type=Path, default=HERE / "recipe.yaml", help="settings (default: %(default)s)")
     parser.add_argument(
         "--runs", type=Path, default=Path("runs/base"), help="checkpoints and data (default: %(default)s)"
@@ -382,13 +549,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--start_from",
         type=Path,
-        help="a diffusers folder: `vae` takes its autoencoder as it is, `diffusion` begins with its text encoder and "
-        "UNet instead of random weights",
+        help="a diffusers folder: `vae` takes its autoencoder as it is, `text_encoder` and `diffusion` begin with its "
+        "weights instead of random ones",
     )
     arguments = parser.parse_args(argv)
     recipe = Recipe.load(arguments.recipe)
     if arguments.stage == "vae":
         train_vae(recipe, arguments.runs, arguments.start_from)
+    elif arguments.stage == "text_encoder":
+        train_text_encoder(recipe, arguments.runs, arguments.start_from)
     elif arguments.stage == "diffusion":
         train_diffusion(recipe, arguments.runs, arguments.start_from)
     else:

@@ -111,7 +111,7 @@ def train(
             "choose a multiple."
         )
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    optimizer = torch.optim.AdamW(list(parameters.values()), lr=schedule.learning_rate, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(list(parameters.values()), lr=schedule.learning_rate, betas=(0.9, 0.99), fused=True)
     start = 0
     average = {name: parameter.detach().clone().to(accelerator.device) for name, parameter in parameters.items()}
     if checkpoint.exists():

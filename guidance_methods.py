@@ -1,0 +1,285 @@
+"""Guidance methods: ways to bias a UNet's attention so that every subject appears in its region and nowhere else.
+
+A *guidance method* is a function of one attention layer (`AttentionLayer`) that returns a bias for its logits, or None
+to leave the layer alone. `GUIDANCE_METHODS` has the ones that are known by name, with their sources; a function of
+yours works wherever a name does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+
+__multisubject_version__ = "0.1.0"
+
+HIDDEN = -1e8
+"""Logit of what must not be attended to; made finite in the layer's own dtype by the processor."""
+
+
+class TokenKind(IntEnum):
+    """What stands at a position of the prompt's tokens."""
+
+    START = 0
+    WORD = 1
+    END = 2
+    PADDING = 3
+
+
+@dataclass(frozen=True, eq=False)
+class RegionMaps:
+    """Regions and tokens at one attention layer with Q = h * w queries, row by row, for B images with up to R regions.
+
+    The K keys of cross-attention are the T tokens of the prompt and, for a method that `uses_region_prompts`, the
+    tokens of each region's own prompt after them.
+
+    Args:
+        masks: `(B, R, Q)` float32 in [0, 1]; rows of absent regions are zero.
+        inside: `(B, R, Q)` bool, where a mask reaches half of its peak at this resolution.
+        tokens: `(B, R, K)` bool, the tokens that name each region's subject, in the prompt and in its own prompt.
+        token_kinds: `(B, K)` int64 of `TokenKind`.
+        owners: `(K,)` int64, the region whose own prompt a token is of; -1 for the prompt that all share.
+        signed_weights: `(B, Q, K)` float32. At a region's tokens: `weight * mask` inside the region and
+            `weight_negative` outside; 0 at every other token. For tokens of several regions the strongest one counts.
+    """
+
+    masks: torch.Tensor
+    inside: torch.Tensor
+    tokens: torch.Tensor
+    token_kinds: torch.Tensor
+    owners: torch.Tensor
+    signed_weights: torch.Tensor
+
+    def inside_owner(self) -> torch.Tensor:
+        """`(B, Q, K)` bool: the query lies in the region whose own prompt the key is of; False for shared keys."""
+        owned = torch.arange(self.inside.shape[1], device=self.owners.device)[:, None] == self.owners  # [R, K]
+        return self.inside.transpose(1, 2).float() @ owned.float() > 0
+
+    def apart(self) -> torch.Tensor:
+        """`(B, Q, Q)` bool: two places that lie in regions, but in none together."""
+        inside = self.inside.float()
+        anywhere = self.inside.any(dim=1)
+        together = inside.transpose(1, 2) @ inside > 0
+        return anywhere[:, :, None] & anywhere[:, None, :] & ~together
+
+
+@dataclass(frozen=True, eq=False)
+class GuidanceStep:
+    """One denoising step, as scalar float32 tensors (numbers would make a compiled UNet recompile at every step).
+
+    Args:
+        sigma: noise level `sqrt((1 - alpha_bar) / alpha_bar)` of the UNet call's timestep.
+        strength: `guidance_weight * ln(1 + sigma ** 2)`.
+        progress: fraction of the schedule that lies behind, in [0, 1).
+        time: the timestep over the number of training timesteps, 1 at pure noise.
+    """
+
+    sigma: torch.Tensor
+    strength: torch.Tensor
+    progress: torch.Tensor
+    time: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionLayer:
+    """What a guidance method sees: one attention layer of one UNet call, conditional samples only.
+
+    Args:
+        query: `(B, heads, Q, head_dim)`.
+        key: `(B, heads, K, head_dim)`; K is the number of tokens in cross-attention, Q in self-attention.
+        scale: factor between `query @ key.T` and the logits.
+        is_cross: cross-attention to the prompt (True) or self-attention (False).
+        maps: the regions at this layer's resolution.
+        step: noise level and strength.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    scale: float
+    is_cross: bool
+    maps: RegionMaps
+    step: GuidanceStep
+
+
+GuidanceMethod = Callable[[AttentionLayer], torch.Tensor | None]
+"""Returns the bias `(B, 1 or heads, Q, K)` added to the layer's logits, or None to leave the layer alone."""
+
+
+def uses_region_prompts(method: GuidanceMethod) -> GuidanceMethod:
+    """Decorator: the method also wants the tokens of each region's own prompt among the keys of cross-attention."""
+    method.uses_region_prompts = True  # type: ignore[attr-defined]
+    return method
+
+
+def uses_own_words(method: GuidanceMethod) -> GuidanceMethod:
+    """Decorator: in guided calls a region's words are to have the embeddings that they have in its own prompt."""
+    method.uses_own_words = True  # type: ignore[attr-defined]
+    return method
+
+
+def needs_region_prompts(method: GuidanceMethod) -> bool:
+    """Whether the regions' own prompts have to be encoded for this method."""
+    return any(getattr(method, wish, False) for wish in ("uses_region_prompts", "uses_own_words"))
+
+
+# --- Cones 2 and masks -----------------------------------------------------------------------------------------------
+
+
+def masked(layer: AttentionLayer) -> torch.Tensor | None:
+    """Tokens of a subject cannot be attended to outside their region; inside, nothing pulls."""
+    if not layer.is_cross:
+        return None
+    return layer.maps.signed_weights.clamp(max=0)[:, None]
+
+
+def cones2(layer: AttentionLayer) -> torch.Tensor | None:
+    """Cones 2 (Liu et al. 2023, arXiv:2305.19327): `strength * signed_weights * std(query @ key.T) * scale`.
+
+    The standard deviation is per sample, so a picture does not depend on the batch it is made in.
+    """
+    if not layer.is_cross:
+        return None
+    per_sample = layer.step.strength * layer.scale * _product_std(layer.query, layer.key)
+    return (per_sample * layer.maps.signed_weights)[:, None]
+
+
+def cones2_padding_hidden(layer: AttentionLayer) -> torch.Tensor | None:
+    """`cones2`; besides, the tokens after the last word (end of text, padding) cannot be attended to inside a region.
+
+    A causal text encoder puts a summary of the whole prompt there, by which each region hears of the others' subjects.
+    """
+    bias = cones2(layer)
+    return None if bias is None else bias.masked_fill(_summary_inside(layer.maps)[:, None], HIDDEN)
+
+
+# --- the field's methods ---------------------------------------------------------------------------------------------
+
+
+@uses_own_words
+def dense_diffusion(layer: AttentionLayer) -> torch.Tensor | None:
+    """DenseDiffusion (Kim et al. 2023, arXiv:2308.12964, equations 3 to 6) with its published settings.
+
+    In a region, logits of what belongs to it move towards the largest of their row and all others towards the smallest,
+    the more the smaller the region and the noisier the step (`time ** 5`), during the first 30 % of the steps; in
+    self-attention by 0.3 of that. A phrase's embeddings are those of its own prompt, as in the published code. Places
+    outside all regions, which the paper gives a segment of their own, are left alone.
+    """
+    maps, step = layer.maps, layer.step
+    inside = maps.inside.float()
+    strength = layer.scale * step.time**5 * (step.progress < 0.3) * (1.0 if layer.is_cross else 0.3)
+    belongs = inside.transpose(1, 2) @ (maps.tokens.float() if layer.is_cross else inside) > 0  # [B, Q, K]
+    area = (inside.mean(dim=2)[:, :, None] * inside).amax(dim=1)  # [B, Q], of the place's region
+    strength = strength * (1 - area) * maps.inside.any(dim=1)
+    products = layer.query.float() @ layer.key.float().transpose(-1, -2)  # [B, heads, Q, K]
+    largest, smallest = products.amax(dim=-1, keepdim=True), products.amin(dim=-1, keepdim=True)
+    return strength[:, None, :, None] * (torch.where(belongs[:, None], largest, smallest) - products)
+
+
+@uses_region_prompts
+def regional_prompts(layer: AttentionLayer) -> torch.Tensor | None:
+    """Regional prompts (Mix-of-Show, Gu et al. 2023, arXiv:2305.18292): a region attends to its own prompt alone.
+
+    Everything outside the regions attends to the whole prompt. Where regions overlap, their prompts share the
+    attention.
+    """
+    if not layer.is_cross:
+        return None
+    maps = layer.maps
+    in_regions = maps.inside.any(dim=1)[:, :, None]
+    visible = torch.where(maps.owners < 0, ~in_regions, maps.inside_owner())
+    return HIDDEN * (~visible)[:, None]
+
+
+@uses_region_prompts
+def attention_couple(layer: AttentionLayer) -> torch.Tensor | None:
+    """Regional prompts blended with the whole prompt, as the attention-couple extensions of Stable Diffusion UIs do.
+
+    A region attends to its own prompt and, with 3/10 of its weight, to the whole one.
+    """
+    if not layer.is_cross:
+        return None
+    maps = layer.maps
+    shared = maps.owners < 0
+    in_regions = maps.inside.any(dim=1)[:, :, None]
+    hidden = HIDDEN * (~shared & ~maps.inside_owner())
+    return (hidden + torch.where(shared & in_regions, _LOG_BASE_WEIGHT, 0.0))[:, None]
+
+
+_LOG_BASE_WEIGHT = -0.8473  # ln(0.3 / 0.7)
+
+
+def bounded_attention(layer: AttentionLayer) -> torch.Tensor | None:
+    """The masks of Bounded Attention (Dahary et al. 2024, arXiv:2403.16990), without its gradient guidance.
+
+    A subject's tokens are seen in its region only, the end of the text and the padding in no region, and in
+    self-attention no subject's region sees another's.
+    """
+    if not layer.is_cross:
+        return HIDDEN * layer.maps.apart()[:, None]
+    bias = layer.maps.signed_weights.clamp(max=0)
+    return bias.masked_fill(_summary_inside(layer.maps), HIDDEN)[:, None]
+
+
+# --- ours ------------------------------------------------------------------------------------------------------------
+
+
+@uses_own_words
+def multisubject(layer: AttentionLayer) -> torch.Tensor | None:
+    """The default: `cones2_padding_hidden` on words that know of no other subject.
+
+    In the whole prompt a causal text encoder lets every word hear of the words before it, so that the second of two
+    dogs knows the first one's colour. Here a region's words are embedded by themselves (`uses_own_words`).
+    """
+    return cones2_padding_hidden(layer)
+
+
+GUIDANCE_METHODS: dict[str, GuidanceMethod] = {
+    "attention_couple": attention_couple,
+    "bounded_attention": bounded_attention,
+    "cones2": cones2,
+    "cones2_padding_hidden": cones2_padding_hidden,
+    "dense_diffusion": dense_diffusion,
+    "masked": masked,
+    "multisubject": multisubject,
+    "regional_prompts": regional_prompts,
+}
+"""Guidance methods by name. Any callable of the same signature is accepted where a name is."""
+
+
+def resolve_guidance_method(guidance_method: str | GuidanceMethod) -> GuidanceMethod:
+    """The function behind a name of `GUIDANCE_METHODS`; a callable is returned as it is. ValueError otherwise."""
+    if callable(guidance_method):
+        return guidance_method
+    if guidance_method not in GUIDANCE_METHODS:
+        raise ValueError(
+            f"`guidance_method` is {guidance_method!r}, expected one of {sorted(GUIDANCE_METHODS)} or a function of an"
+            " `AttentionLayer` that returns a bias."
+        )
+    return GUIDANCE_METHODS[guidance_method]
+
+
+def _summary_inside(maps: RegionMaps) -> torch.Tensor:
+    """`(B, Q, K)` bool: the query lies in a region, the key is the prompt's end of text or padding."""
+    summary = (maps.token_kinds >= TokenKind.END) & (maps.owners < 0)
+    return maps.inside.any(dim=1)[:, :, None] & summary[:, None, :]
+
+
+def _product_std(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Unbiased standard deviation of `S = query @ key.T` over heads, queries and keys: `(B, 1, 1)` float32.
+
+    S itself is built only where it is smaller than its factors. Elsewhere: with centred keys `k' = k - mean(k)` every
+    row of S splits into its mean `m = q · mean(k)` and a rest whose squares sum to `<QᵀQ, K'ᵀK'>`. Both parts are sums
+    of squares, so nothing cancels in float32.
+    """
+    query, key = query.float(), key.float()
+    heads, queries, keys = query.shape[1], query.shape[2], key.shape[2]
+    if queries * keys <= (queries + keys) * query.shape[3]:
+        return (query @ key.transpose(-1, -2)).flatten(1).std(dim=1)[:, None, None]
+    mean_key = key.mean(dim=2, keepdim=True)
+    key = key - mean_key
+    row_means = query @ mean_key.transpose(-1, -2)  # [B, heads, queries, 1]
+    within = ((query.transpose(-1, -2) @ query) * (key.transpose(-1, -2) @ key)).sum(dim=(1, 2, 3))
+    between = row_means.var(dim=(1, 2, 3), correction=0) * (heads * queries * keys)
+    return ((within + between) / (heads * queries * keys - 1)).sqrt()[:, None, None]

@@ -7,6 +7,7 @@ diffusers is imported inside the fixtures, so that tests of plain data do not wa
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,11 @@ import torch
 
 BASE = Path(__file__).parents[1] / "tiny_world" / "base"
 EMBED_DIM = 32
+
+
+def pytest_configure() -> None:
+    """A shell starts background jobs with SIGINT ignored; the tests of interrupts need Python's own handling of it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

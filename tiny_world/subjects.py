@@ -1,7 +1,7 @@
 """Eight individuals of the drawn world: the subjects that demos, tests and benchmarks teach to the embedded base.
 
-A caption can say a subject's category, first colour and pattern. Its second colour, pattern scale and accessory cannot
-be said, so whoever draws them right has learnt the subject and not the words.
+A prompt calls a subject by its category alone, so whoever draws its colours, stripes and accessory right has learnt the
+subject and not the words.
 
     python tiny_world/subjects.py --output_dir data     # data/petrucci/0.png …, and data/subjects.png with all of them
 """

@@ -93,7 +93,7 @@ def test_captions_name_every_category_and_leave_attributes_unsaid_now_and_then()
             objects += 1
             assert item.category in caption
     patterns = sum(word in World().patterns for caption in captions for word in caption.split())
-    assert 0.75 < patterns / objects < 0.9
+    assert 0.85 < patterns / objects < 0.95  # in full 0.65 of the time, else with a pattern 0.7 of the time: 0.895
     assert any("trimmed" in caption for caption in captions)
     assert any(caption.endswith(SETTINGS[0]) for caption in captions)
     assert any(not caption.endswith(SETTINGS) for caption in captions)

@@ -27,6 +27,7 @@ from .guidance_methods import (
     GuidanceMethod,
     GuidanceStep,
     RegionMaps,
+    TokenKind,
     needs_region_prompts,
     resolve_guidance_method,
 )
@@ -359,6 +360,7 @@ class _RegionHook:
             # Zero-terminal-SNR schedules end in alpha_bar = 0; diffusers' own floor keeps the noise level finite.
             alphas_cumprod = scheduler.alphas_cumprod.float().clamp(min=2**-24)
             self.sigmas = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
+        self.replaced: tuple[torch.Tensor, torch.Tensor] | None = None
         self.maps_by_shape: dict[tuple[torch.Size, torch.device], dict[int, RegionMaps]] = {}
 
     @torch.compiler.disable
@@ -378,12 +380,15 @@ class _RegionHook:
 
     def _with_own_words(self, prompt_embeds: torch.Tensor) -> torch.Tensor:
         """`(batch, T, dim)` with the words of every region as they are in its own prompt, conditional samples only."""
+        if self.replaced is not None and self.replaced[0] is prompt_embeds:
+            return self.replaced[1]
         assert self.regions is not None and self.regions.prompts is not None
-        prompts, tokens = self.regions.prompts, self.regions.tokens
+        prompts, tokens, given = self.regions.prompts, self.regions.tokens, prompt_embeds
         prompt_embeds = prompt_embeds.clone()
         for region in range(tokens.shape[1]):
             own = prompts.embeds[:, region][prompts.tokens[:, region]]  # row by row, as many as the prompt has
             prompt_embeds[-len(tokens) :][tokens[:, region]] = own.to(prompt_embeds)
+        self.replaced = given, prompt_embeds  # a pipeline passes the same embeddings at every step
         return prompt_embeds
 
     def _region_call(self, sample: torch.Tensor, timestep: torch.Tensor) -> RegionCall | None:
@@ -459,7 +464,10 @@ class _RegionHook:
             of_region = torch.where(tokens[:, region, None, :], weights[:, region, :, None], -torch.inf)
             signed_weights = torch.maximum(signed_weights, of_region)
         signed_weights = signed_weights.where(tokens.any(dim=1)[:, None, :], 0)
-        return RegionMaps(masks, inside & (masks > 0), tokens, kinds, owners, signed_weights)
+        inside = inside & (masks > 0)
+        summary = (kinds >= TokenKind.END) & (owners < 0)  # [B, K]
+        summary_inside = inside.any(dim=1)[:, :, None] & summary[:, None, :]
+        return RegionMaps(masks, inside, tokens, kinds, owners, signed_weights, summary_inside)
 
 
 def _level_sizes(height: int, width: int) -> list[tuple[int, int]]:

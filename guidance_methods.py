@@ -43,6 +43,7 @@ class RegionMaps:
         owners: `(K,)` int64, the region whose own prompt a token is of; -1 for the prompt that all share.
         signed_weights: `(B, Q, K)` float32. At a region's tokens: `weight * mask` inside the region and
             `weight_negative` outside; 0 at every other token. For tokens of several regions the strongest one counts.
+        summary_inside: `(B, Q, K)` bool: the query lies in a region, the key is the prompt's end of text or padding.
     """
 
     masks: torch.Tensor
@@ -51,6 +52,7 @@ class RegionMaps:
     token_kinds: torch.Tensor
     owners: torch.Tensor
     signed_weights: torch.Tensor
+    summary_inside: torch.Tensor
 
     def inside_owner(self) -> torch.Tensor:
         """`(B, Q, K)` bool: the query lies in the region whose own prompt the key is of; False for shared keys."""
@@ -151,7 +153,7 @@ def cones2_padding_hidden(layer: AttentionLayer) -> torch.Tensor | None:
     A causal text encoder puts a summary of the whole prompt there, by which each region hears of the others' subjects.
     """
     bias = cones2(layer)
-    return None if bias is None else bias.masked_fill(_summary_inside(layer.maps)[:, None], HIDDEN)
+    return None if bias is None else bias.masked_fill(layer.maps.summary_inside[:, None], HIDDEN)
 
 
 # --- the field's methods ---------------------------------------------------------------------------------------------
@@ -219,7 +221,7 @@ def bounded_attention(layer: AttentionLayer) -> torch.Tensor | None:
     if not layer.is_cross:
         return HIDDEN * layer.maps.apart()[:, None]
     bias = layer.maps.signed_weights.clamp(max=0)
-    return bias.masked_fill(_summary_inside(layer.maps), HIDDEN)[:, None]
+    return bias.masked_fill(layer.maps.summary_inside, HIDDEN)[:, None]
 
 
 # --- ours ------------------------------------------------------------------------------------------------------------
@@ -258,12 +260,6 @@ def resolve_guidance_method(guidance_method: str | GuidanceMethod) -> GuidanceMe
             " `AttentionLayer` that returns a bias."
         )
     return GUIDANCE_METHODS[guidance_method]
-
-
-def _summary_inside(maps: RegionMaps) -> torch.Tensor:
-    """`(B, Q, K)` bool: the query lies in a region, the key is the prompt's end of text or padding."""
-    summary = (maps.token_kinds >= TokenKind.END) & (maps.owners < 0)
-    return maps.inside.any(dim=1)[:, :, None] & summary[:, None, :]
 
 
 def _product_std(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

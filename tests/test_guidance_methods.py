@@ -43,7 +43,11 @@ def make_layer(is_cross: bool = True, own_prompts: bool = False, progress: float
     signed = torch.zeros(1, QUERIES, tokens.shape[2])
     for region in PHRASES:
         signed[0] = torch.where(tokens[0, region], weights[region], signed[0])
-    maps = RegionMaps(INSIDE[None].float(), INSIDE[None], tokens, torch.tensor([kinds]), torch.tensor(owners), signed)
+    end = torch.tensor([key in (3, 4) for key in range(tokens.shape[2])])
+    maps = RegionMaps(
+        *(INSIDE[None].float(), INSIDE[None], tokens, torch.tensor([kinds]), torch.tensor(owners), signed),
+        summary_inside=INSIDE[None].any(dim=1)[:, :, None] & end,
+    )
     step = GuidanceStep(*(torch.tensor(value) for value in (2.0, 0.08 * math.log(5.0), progress, 0.9)))
     return AttentionLayer(query, key, DIM**-0.5, is_cross, maps, step)
 

@@ -32,8 +32,9 @@ from tqdm.auto import tqdm
 
 from multisubject.benchmarks.layout_guidance import LayoutGuidance
 from multisubject.benchmarks.speed import measure
-from multisubject.guidance_methods import HIDDEN, AttentionLayer, cones2, multisubject, uses_own_words
+from multisubject.guidance_methods import AttentionLayer, bounded_attention, cones2, multisubject, uses_own_words
 from multisubject.pipeline_multisubject import MultiSubjectPipeline
+from multisubject.subject_file import write_atomically
 from multisubject.tiny_world.judge import Judge, Verdict
 from multisubject.tiny_world.scenes import (
     Box,
@@ -78,7 +79,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def isolated(layer: AttentionLayer) -> torch.Tensor | None:
     """`multisubject`; besides, places of different regions do not see each other in self-attention."""
-    return multisubject(layer) if layer.is_cross else HIDDEN * layer.maps.apart()[:, None]
+    return multisubject(layer) if layer.is_cross else bounded_attention(layer)
 
 
 OURS = "multisubject"
@@ -368,14 +369,6 @@ def plot(results: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
-def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(data, indent=1))
-    partial.replace(path)
-
-
 def load_results(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Earlier results made with the same settings; empty ones where there is no file. ValueError for other settings."""
     if not path.exists():
@@ -427,7 +420,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                         ]
                         sheet = contact_sheet(shown, captions=[task.prompt for task in part])
                         sheet.save(options.sheets / f"{cell}, {method}.png".replace(" ", "_").replace(",", ""))
-                    write_json(options.results, results)
+                    write_atomically(options.results, json.dumps(results, indent=1).encode())
                     progress.update(len(part))
     return results
 

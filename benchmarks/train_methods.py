@@ -29,6 +29,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from multisubject.subject_file import write_atomically
 from multisubject.tiny_world.judge import Judge
 from multisubject.tiny_world.scenes import World, article, is_visible
 from multisubject.tiny_world.subjects import SUBJECTS, Subject, save_training_pictures
@@ -222,7 +223,7 @@ def measure_embedded(results: dict[str, Any], options: argparse.Namespace) -> No
             if "cost" not in cell or not adapter.is_file():
                 flags = train_flags(run, subject, output, options)
                 cell["cost"] = in_process_of_its_own(TIMED_TRAINING, flags, output.with_suffix(".log"))
-                write_json(options.output_dir / "results.json", results)
+                write_atomically(options.output_dir / "results.json", json.dumps(results, indent=1).encode())
             pipe.load_subject(str(adapter), name=name)
             words = f"<{name}>"
         asked = draw_prompts(subject, world, options.num_pictures, options.seed)
@@ -234,7 +235,7 @@ def measure_embedded(results: dict[str, Any], options: argparse.Namespace) -> No
             path.parent.mkdir(parents=True, exist_ok=True)
             image.save(path)
         cell["pictures"] = score_pictures(judge, subject, asked, images)
-        write_json(options.output_dir / "results.json", results)
+        write_atomically(options.output_dir / "results.json", json.dumps(results, indent=1).encode())
     for name in options.subjects:
         save_sheet(name, options)
 
@@ -411,7 +412,7 @@ def measure_memory(results: dict[str, Any], options: argparse.Namespace) -> None
         cost = in_process_of_its_own(SD21_TRAINING, flags, output.with_suffix(".log"))
         shutil.rmtree(output)  # checkpoints of gigabytes
         results["sd21"][method] = cost["peak_bytes"]
-        write_json(options.output_dir / "results.json", results)
+        write_atomically(options.output_dir / "results.json", json.dumps(results, indent=1).encode())
 
 
 def report_memory(peaks: dict[str, float], methods: Sequence[str]) -> tuple[str, list[tuple[bool, str]]]:
@@ -426,14 +427,6 @@ def report_memory(peaks: dict[str, float], methods: Sequence[str]) -> tuple[str,
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
-
-
-def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(data, indent=1))
-    partial.replace(path)
 
 
 def load_results(path: Path, settings: dict[str, Any]) -> dict[str, Any]:

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import EDMEulerScheduler
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch import nn
 
 from .guidance_methods import (
     AttentionLayer,
@@ -28,6 +29,7 @@ from .guidance_methods import (
     GuidanceStep,
     RegionMaps,
     TokenKind,
+    key_moments,
     needs_region_prompts,
     resolve_guidance_method,
 )
@@ -126,6 +128,52 @@ class AttentionRecorder:
 
 
 @dataclass(frozen=True, eq=False)
+class LayerKeys:
+    """Keys and values of one attention layer.
+
+    Args:
+        key, value: `(batch, heads, K, head_dim)`.
+        moments: `guidance_methods.key_moments` of the conditional samples' keys; None in self-attention.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+    moments: torch.Tensor | None = None
+
+
+class PromptKeys:
+    """Keeps every layer's `LayerKeys` while the UNet is called with the same prompt embeddings, step after step.
+
+    Nothing is kept where a step could change them unseen: with gradients, in inference mode, in a compiled UNet, and
+    for projections that are not plain linear layers (LoRA, whose scale a callback may change).
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[Attention, tuple[list[tuple[torch.Tensor, int]], LayerKeys]] = {}
+
+    def of(self, attn: Attention, prompt_embeds: torch.Tensor, regions: RegionCall) -> LayerKeys:
+        """The keys of this layer: those of an earlier call if all that they were computed from is unchanged."""
+        if (
+            torch.compiler.is_compiling()
+            or torch.is_grad_enabled()
+            or type(attn.to_k) is not nn.Linear
+            or type(attn.to_v) is not nn.Linear
+        ):
+            return _prompt_keys(attn, prompt_embeds, regions)
+        made_from = [prompt_embeds, attn.to_k.weight, attn.to_v.weight]
+        if any(tensor.is_inference() for tensor in made_from):  # does not count its changes
+            return _prompt_keys(attn, prompt_embeds, regions)
+        kept = self._kept.get(attn)
+        if kept is not None and all(
+            old is new and version == new._version for (old, version), new in zip(kept[0], made_from, strict=True)
+        ):
+            return kept[1]
+        keys = _prompt_keys(attn, prompt_embeds, regions)
+        self._kept[attn] = [(tensor, tensor._version) for tensor in made_from], keys
+        return keys
+
+
+@dataclass(frozen=True, eq=False)
 class RegionCall:
     """What one UNet call tells its attention layers; travels in `cross_attention_kwargs`.
 
@@ -135,6 +183,7 @@ class RegionCall:
         method, maps, step: the guidance, with maps by number of queries; None and empty at an unguided call.
         region_prompts: `(B, R * L, dim)`, more tokens for cross-attention, if the method wants them.
         recorder: collects attention maps, if wanted.
+        kept_keys: what earlier calls computed from the prompt alone.
     """
 
     batch: int
@@ -144,6 +193,7 @@ class RegionCall:
     step: GuidanceStep | None = None
     region_prompts: torch.Tensor | None = None
     recorder: AttentionRecorder | None = None
+    kept_keys: PromptKeys = field(default_factory=PromptKeys)
 
 
 class RegionAttnProcessor(AttnProcessor2_0):
@@ -169,22 +219,17 @@ class RegionAttnProcessor(AttnProcessor2_0):
 
         # 1. Project to queries, keys and values
         is_cross = encoder_hidden_states is not None
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        if is_cross and regions.region_prompts is not None:
-            context = _append_tokens(context, regions.region_prompts)
-        if is_cross and attn.norm_cross is not None:
-            context = attn.norm_encoder_hidden_states(context)
-        query, key, value = (
-            projected.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # [batch, heads, tokens, head_dim]
-            for projected in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
-        )
+        query = _split_heads(attn, attn.to_q(hidden_states))
         if attn.norm_q is not None:
             query = attn.norm_q(query)
-        if attn.norm_k is not None:
-            key = attn.norm_k(key)
+        if encoder_hidden_states is None:
+            keys = _keys(attn, hidden_states)
+        else:
+            keys = regions.kept_keys.of(attn, encoder_hidden_states, regions)
+        key, value = keys.key, keys.value
 
         # 2. Ask the guidance method for its bias
-        bias = _region_bias(regions, query, key, attn.scale, is_cross)
+        bias = _region_bias(regions, query, keys, attn.scale, is_cross)
         if attention_mask is not None:
             attention_mask = F.pad(attention_mask, (0, key.shape[2] - attention_mask.shape[-1]))
             attention_mask = attn.prepare_attention_mask(attention_mask, key.shape[2], key.shape[0])
@@ -206,13 +251,30 @@ class RegionAttnProcessor(AttnProcessor2_0):
         return output / attn.rescale_output_factor
 
 
-def _append_tokens(context: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
-    """`(batch, T, dim)` and `(B, M, dim)` for its last B samples -> `(batch, T + M, dim)`, zeros for the others."""
-    return torch.cat([context, F.pad(more.to(context.dtype), (0, 0, 0, 0, len(context) - len(more), 0))], dim=1)
+def _prompt_keys(attn: Attention, prompt_embeds: torch.Tensor, regions: RegionCall) -> LayerKeys:
+    """Keys and values of a cross-attention layer: of the prompt `(batch, T, dim)` and of the regions' own prompts."""
+    if regions.region_prompts is not None:  # tokens of the conditional samples alone, zeros for the others
+        more = regions.region_prompts.to(prompt_embeds.dtype)
+        more = F.pad(more, (0, 0, 0, 0, len(prompt_embeds) - len(more), 0))
+        prompt_embeds = torch.cat([prompt_embeds, more], dim=1)
+    if attn.norm_cross is not None:
+        prompt_embeds = attn.norm_encoder_hidden_states(prompt_embeds)
+    keys = _keys(attn, prompt_embeds)
+    return replace(keys, moments=key_moments(keys.key[-regions.batch :]))
+
+
+def _keys(attn: Attention, context: torch.Tensor) -> LayerKeys:
+    key, value = _split_heads(attn, attn.to_k(context)), _split_heads(attn, attn.to_v(context))
+    return LayerKeys(key if attn.norm_k is None else attn.norm_k(key), value)
+
+
+def _split_heads(attn: Attention, projected: torch.Tensor) -> torch.Tensor:
+    """`(batch, tokens, heads * head_dim)` -> `(batch, heads, tokens, head_dim)`."""
+    return projected.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
 
 
 def _region_bias(
-    regions: RegionCall, query: torch.Tensor, key: torch.Tensor, scale: float, is_cross: bool
+    regions: RegionCall, query: torch.Tensor, keys: LayerKeys, scale: float, is_cross: bool
 ) -> torch.Tensor | None:
     """The method's bias for the whole batch: `(batch, 1 or heads, Q, K)` in the queries' dtype, or None."""
     if regions.method is None or regions.maps is None or regions.step is None:
@@ -223,9 +285,8 @@ def _region_bias(
             " shape. Region guidance needs a UNet that halves its sample from level to level."
         )
     conditional = slice(-regions.batch, None)  # classifier-free guidance batches [unconditional, conditional]
-    layer = AttentionLayer(
-        query[conditional], key[conditional], scale, is_cross, regions.maps[query.shape[2]], regions.step
-    )
+    maps, key = regions.maps[query.shape[2]], keys.key
+    layer = AttentionLayer(query[conditional], key[conditional], scale, is_cross, maps, regions.step, keys.moments)
     bias = regions.method(layer)
     if bias is None:
         return None
@@ -236,8 +297,7 @@ def _region_bias(
         )
     # -1e8 is infinite in float16, and an infinite logit turns a fully masked row into NaN.
     limit = torch.finfo(query.dtype).max / 2
-    bias = bias.clamp(-limit, limit).to(query.dtype)
-    bias = F.pad(bias, (0, 0) * 3 + (query.shape[0] - regions.batch, 0))
+    bias = F.pad(bias, (0, 0) * 3 + (query.shape[0] - regions.batch, 0)).clamp_(-limit, limit).to(query.dtype)
     if is_cross and regions.region_prompts is not None:  # tokens of the conditional samples alone
         bias[: -regions.batch, ..., -regions.region_prompts.shape[1] :] = -limit
     return bias
@@ -277,7 +337,9 @@ def region_attention(
         ValueError: an attention processor of the UNet would be lost (IP-Adapter, custom ones), a bad argument, or a
             batch that does not fit the regions.
     """
-    processors = dict(unet.attn_processors)
+    # Not `unet.set_attn_processor`, which walks the whole UNet three times
+    layers = {name: module for name, module in unet.named_modules() if hasattr(module, "set_processor")}
+    processors = {name: layer.get_processor() for name, layer in layers.items()}
     nested = any(type(processor).__name__ == RegionAttnProcessor.__name__ for processor in processors.values())
     if regions is None and recorder is None and not nested:
         yield
@@ -296,14 +358,16 @@ def region_attention(
     )
     handle = None
     try:
-        unet.set_attn_processor(RegionAttnProcessor())
+        for layer in layers.values():
+            layer.set_processor(RegionAttnProcessor())
         # Prepended: of nested contexts the innermost speaks first, and the outer ones then keep silent.
         handle = unet.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
         yield
     finally:
         if handle is not None:
             handle.remove()
-        unet.set_attn_processor(processors)
+        for name, layer in layers.items():
+            layer.set_processor(processors[name])
 
 
 def _check_processors(processors: Mapping[str, Any]) -> None:
@@ -361,6 +425,7 @@ class _RegionHook:
             alphas_cumprod = scheduler.alphas_cumprod.float().clamp(min=2**-24)
             self.sigmas = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
         self.replaced: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.kept_keys = PromptKeys()
         self.maps_by_shape: dict[tuple[torch.Size, torch.device], dict[int, RegionMaps]] = {}
 
     @torch.compiler.disable
@@ -411,7 +476,8 @@ class _RegionHook:
             self.maps_by_shape[key] = {h * w: self._maps_at((h, w), sample.device) for h, w in sizes.values()}
         prompts = self.regions.prompts if self.appended else None
         more = None if prompts is None else prompts.embeds.flatten(1, 2).to(sample.device)
-        return RegionCall(batch, sizes, self.method, self.maps_by_shape[key], self._step(timestep), more, self.recorder)
+        maps, step = self.maps_by_shape[key], self._step(timestep)
+        return RegionCall(batch, sizes, self.method, maps, step, more, self.recorder, self.kept_keys)
 
     def _is_guided(self, timestep: torch.Tensor) -> bool:
         """Whether this call is guided, decided on the host without waiting for the device where that is possible."""

@@ -95,6 +95,7 @@ class AttentionLayer:
         is_cross: cross-attention to the prompt (True) or self-attention (False).
         maps: the regions at this layer's resolution.
         step: noise level and strength.
+        key_moments: what `key_moments(key)` returns, where it is known already.
     """
 
     query: torch.Tensor
@@ -103,6 +104,33 @@ class AttentionLayer:
     is_cross: bool
     maps: RegionMaps
     step: GuidanceStep
+    key_moments: torch.Tensor | None = None
+
+    def logit_std(self) -> torch.Tensor:
+        """Unbiased standard deviation of the logits over heads, queries and keys: `(B, 1, 1)` float32.
+
+        The logits are not built. With centred keys `k' = k - mean(k)`, every row `q K^T` splits into its mean
+        `q . mean(k)` and a rest whose squares sum to `q (K'^T K') q^T`. Both are sums of squares, so nothing cancels in
+        float32.
+        """
+        moments = key_moments(self.key) if self.key_moments is None else self.key_moments
+        query = self.query.float()
+        count = query[0, ..., 0].numel() * self.key.shape[2]
+        rows = query @ moments  # [B, heads, Q, head_dim + 1]
+        within = (rows[..., :-1] * query).sum(dim=(1, 2, 3))
+        between = rows[..., -1].var(dim=(1, 2), correction=0)
+        variance = within.add(between, alpha=count) * (self.scale**2 / (count - 1))
+        return variance.sqrt()[:, None, None]
+
+
+def key_moments(key: torch.Tensor) -> torch.Tensor:
+    """Second moments and mean of keys `(B, heads, K, head_dim)`: `[K'^T K' | mean(k)]`, float32.
+
+    `(B, heads, head_dim, head_dim + 1)`, with `k' = k - mean(k)`. All that `AttentionLayer.logit_std` needs of them.
+    """
+    mean = key.float().mean(dim=2, keepdim=True)
+    centred = key.float() - mean
+    return torch.cat([centred.transpose(-1, -2) @ centred, mean.transpose(-1, -2)], dim=-1)
 
 
 GuidanceMethod = Callable[[AttentionLayer], torch.Tensor | None]
@@ -137,14 +165,13 @@ def masked(layer: AttentionLayer) -> torch.Tensor | None:
 
 
 def cones2(layer: AttentionLayer) -> torch.Tensor | None:
-    """Cones 2 (Liu et al. 2023, arXiv:2305.19327): `strength * signed_weights * std(query @ key.T) * scale`.
+    """Cones 2 (Liu et al. 2023, arXiv:2305.19327): `strength * signed_weights * std(logits)`.
 
     The standard deviation is per sample, so a picture does not depend on the batch it is made in.
     """
     if not layer.is_cross:
         return None
-    per_sample = layer.step.strength * layer.scale * _product_std(layer.query, layer.key)
-    return (per_sample * layer.maps.signed_weights)[:, None]
+    return (layer.step.strength * layer.logit_std() * layer.maps.signed_weights)[:, None]
 
 
 def cones2_padding_hidden(layer: AttentionLayer) -> torch.Tensor | None:
@@ -260,22 +287,3 @@ def resolve_guidance_method(guidance_method: str | GuidanceMethod) -> GuidanceMe
             " `AttentionLayer` that returns a bias."
         )
     return GUIDANCE_METHODS[guidance_method]
-
-
-def _product_std(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """Unbiased standard deviation of `S = query @ key.T` over heads, queries and keys: `(B, 1, 1)` float32.
-
-    S itself is built only where it is smaller than its factors. Elsewhere: with centred keys `k' = k - mean(k)` every
-    row of S splits into its mean `m = q · mean(k)` and a rest whose squares sum to `<QᵀQ, K'ᵀK'>`. Both parts are sums
-    of squares, so nothing cancels in float32.
-    """
-    query, key = query.float(), key.float()
-    heads, queries, keys = query.shape[1], query.shape[2], key.shape[2]
-    if queries * keys <= (queries + keys) * query.shape[3]:
-        return (query @ key.transpose(-1, -2)).flatten(1).std(dim=1)[:, None, None]
-    mean_key = key.mean(dim=2, keepdim=True)
-    key = key - mean_key
-    row_means = query @ mean_key.transpose(-1, -2)  # [B, heads, queries, 1]
-    within = ((query.transpose(-1, -2) @ query) * (key.transpose(-1, -2) @ key)).sum(dim=(1, 2, 3))
-    between = row_means.var(dim=(1, 2, 3), correction=0) * (heads * queries * keys)
-    return ((within + between) / (heads * queries * keys - 1)).sqrt()[:, None, None]

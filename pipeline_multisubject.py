@@ -308,12 +308,13 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
         ]
 
         # 3. Encode the prompts and add the subjects' residuals
+        device = self._execution_device  # looks at every module
         if prompt_embeds is None or any(text.mentions for text in parsed) or any(regions) or output_attention_maps:
             texts = [text.text for text in parsed]
             with _text_model_found(self.text_encoder):
                 prompt_embeds, negative_prompt_embeds = self.encode_prompt(
                     texts[0] if isinstance(prompt, str) else texts,
-                    self._execution_device,
+                    device,
                     1,
                     guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None,
                     negative_prompt,
@@ -338,7 +339,12 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
             if needs_region_prompts(guidance_function):
                 with _text_model_found(self.text_encoder):
                     region_prompts = self.encode_region_prompts(
-                        parsed, spans, lora_scale=(cross_attention_kwargs or {}).get("scale"), clip_skip=clip_skip
+                        parsed,
+                        spans,
+                        device=device,
+                        padded=getattr(guidance_function, "uses_region_prompts", False),
+                        lora_scale=(cross_attention_kwargs or {}).get("scale"),
+                        clip_skip=clip_skip,
                     )
             conditioning = self.prepare_regions(
                 parsed, regions, spans, prompt_embeds.shape[1], num_images_per_prompt, region_prompts
@@ -421,7 +427,7 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
                 masks[row, column] = torch.from_numpy(region.mask)
                 tokens[row, column, span.start : span.stop] = True
                 weights[row, column] = region.weight
-            kinds[row] = self._token_kinds(text.text, num_tokens)
+            kinds[row] = _token_kinds(len(self._input_ids(text)), num_tokens)
 
         def repeated(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.repeat_interleave(num_images_per_prompt, dim=0)
@@ -435,6 +441,8 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
         parsed: Sequence[ParsedPrompt],
         spans: Sequence[Sequence[range]],
         *,
+        device: torch.device | None = None,
+        padded: bool = True,
         lora_scale: float | None = None,
         clip_skip: int | None = None,
     ) -> RegionPrompts:
@@ -446,26 +454,33 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
         Args:
             parsed: B prompts.
             spans: for each region of each prompt, the tokens that it places.
+            device: where to encode; None: where the pipeline runs.
+            padded: to the tokenizer's full length. Padding changes none of the words before it, and takes time.
             lora_scale, clip_skip: as for `encode_prompt`.
         """
         texts, own_spans = [], []
         start = len(self.tokenizer(_REGION_PROMPT).input_ids) - 1  # the end of the text is not part of it
         for text, of_prompt in zip(parsed, spans, strict=True):
-            input_ids = self.tokenizer(self.maybe_convert_prompt(text.text, self.tokenizer)).input_ids
+            input_ids = self._input_ids(text)
             for span in of_prompt:
                 texts.append(f"{_REGION_PROMPT} {self.tokenizer.decode(input_ids[span.start : span.stop])}")
                 own_spans.append(range(start, start + len(span)))
-        encoded, _ = self.encode_prompt(
-            texts, self._execution_device, 1, False, lora_scale=lora_scale, clip_skip=clip_skip
-        )
+        full_length = self.tokenizer.model_max_length
+        try:
+            if not padded:
+                longest = max(own_span.stop for own_span in own_spans) + 1  # and the end of the text
+                self.tokenizer.model_max_length = min(longest, full_length)
+            encoded, _ = self.encode_prompt(texts, device, 1, False, lora_scale=lora_scale, clip_skip=clip_skip)
+        finally:
+            self.tokenizer.model_max_length = full_length
         shape = (len(parsed), max(map(len, spans)), encoded.shape[1])
         embeds = encoded.new_zeros(*shape, encoded.shape[2])
         tokens = torch.zeros(shape, dtype=torch.bool)
         kinds = torch.full(shape, int(TokenKind.PADDING))
-        rows = iter(zip(texts, own_spans, encoded, strict=True))
+        rows = iter(zip(own_spans, encoded, strict=True))
         for image, (text, of_prompt) in enumerate(zip(parsed, spans, strict=True)):
             for column, span in enumerate(of_prompt):
-                own_text, own_span, own_embeds = next(rows)
+                own_span, own_embeds = next(rows)
                 residuals = [
                     (self.subjects[mention.subject], _shifted(mention.span, own_span.start - span.start), weight)
                     for mention in text.mentions
@@ -475,17 +490,11 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
                 ]
                 embeds[image, column] = add_residuals(own_embeds, residuals) if residuals else own_embeds
                 tokens[image, column, own_span.start : own_span.stop] = True
-                kinds[image, column] = self._token_kinds(own_text, shape[2])
+                kinds[image, column] = _token_kinds(own_span.stop + 1, shape[2])
         return RegionPrompts(embeds, tokens, kinds)
 
-    def _token_kinds(self, text: str, num_tokens: int) -> torch.Tensor:
-        """`(num_tokens,)` int64 of `TokenKind` for a prompt that is cut to what the text encoder reads."""
-        text = self.maybe_convert_prompt(text, self.tokenizer)
-        length = len(self.tokenizer(text, truncation=True, max_length=self.tokenizer.model_max_length).input_ids)
-        kinds = torch.full((num_tokens,), int(TokenKind.PADDING))
-        kinds[:length] = TokenKind.WORD
-        kinds[0], kinds[length - 1] = TokenKind.START, TokenKind.END
-        return kinds
+    def _input_ids(self, text: ParsedPrompt) -> list[int]:
+        return self.tokenizer(self.maybe_convert_prompt(text.text, self.tokenizer)).input_ids
 
     def _default_size(self) -> tuple[int, int]:
         size = self.unet.config.sample_size
@@ -622,6 +631,15 @@ class RecurrentScheduler:
             next_timestep, last_alpha = timestep - stride, scheduler.final_alpha_cumprod
         next_alpha = scheduler.alphas_cumprod[next_timestep] if next_timestep >= 0 else last_alpha
         return scheduler.alphas_cumprod[timestep] / next_alpha
+
+
+def _token_kinds(length: int, num_tokens: int) -> torch.Tensor:
+    """`(num_tokens,)` int64 of `TokenKind` for a prompt of `length` tokens, start and end of text included."""
+    length = min(length, num_tokens)
+    kinds = torch.full((num_tokens,), int(TokenKind.PADDING))
+    kinds[:length] = TokenKind.WORD
+    kinds[0], kinds[length - 1] = TokenKind.START, TokenKind.END
+    return kinds
 
 
 @contextmanager

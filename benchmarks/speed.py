@@ -129,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", choices=("embedded", "sd15", "both"), default="both")
     parser.add_argument("--pairs", type=int, default=9, help="pairs of a plain and a guided call")
-    parser.add_argument("--steps", type=int, default=10, help="UNet calls of each")
+    parser.add_argument("--steps", type=int, default=25, help="UNet calls of each")
     parser.add_argument("--sd15_latents", type=int, default=16, help="latent height and width for the SD 1.5 UNet")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")

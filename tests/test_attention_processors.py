@@ -31,7 +31,6 @@ from multisubject.guidance_methods import (
     GUIDANCE_METHODS,
     AttentionLayer,
     TokenKind,
-    _product_std,
     resolve_guidance_method,
     uses_own_words,
 )
@@ -123,7 +122,8 @@ def test_std_without_the_product_equals_std_of_the_product(head_dim, offset):
     key[..., 0] += offset
     query[..., 0] += offset
     products = (query.double() @ key.double().transpose(-1, -2)).flatten(1)
-    torch.testing.assert_close(_product_std(query, key).flatten(), products.std(dim=1).float(), rtol=1e-5, atol=0)
+    layer = AttentionLayer(query, key, 1.0, True, maps=None, step=None)  # type: ignore[arg-type]
+    torch.testing.assert_close(layer.logit_std().flatten(), products.std(dim=1).float(), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -178,6 +178,62 @@ def test_cones2_pulls_more_the_noisier_the_step(unet, scheduler):
     with guided(unet, None, scheduler, recorder=free):
         call(unet, *inputs(), 500)
     assert attention_inside(981) > attention_inside(500) > free.maps()[0, 0, 0, :, :8].mean()
+
+
+def test_prompt_is_projected_once_for_all_steps(unet, scheduler):
+    layers = [module for name, module in unet.named_modules() if name.endswith("attn2.to_k")]
+    calls: list[Any] = []
+    handles = [layer.register_forward_hook(lambda *_: calls.append(1)) for layer in layers]
+    sample, prompt_embeds = inputs(2)
+    try:
+        with guided(unet, two_regions(), scheduler, guidance_method="cones2"):
+            for timestep in (900, 500):
+                call(unet, sample, prompt_embeds, timestep)
+            assert len(calls) == len(layers)
+            call(unet, sample, prompt_embeds.clone(), 500)
+            assert len(calls) == 2 * len(layers)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("changed", ["prompt_embeds", "weights"])
+def test_prompt_is_projected_again_after_a_change_in_place(unet, scheduler, changed):
+    unet = copy.deepcopy(unet)
+    sample, prompt_embeds = inputs(2)
+
+    def in_one_context(change_at: int) -> torch.Tensor:
+        with guided(unet, two_regions(), scheduler, guidance_method="cones2"), torch.no_grad():
+            for step in range(2):
+                if step == change_at:
+                    target = prompt_embeds if changed == "prompt_embeds" else layer.weight
+                    target.mul_(2.0)
+                output = call(unet, sample, prompt_embeds)
+        return output
+
+    layer = next(module for name, module in unet.named_modules() if name.endswith("attn2.to_v"))
+    before = in_one_context(change_at=-1)
+    after_a_step = in_one_context(change_at=1)
+    assert not torch.equal(before, after_a_step)
+    assert torch.equal(after_a_step, in_one_context(change_at=-1))
+
+
+def test_gradients_flow_through_guided_steps(unet, scheduler):
+    sample, prompt_embeds = inputs()
+    sample.requires_grad_()
+    with guided(unet, two_regions(), scheduler, guidance_method="cones2"):
+        for timestep in (900, 500):  # the second backward pass must not meet what the first one freed
+            unet(sample, timestep, encoder_hidden_states=prompt_embeds).sample.square().sum().backward()
+    assert sample.grad is not None and sample.grad.isfinite().all() and sample.grad.any()
+
+
+def test_inference_mode_gives_the_same(unet, scheduler):
+    sample, prompt_embeds = inputs(2)
+    with guided(unet, two_regions(), scheduler, guidance_method="cones2"):
+        expected = [call(unet, sample, prompt_embeds, timestep) for timestep in (900, 500)]
+    with guided(unet, two_regions(), scheduler, guidance_method="cones2"), torch.inference_mode():
+        found = [call(unet, sample, prompt_embeds.clone(), timestep) for timestep in (900, 500)]
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
 def test_unconditional_half_is_not_guided(unet, scheduler):

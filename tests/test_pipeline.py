@@ -87,6 +87,38 @@ def test_no_layout_and_no_subject_matches_base_pipeline(request, kind, scheduler
     assert np.array_equal(sample(plain(pipe), **arguments), expected)
 
 
+def test_ip_adapter_works_without_a_layout_and_is_refused_with_one(pipe):
+    """One of random weights, in the form of the released ones."""
+    tokens, width, dim = 4, 12, pipe.unet.config.cross_attention_dim
+    image_proj = {
+        "proj.weight": torch.randn(tokens * dim, width, generator=seeded()),
+        "proj.bias": torch.zeros(tokens * dim),
+        "norm.weight": torch.ones(dim),
+        "norm.bias": torch.zeros(dim),
+    }
+    layers = [name for name in pipe.unet.attn_processors if "attn2" in name]
+    modules = [pipe.unet.get_submodule(name.removesuffix(".processor")) for name in layers]
+    ip_adapter = {
+        f"{2 * index + 1}.to_{part}_ip.weight": torch.randn(module.inner_dim, dim, generator=seeded(index))
+        for index, module in enumerate(modules)
+        for part in "kv"
+    }
+    without = sample(pipe)
+    pipe.load_ip_adapter(
+        {"image_proj": image_proj, "ip_adapter": ip_adapter}, subfolder="", weight_name="", image_encoder_folder=None
+    )
+    image = {"ip_adapter_image_embeds": [torch.randn(2, 1, width, generator=seeded())]}
+    expected = sample(plain(pipe), **image)
+    assert torch.equal(sample(pipe, **image), expected)
+    assert not torch.equal(expected, without)
+    with pytest.raises(ValueError, match="unload_ip_adapter"):
+        sample(pipe, layout=LAYOUT, **image)
+    assert torch.equal(sample(pipe, **image), expected)  # nothing was lost
+    pipe.unload_ip_adapter()
+    assert torch.equal(sample(pipe), without)
+    assert sample(pipe, layout=LAYOUT).isfinite().all()
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

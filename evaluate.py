@@ -92,13 +92,17 @@ def match(scores: np.ndarray) -> list[int | None]:
     return columns
 
 
+def bootstrap_interval(values: np.ndarray, draws: int = 2000) -> tuple[float, float]:
+    """95 % percentile interval of the mean; the same every time."""
+    means = values[np.random.default_rng(0).integers(len(values), size=(draws, len(values)))].mean(axis=1)
+    low, high = np.percentile(means, (2.5, 97.5))
+    return float(low), float(high)
+
+
 def summarize(values: Iterable[float], draws: int = 2000) -> dict[str, Any]:
     """Mean, count, and 95 % bootstrap interval of the mean (`low`, `high`; None for a single value)."""
     array = np.asarray(list(values))
-    low = high = None
-    if len(array) > 1:
-        means = array[np.random.default_rng(0).integers(len(array), size=(draws, len(array)))].mean(1)
-        low, high = np.percentile(means, (2.5, 97.5)).tolist()
+    low, high = bootstrap_interval(array, draws) if len(array) > 1 else (None, None)
     return {"mean": float(array.mean()), "low": low, "high": high, "count": len(array)}
 
 

@@ -5,8 +5,6 @@ Pictures of `generate_images.py` say it themselves; others are told by the comma
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import re
 import sys
@@ -21,8 +19,8 @@ from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 from .generate_images import CONTACT_SHEET, read_settings
-from .generation_config import _resolve_paths
-from .layout import Box, Region, parse_layout
+from .generation_config import resolve_paths
+from .layout import Box, Region, layout_checksum, parse_layout
 from .subject_file import default_name, printable
 from .training_data import MASK_ENDING, PICTURE_SUFFIXES
 
@@ -339,20 +337,17 @@ def _read_regions(settings: Mapping[str, Any], path: Path, args: EvaluateArgumen
     with Image.open(path) as image:
         width, height = image.size
     try:
-        layout = _resolve_paths(settings["layout"], Path(args.generation_config or path))
+        layout = resolve_paths(settings["layout"], Path(args.generation_config or path))
         regions = parse_layout(layout, height=height, width=width, color_context=settings.get("color_context"))
     except (OSError, TypeError, ValueError, AttributeError) as error:
         notes.warn(
             f"no layout scores in {path.parent}: {error} Go to another working folder, or use --generation_config."
         )
         return ()
-    checksum = hashlib.sha256()  # as in generate_images
-    for region in regions:
-        name = _slug(region.subject) if _slug(region.subject) in settings["subjects"] else region.subject
-        checksum.update(json.dumps([name, region.occurrence, region.weight]).encode())
-        checksum.update(region.mask.tobytes())
+    names = [slug if (slug := _slug(region.subject)) in settings["subjects"] else region.subject for region in regions]
+    checksum = layout_checksum(replace(region, subject=name) for region, name in zip(regions, names, strict=True))
     size_is_kept = (settings.get("height"), settings.get("width")) == (height, width)
-    if size_is_kept and settings.get("layout_sha256") != checksum.hexdigest():
+    if size_is_kept and settings.get("layout_sha256") != checksum:
         notes.warn(
             f"no layout scores in {path.parent}: the layout's files have changed since. Make the pictures again."
         )

@@ -34,6 +34,7 @@ from transformers.hf_argparser import HfArg
 import multisubject
 from multisubject import tiny_world
 from multisubject.generation_config import GUIDANCE_KEYS, BaseModel, ConfigError, GenerationTask, load_tasks
+from multisubject.layout import layout_checksum
 from multisubject.subject_file import write_atomically
 from multisubject.visualization import attention_sheet, contact_sheet, draw_regions
 
@@ -165,13 +166,9 @@ def task_settings(task: GenerationTask, args: GenerateArguments, dtype: torch.dt
         },
     }
     if task.layout is not None:
-        checksum = hashlib.sha256()
-        for region in task.regions():
-            checksum.update(json.dumps([region.subject, region.occurrence, region.weight]).encode())
-            checksum.update(region.mask.tobytes())
         settings["layout"] = task.config.layout
         settings["color_context"] = task.config.color_context
-        settings["layout_sha256"] = checksum.hexdigest()
+        settings["layout_sha256"] = layout_checksum(task.regions())
     return json.loads(json.dumps(settings))  # as it reads back
 
 

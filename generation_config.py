@@ -351,7 +351,7 @@ def _plan(
     layout = None
     if config.layout is not None:
         with _collect(report, index, "layout"):
-            layout = _resolve_paths(config.layout, report.path)
+            layout = resolve_paths(config.layout, report.path)
             layout = None if config.guidance_steps == 0 else layout
     folder = _folder([subject.key for subject in subjects.values()], config.prompt)
     task = GenerationTask(config, prompt, subjects, layout, size, folder)
@@ -501,7 +501,7 @@ def _find_source(name: str, config_path: Path) -> str:
     return _find_file(name, config_path) if is_local else name
 
 
-def _resolve_paths(layout: Any, config_path: Path) -> Any:
+def resolve_paths(layout: Any, config_path: Path) -> Any:
     """The layout with its JSON file read, if it is one, and with the paths of colour map and masks found."""
     find = partial(_find_file, config_path=config_path)
     if isinstance(layout, str):

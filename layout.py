@@ -6,11 +6,13 @@ or colour map of another size is stretched to the picture's.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import math
 import numbers
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -112,6 +114,15 @@ def parse_layout(
         )
     claims = [_read_entry(entry, place, (height, width)) for place, entry in entries.items()]
     return _merge(_resolve_priorities(claims))
+
+
+def layout_checksum(regions: Iterable[Region]) -> str:
+    """SHA-256 of all that regions hold, as hexadecimal text: to tell whether the files of a layout have changed."""
+    checksum = hashlib.sha256()
+    for region in regions:
+        checksum.update(json.dumps([region.subject, region.occurrence, region.weight]).encode())
+        checksum.update(region.mask.tobytes())
+    return checksum.hexdigest()
 
 
 def masks_at(masks: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

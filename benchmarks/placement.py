@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 
 from multisubject.benchmarks.layout_guidance import LayoutGuidance
 from multisubject.benchmarks.speed import measure
+from multisubject.evaluate import bootstrap_interval
 from multisubject.guidance_methods import AttentionLayer, bounded_attention, cones2, multisubject, uses_own_words
 from multisubject.pipeline_multisubject import MultiSubjectPipeline
 from multisubject.subject_file import write_atomically
@@ -259,14 +260,6 @@ def draw_pictures(
 # --- table -----------------------------------------------------------------------------------------------------------
 
 
-def bootstrap(values: np.ndarray, seed: int = 0, draws: int = 2000) -> tuple[float, float]:
-    """95 % percentile interval of the mean over pictures."""
-    rng = np.random.default_rng(seed)
-    means = values[rng.integers(0, len(values), (draws, len(values)))].mean(axis=1)
-    low, high = np.percentile(means, (2.5, 97.5))
-    return float(low), float(high)
-
-
 def table(results: dict[str, Any]) -> str:
     """Markdown, one row per cell and method."""
     lines = [
@@ -280,7 +273,7 @@ def table(results: dict[str, Any]) -> str:
             rows = found["pictures"]
             regions = sum(row["regions"] for row in rows)
             every = np.array([row["look"] == row["regions"] for row in rows], dtype=float)
-            low, high = bootstrap(every)
+            low, high = bootstrap_interval(every)
             share = {key: sum(r[key] for r in rows) / regions for key in ("category", "look", "identity", "leaked")}
             missing = sum(row["missing"] for row in rows) / regions
             sharp = np.mean([row["sharpness"] for row in rows]) / np.mean(plain) if plain else float("nan")
@@ -308,7 +301,7 @@ def claims(results: dict[str, Any], ours: str = OURS) -> str:
     def paired(cell: str, key: str) -> str:
         pairs = zip(results["cells"][cell][ours]["pictures"], results["cells"][cell]["none"]["pictures"], strict=False)
         difference = np.array([float(mine[key]) - float(plain[key]) for mine, plain in pairs])
-        low, high = bootstrap(difference)
+        low, high = bootstrap_interval(difference)
         return f"{difference.mean():+.2f} ({low:+.2f} to {high:+.2f})"
 
     lines = [
@@ -352,7 +345,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
             if name not in found:
                 continue
             every = np.array([p["look"] == p["regions"] for p in found[name]["pictures"]], dtype=float)
-            low, high = bootstrap(every)
+            low, high = bootstrap_interval(every)
             colour = "tab:blue" if name.startswith(OURS) else "lightgrey"
             axis.barh(row, every.mean(), color=colour)
             axis.plot([low, high], [row, row], color="black", linewidth=1)

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from multisubject import evaluate
-from multisubject.evaluate import _assign, layout_score, main, match, summarize
+from multisubject.evaluate import _assign, bootstrap_interval, layout_score, main, match, summarize
 from multisubject.evaluation_data import (
     DEFAULT_MODELS,
     Crop,
@@ -214,6 +214,11 @@ def test_a_region_may_call_its_subject_by_the_class_phrase():
     assert _subject_of(Region("dog", mask, occurrence=2), prompt, targets) == "rex"
     assert _subject_of(Region("dog", mask), "a photo of <rex>", targets) == "rex"
     assert _subject_of(Region("red ball", mask), prompt, targets) == "red ball"
+
+
+def test_bootstrap_interval_narrows_with_more_pictures():
+    few, many = (bootstrap_interval(np.tile([0.0, 1.0], count)) for count in (10, 1000))
+    assert few[0] < many[0] < 0.5 < many[1] < few[1]
 
 
 def test_intervals_hold_the_mean_and_need_two_values():

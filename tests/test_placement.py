@@ -9,7 +9,6 @@ from multisubject.benchmarks.placement import (
     CELLS,
     METHODS,
     OURS,
-    bootstrap,
     claims,
     draw_tasks,
     ellipse,
@@ -62,11 +61,6 @@ def test_scores_see_right_and_exchanged_pictures():
     assert right["setting"]
     exchanged = score_picture(Judge.load(), task, drawn(second.look, first.look))
     assert (exchanged["category"], exchanged["look"], exchanged["leaked"]) == (2, 0, 2)
-
-
-def test_bootstrap_interval_narrows_with_more_pictures():
-    few, many = (bootstrap(np.tile([0.0, 1.0], count)) for count in (10, 1000))
-    assert few[0] < many[0] < 0.5 < many[1] < few[1]
 
 
 @pytest.fixture

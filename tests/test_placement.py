@@ -71,6 +71,7 @@ def options(tmp_path):
         num_pictures=2,
         num_inference_steps=2,
         guidance_scale=5.0,
+        dtype="float32",
         batch_size=2,
         device="cpu",
         seed=1,

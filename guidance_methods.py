@@ -242,13 +242,16 @@ _LOG_BASE_WEIGHT = -0.8473  # ln(0.3 / 0.7)
 def bounded_attention(layer: AttentionLayer) -> torch.Tensor | None:
     """The masks of Bounded Attention (Dahary et al. 2024, arXiv:2403.16990), without its gradient guidance.
 
-    A subject's tokens are seen in its region only, the end of the text and the padding in no region, and in
-    self-attention no subject's region sees another's.
+    As in the published code, a subject's tokens are seen in its region only, the end of the text in regions only, and in
+    self-attention no subject's region sees another's. That code also hides function words everywhere, masks the
+    unconditional half, and replaces the regions by clusters of its own as it goes.
     """
+    maps = layer.maps
     if not layer.is_cross:
-        return HIDDEN * layer.maps.apart()[:, None]
-    bias = layer.maps.signed_weights.clamp(max=0)
-    return bias.masked_fill(layer.maps.summary_inside, HIDDEN)[:, None]
+        return HIDDEN * maps.apart()[:, None]
+    end = (maps.token_kinds == TokenKind.END)[:, None, :]
+    background = ~maps.inside.any(dim=1)[:, :, None]
+    return maps.signed_weights.clamp(max=0).masked_fill(end & background, HIDDEN)[:, None]
 
 
 # --- ours ------------------------------------------------------------------------------------------------------------

@@ -94,13 +94,14 @@ def test_attention_couple_weighs_the_whole_prompt_with_three_tenths():
             torch.testing.assert_close(probabilities[head, place], expected / expected.sum(), atol=1e-4, rtol=1e-3)
 
 
-def test_bounded_attention_keeps_subjects_and_summary_out():
-    """Bounded Attention, section 4: subject tokens and places see their own subject and the background."""
+def test_bounded_attention_keeps_subjects_apart_and_the_end_of_the_text_in_regions():
+    """Bounded Attention, section 4 and its published code: subjects see themselves and the background, which does not
+    see the end of the text."""
     probabilities = attended(make_layer(), "bounded_attention")
     for place in range(QUERIES):
-        visible = {0} | {PHRASES[region] for region in range(2) if INSIDE[region, place]}
-        if not INSIDE[:, place].any():
-            visible |= {3, 4}
+        visible = {0, 4} | {PHRASES[region] for region in range(2) if INSIDE[region, place]}
+        if INSIDE[:, place].any():
+            visible |= {3}
         for key in range(TOKENS):
             assert bool((probabilities[:, place, key] > 0).all()) == (key in visible)
 

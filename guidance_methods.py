@@ -242,8 +242,8 @@ _LOG_BASE_WEIGHT = -0.8473  # ln(0.3 / 0.7)
 def bounded_attention(layer: AttentionLayer) -> torch.Tensor | None:
     """The masks of Bounded Attention (Dahary et al. 2024, arXiv:2403.16990), without its gradient guidance.
 
-    As in the published code, a subject's tokens are seen in its region only, the end of the text in regions only, and in
-    self-attention no subject's region sees another's. That code also hides function words everywhere, masks the
+    As in the published code, a subject's tokens are seen in its region only, the end of the text in regions only, and
+    in self-attention no subject's region sees another's. That code also hides function words everywhere, masks the
     unconditional half, and replaces the regions by clusters of its own as it goes.
     """
     maps = layer.maps
@@ -259,12 +259,18 @@ def bounded_attention(layer: AttentionLayer) -> torch.Tensor | None:
 
 @uses_own_words
 def multisubject(layer: AttentionLayer) -> torch.Tensor | None:
-    """The default: `cones2_padding_hidden` on words that know of no other subject.
+    """The default: `cones2_padding_hidden` on words that know of no other subject, with open borders at the end.
 
     In the whole prompt a causal text encoder lets every word hear of the words before it, so that the second of two
-    dogs knows the first one's colour. Here a region's words are embedded by themselves (`uses_own_words`).
+    dogs knows the first one's colour. Here a region's words are embedded by themselves (`uses_own_words`). And in the
+    second half of the steps, when it is settled who stands where, places outside all regions may attend to everything:
+    what reaches over a region's edge, such as a hat, can then be painted with its subject's words.
     """
-    return cones2_padding_hidden(layer)
+    bias = cones2_padding_hidden(layer)
+    if bias is None:
+        return None
+    opened = ~layer.maps.inside.any(dim=1) & (layer.step.progress >= 0.5)  # [B, Q]
+    return bias.masked_fill(opened[:, None, :, None], 0)
 
 
 GUIDANCE_METHODS: dict[str, GuidanceMethod] = {

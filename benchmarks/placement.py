@@ -33,7 +33,14 @@ from tqdm.auto import tqdm
 from multisubject.benchmarks.layout_guidance import LayoutGuidance
 from multisubject.benchmarks.speed import measure
 from multisubject.evaluate import bootstrap_interval
-from multisubject.guidance_methods import AttentionLayer, bounded_attention, cones2, multisubject, uses_own_words
+from multisubject.guidance_methods import (
+    AttentionLayer,
+    bounded_attention,
+    cones2,
+    cones2_padding_hidden,
+    multisubject,
+    uses_own_words,
+)
 from multisubject.pipeline_multisubject import MultiSubjectPipeline
 from multisubject.subject_file import write_atomically
 from multisubject.tiny_world.judge import Judge, Verdict
@@ -74,6 +81,9 @@ METHODS: dict[str, dict[str, Any]] = {
     # What each ingredient brings
     "cones2_padding_hidden": {"guidance_method": "cones2_padding_hidden"},
     "cones2 + own words": {"guidance_method": uses_own_words(lambda layer: cones2(layer))},
+    "cones2_padding_hidden + own words": {
+        "guidance_method": uses_own_words(lambda layer: cones2_padding_hidden(layer))
+    },
     "multisubject + isolation": {"guidance_method": uses_own_words(lambda layer: isolated(layer))},
 }
 
@@ -84,7 +94,7 @@ def isolated(layer: AttentionLayer) -> torch.Tensor | None:
 
 
 OURS = "multisubject"
-INGREDIENTS = ("cones2_padding_hidden", "cones2 + own words")
+INGREDIENTS = ("cones2_padding_hidden", "cones2 + own words", "cones2_padding_hidden + own words")
 
 
 @dataclass(frozen=True)

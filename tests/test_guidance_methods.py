@@ -141,13 +141,16 @@ def test_dense_diffusion_ends_after_thirty_percent_of_the_steps():
     assert not GUIDANCE_METHODS["dense_diffusion"](make_layer(progress=0.3)).any()
 
 
-def test_multisubject_is_cones2_without_the_summary_inside_regions():
-    layer = make_layer()
+@pytest.mark.parametrize("progress", [0.48, 0.5])
+def test_multisubject_is_cones2_without_the_summary_inside_regions_and_late_without_borders(progress):
+    layer = make_layer(progress=progress)
     bias = GUIDANCE_METHODS["multisubject"](layer)[0, 0]
     expected = GUIDANCE_METHODS["cones2"](layer)[0, 0].clone()
     for place in range(QUERIES):
         if INSIDE[:, place].any():
             expected[place, [3, 4]] = HIDDEN
+        elif progress >= 0.5:
+            expected[place] = 0
     assert torch.equal(bias, expected)
     assert GUIDANCE_METHODS["multisubject"](make_layer(is_cross=False)) is None
 

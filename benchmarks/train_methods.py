@@ -275,9 +275,13 @@ def share(rows: Sequence[dict[str, bool]], key: str) -> float:
 
 @dataclass(frozen=True)
 class Summary:
-    """A run over all subjects: shares of pictures in [0, 1], mean seconds, highest peak."""
+    """A run over all subjects: shares of pictures in [0, 1], mean seconds, highest peak.
+
+    `identity` and `by_subject` (by name) are of pictures that ask for the subject alone; `beside` of the others.
+    """
 
     identity: float
+    beside: float
     by_subject: dict[str, float]
     setting: float
     object: float
@@ -288,7 +292,7 @@ class Summary:
 
     @property
     def recognised_subjects(self) -> int:
-        """Subjects that the judge recognises in 90 % of their pictures."""
+        """Subjects that the judge recognises in 90 % of their pictures alone."""
         return sum(value >= 0.9 for value in self.by_subject.values())
 
 
@@ -297,8 +301,13 @@ def summarise(cells: dict[str, Any], subjects: Sequence[str]) -> Summary:
     rows = [row for name in subjects for row in cells[name]["pictures"]]
     costs = [cells[name].get("cost", {"seconds": 0.0, "cpu_seconds": 0.0, "peak_bytes": 0}) for name in subjects]
     return Summary(
-        **{key: share(rows, key) for key in ("identity", "setting", "object", "colour")},
-        by_subject={name: share(cells[name]["pictures"], "identity") for name in subjects},
+        **{key: share(rows, key) for key in ("setting", "object", "colour")},
+        identity=share([row for row in rows if "object" not in row], "identity"),
+        beside=share([row for row in rows if "object" in row], "identity"),
+        by_subject={
+            name: share([row for row in cells[name]["pictures"] if "object" not in row], "identity")
+            for name in subjects
+        },
         **{key: sum(cost[key] for cost in costs) / len(costs) for key in ("seconds", "cpu_seconds")},
         peak_bytes=max(cost["peak_bytes"] for cost in costs),
     )
@@ -307,15 +316,15 @@ def summarise(cells: dict[str, Any], subjects: Sequence[str]) -> Summary:
 def tables(summaries: dict[str, Summary]) -> str:
     """Markdown: a row per run, then the share of recognised pictures per subject."""
     lines = [
-        "| method | recognised | subjects ≥ 90 % | setting | second object | in its colour | seconds | CPU seconds "
-        "| peak memory |",
-        "|" + "---|" * 9,
+        "| method | recognised alone | subjects ≥ 90 % | beside another object | setting | second object "
+        "| in its colour | seconds | CPU seconds | peak memory |",
+        "|" + "---|" * 10,
     ]
     for label, found in summaries.items():
         cost = f"{found.seconds:.0f} | {found.cpu_seconds:.0f} | {found.peak_bytes / 1e9:.2f} GB"
         lines.append(
             f"| {label} | {found.identity:.1%} | {found.recognised_subjects} of {len(found.by_subject)} "
-            f"| {found.setting:.1%} | {found.object:.1%} | {found.colour:.1%} "
+            f"| {found.beside:.1%} | {found.setting:.1%} | {found.object:.1%} | {found.colour:.1%} "
             f"| {cost if found.peak_bytes else '– | – | –'} |"
         )
     lines += ["", "| subject | " + " | ".join(summaries) + " |", "|" + "---|" * (len(summaries) + 1)]
@@ -331,7 +340,10 @@ def verdict(summaries: dict[str, Summary], runs: Sequence[Run]) -> list[tuple[bo
     count = len(judged.by_subject)
     good = judged.recognised_subjects
     answers = [
-        (good * 8 >= count * 7, f"{good} of {count} subjects recognised in 90 % of their pictures (7 of 8 wanted)")
+        (
+            good * 8 >= count * 7,
+            f"{good} of {count} subjects recognised in 90 % of pictures of them alone (7 of 8 wanted)",
+        )
     ]
     for key, what in (("setting", "settings"), ("object", "second objects"), ("colour", "second objects' colours")):
         lost = 100 * (getattr(base, key) - getattr(judged, key))
@@ -501,7 +513,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--learning_rates", nargs="+", type=parse_rate, default=[], metavar="METHOD=RATE", help="default: the trainer's"
     )
     parser.add_argument("--subjects", nargs="+", choices=sorted(SUBJECTS), default=list(SUBJECTS))
-    parser.add_argument("--num_pictures", type=int, default=50, help="per subject and run")
+    parser.add_argument("--num_pictures", type=int, default=100, help="per subject and run; half of them alone")
     parser.add_argument("--data_dir", type=Path, help="training pictures, a folder per subject; left out: drawn")
     parser.add_argument("--output_dir", type=Path, default=Path("output/train_methods"), help="results.json, sheets …")
     parser.add_argument("--num_inference_steps", type=int, default=20)

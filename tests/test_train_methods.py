@@ -69,7 +69,7 @@ def test_judge_counts_subject_setting_and_the_other_object() -> None:
 
 def summary(identity: float = 1.0, setting: float = 0.9, seconds: float = 10.0, peak: float = 1e9) -> Summary:
     by_subject = dict.fromkeys(SUBJECTS, identity)
-    return Summary(identity, by_subject, setting, 0.8, 0.7, seconds, seconds, peak)
+    return Summary(identity, identity, by_subject, setting, 0.8, 0.7, seconds, seconds, peak)
 
 
 RUNS = [Run("residual", 150), Run("text_encoder", 150), Run("text_encoder", 750)]
@@ -111,9 +111,9 @@ def test_tables_hold_every_run_and_subject() -> None:
     cells = {"comet": {"pictures": pictures, "cost": cost}}
     plain = {"comet": {"pictures": pictures}}
     text = tables({"base": summarise(plain, ["comet"]), "lora:9": summarise(cells, ["comet"])})
-    assert "| base | 50.0% | 0 of 1 | 100.0% | 100.0% | 0.0% | – | – | – |" in text
-    assert "| lora:9 | 50.0% | 0 of 1 | 100.0% | 100.0% | 0.0% | 3 | 2 | 1.50 GB |" in text
-    assert "| comet | 50% | 50% |" in text
+    assert "| base | 100.0% | 1 of 1 | 0.0% | 100.0% | 100.0% | 0.0% | – | – | – |" in text
+    assert "| lora:9 | 100.0% | 1 of 1 | 0.0% | 100.0% | 100.0% | 0.0% | 3 | 2 | 1.50 GB |" in text
+    assert "| comet | 100% | 100% |" in text
 
 
 def test_memory_is_reported_with_what_is_saved() -> None:

@@ -297,7 +297,11 @@ def _region_bias(
         )
     # -1e8 is infinite in float16, and an infinite logit turns a fully masked row into NaN.
     limit = torch.finfo(query.dtype).max / 2
-    bias = F.pad(bias, (0, 0) * 3 + (query.shape[0] - regions.batch, 0)).clamp_(-limit, limit).to(query.dtype)
+    if not is_cross and getattr(regions.method, "guides_all_self_attention", False):
+        bias = bias.repeat(query.shape[0] // regions.batch, 1, 1, 1)
+    else:
+        bias = F.pad(bias, (0, 0) * 3 + (query.shape[0] - regions.batch, 0))
+    bias = bias.clamp_(-limit, limit).to(query.dtype)
     if is_cross and regions.region_prompts is not None:  # tokens of the conditional samples alone
         bias[: -regions.batch, ..., -regions.region_prompts.shape[1] :] = -limit
     return bias

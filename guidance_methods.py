@@ -149,6 +149,12 @@ def uses_own_words(method: GuidanceMethod) -> GuidanceMethod:
     return method
 
 
+def guides_all_self_attention(method: GuidanceMethod) -> GuidanceMethod:
+    """Decorator: the method's bias on self-attention also holds for the unconditional samples."""
+    method.guides_all_self_attention = True  # type: ignore[attr-defined]
+    return method
+
+
 def needs_region_prompts(method: GuidanceMethod) -> bool:
     """Whether the regions' own prompts have to be encoded for this method."""
     return any(getattr(method, wish, False) for wish in ("uses_region_prompts", "uses_own_words"))
@@ -239,12 +245,13 @@ def attention_couple(layer: AttentionLayer) -> torch.Tensor | None:
 _LOG_BASE_WEIGHT = -0.8473  # ln(0.3 / 0.7)
 
 
+@guides_all_self_attention
 def bounded_attention(layer: AttentionLayer) -> torch.Tensor | None:
     """The masks of Bounded Attention (Dahary et al. 2024, arXiv:2403.16990), without its gradient guidance.
 
     As in the published code, a subject's tokens are seen in its region only, the end of the text in regions only, and
-    in self-attention no subject's region sees another's. That code also hides function words everywhere, masks the
-    unconditional half, and replaces the regions by clusters of its own as it goes.
+    in self-attention no subject's region sees another's, with or without the prompt. That code also hides function
+    words everywhere, and replaces the regions by clusters of its own as it goes.
     """
     maps = layer.maps
     if not layer.is_cross:

@@ -11,7 +11,8 @@ second one compares pictures from the same noise:
 - Cones 2: both sides with its sampler, LMS with every step taken twice; the masks are each side's own.
 - DenseDiffusion: both sides also get the background as a segment of its own, described by the setting.
 - Bounded Attention: its masks of the boxes alone. The gradients, the hiding of function words and the clusters that
-  take the boxes' place in later steps are off, as `bounded_attention` has none of them.
+  take the boxes' place in later steps are off, as `bounded_attention` has none of them; what stays different is that
+  its code also masks the self-attention of the unconditional half.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ from multisubject.guidance_methods import (
     GUIDANCE_METHODS,
     AttentionLayer,
     TokenKind,
+    guides_all_self_attention,
     resolve_guidance_method,
     uses_own_words,
 )
@@ -243,6 +244,22 @@ def test_unconditional_half_is_not_guided(unet, scheduler):
         output = call(unet, sample, prompt_embeds, 981)
     torch.testing.assert_close(output[0], stock[0], atol=1e-5, rtol=1e-5)
     assert (output[1] - stock[1]).abs().max() > 1e-3
+
+
+def test_self_attention_is_guided_in_both_halves_where_a_method_says_so(unet, scheduler):
+    sample, prompt_embeds = inputs(2)
+    stock = call(unet, sample, prompt_embeds, 981)
+
+    def isolated(layer: AttentionLayer) -> torch.Tensor | None:
+        return None if layer.is_cross else -1e8 * layer.maps.apart()[:, None]
+
+    with guided(unet, two_regions(), scheduler, guidance_method=isolated):
+        conditional = call(unet, sample, prompt_embeds, 981)
+    with guided(unet, two_regions(), scheduler, guidance_method=guides_all_self_attention(isolated)):
+        both = call(unet, sample, prompt_embeds, 981)
+    torch.testing.assert_close(conditional[0], stock[0], atol=1e-5, rtol=1e-5)
+    assert (both[0] - stock[0]).abs().max() > 1e-3
+    torch.testing.assert_close(both[1], conditional[1], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["attention_couple", "regional_prompts"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 
 import torch
 
@@ -41,9 +42,11 @@ class RegionMaps:
         tokens: `(B, R, K)` bool, the tokens that name each region's subject, in the prompt and in its own prompt.
         token_kinds: `(B, K)` int64 of `TokenKind`.
         owners: `(K,)` int64, the region whose own prompt a token is of; -1 for the prompt that all share.
-        signed_weights: `(B, Q, K)` float32. At a region's tokens: `weight * mask` inside the region and
+        signed_weights: `(B, 1, Q, K)` float32. At a region's tokens: `weight * mask` inside the region and
             `weight_negative` outside; 0 at every other token. For tokens of several regions the strongest one counts.
-        summary_inside: `(B, Q, K)` bool: the query lies in a region, the key is the prompt's end of text or padding.
+        inside_weights: `signed_weights` with 0 at places that lie in no region.
+        hidden_summary: `(B, 1, Q, K)` float32, `HIDDEN` where the query lies in a region and the key is the prompt's
+            end of text or padding, else 0.
     """
 
     masks: torch.Tensor
@@ -52,7 +55,8 @@ class RegionMaps:
     token_kinds: torch.Tensor
     owners: torch.Tensor
     signed_weights: torch.Tensor
-    summary_inside: torch.Tensor
+    inside_weights: torch.Tensor
+    hidden_summary: torch.Tensor
 
     def inside_owner(self) -> torch.Tensor:
         """`(B, Q, K)` bool: the query lies in the region whose own prompt the key is of; False for shared keys."""
@@ -84,6 +88,24 @@ class GuidanceStep:
     time: torch.Tensor
 
 
+class KeyMoments:
+    """Second moments and mean of keys, what `AttentionLayer.logit_std` needs of them; computed when first asked for.
+
+    Args:
+        key: `(B, heads, K, head_dim)`.
+    """
+
+    def __init__(self, key: torch.Tensor):
+        self._key = key
+
+    @cached_property
+    def value(self) -> torch.Tensor:
+        """`[K'^T K' | mean(k)]` with `k' = k - mean(k)`, float32: `(B, heads, head_dim, head_dim + 1)`."""
+        mean = self._key.float().mean(dim=2, keepdim=True)
+        centred = self._key.float() - mean
+        return torch.cat([centred.transpose(-1, -2) @ centred, mean.transpose(-1, -2)], dim=-1)
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionLayer:
     """What a guidance method sees: one attention layer of one UNet call, conditional samples only.
@@ -95,7 +117,7 @@ class AttentionLayer:
         is_cross: cross-attention to the prompt (True) or self-attention (False).
         maps: the regions at this layer's resolution.
         step: noise level and strength.
-        key_moments: what `key_moments(key)` returns, where it is known already.
+        key_moments: of `key`, where they are kept from step to step.
     """
 
     query: torch.Tensor
@@ -104,33 +126,23 @@ class AttentionLayer:
     is_cross: bool
     maps: RegionMaps
     step: GuidanceStep
-    key_moments: torch.Tensor | None = None
+    key_moments: KeyMoments | None = None
 
     def logit_std(self) -> torch.Tensor:
-        """Unbiased standard deviation of the logits over heads, queries and keys: `(B, 1, 1)` float32.
+        """Unbiased standard deviation of the logits over heads, queries and keys: `(B, 1, 1, 1)` float32.
 
         The logits are not built. With centred keys `k' = k - mean(k)`, every row `q K^T` splits into its mean
         `q . mean(k)` and a rest whose squares sum to `q (K'^T K') q^T`. Both are sums of squares, so nothing cancels in
         float32.
         """
-        moments = key_moments(self.key) if self.key_moments is None else self.key_moments
+        moments = self.key_moments or KeyMoments(self.key)
         query = self.query.float()
-        count = query[0, ..., 0].numel() * self.key.shape[2]
-        rows = query @ moments  # [B, heads, Q, head_dim + 1]
-        within = (rows[..., :-1] * query).sum(dim=(1, 2, 3))
-        between = rows[..., -1].var(dim=(1, 2), correction=0)
+        count = query.shape[1] * query.shape[2] * self.key.shape[2]
+        rows = query @ moments.value  # [B, heads, Q, head_dim + 1]
+        within = (rows[..., :-1] * query).sum(dim=(1, 2, 3), keepdim=True)
+        between = rows[..., -1:].var(dim=(1, 2, 3), keepdim=True, correction=0)
         variance = within.add(between, alpha=count) * (self.scale**2 / (count - 1))
-        return variance.sqrt()[:, None, None]
-
-
-def key_moments(key: torch.Tensor) -> torch.Tensor:
-    """Second moments and mean of keys `(B, heads, K, head_dim)`: `[K'^T K' | mean(k)]`, float32.
-
-    `(B, heads, head_dim, head_dim + 1)`, with `k' = k - mean(k)`. All that `AttentionLayer.logit_std` needs of them.
-    """
-    mean = key.float().mean(dim=2, keepdim=True)
-    centred = key.float() - mean
-    return torch.cat([centred.transpose(-1, -2) @ centred, mean.transpose(-1, -2)], dim=-1)
+        return variance.sqrt()
 
 
 GuidanceMethod = Callable[[AttentionLayer], torch.Tensor | None]
@@ -155,6 +167,12 @@ def guides_all_self_attention(method: GuidanceMethod) -> GuidanceMethod:
     return method
 
 
+def same_in_every_layer(method: GuidanceMethod) -> GuidanceMethod:
+    """Decorator: the bias follows from maps and step alone, so that layers of one resolution can share it."""
+    method.same_in_every_layer = True  # type: ignore[attr-defined]
+    return method
+
+
 def needs_region_prompts(method: GuidanceMethod) -> bool:
     """Whether the regions' own prompts have to be encoded for this method."""
     return any(getattr(method, wish, False) for wish in ("uses_region_prompts", "uses_own_words"))
@@ -163,11 +181,12 @@ def needs_region_prompts(method: GuidanceMethod) -> bool:
 # --- Cones 2 and masks -----------------------------------------------------------------------------------------------
 
 
+@same_in_every_layer
 def masked(layer: AttentionLayer) -> torch.Tensor | None:
     """Tokens of a subject cannot be attended to outside their region; inside, nothing pulls."""
     if not layer.is_cross:
         return None
-    return layer.maps.signed_weights.clamp(max=0)[:, None]
+    return layer.maps.signed_weights.clamp(max=0)
 
 
 def cones2(layer: AttentionLayer) -> torch.Tensor | None:
@@ -177,7 +196,7 @@ def cones2(layer: AttentionLayer) -> torch.Tensor | None:
     """
     if not layer.is_cross:
         return None
-    return (layer.step.strength * layer.logit_std() * layer.maps.signed_weights)[:, None]
+    return layer.step.strength * layer.logit_std() * layer.maps.signed_weights
 
 
 def cones2_padding_hidden(layer: AttentionLayer) -> torch.Tensor | None:
@@ -185,8 +204,10 @@ def cones2_padding_hidden(layer: AttentionLayer) -> torch.Tensor | None:
 
     A causal text encoder puts a summary of the whole prompt there, by which each region hears of the others' subjects.
     """
-    bias = cones2(layer)
-    return None if bias is None else bias.masked_fill(layer.maps.summary_inside[:, None], HIDDEN)
+    if not layer.is_cross:
+        return None
+    pull = layer.step.strength * layer.logit_std()
+    return torch.addcmul(layer.maps.hidden_summary, layer.maps.signed_weights, pull)
 
 
 # --- the field's methods ---------------------------------------------------------------------------------------------
@@ -212,6 +233,7 @@ def dense_diffusion(layer: AttentionLayer) -> torch.Tensor | None:
     return strength[:, None, :, None] * (torch.where(belongs[:, None], largest, smallest) - products)
 
 
+@same_in_every_layer
 @uses_region_prompts
 def regional_prompts(layer: AttentionLayer) -> torch.Tensor | None:
     """Regional prompts (Mix-of-Show, Gu et al. 2023, arXiv:2305.18292): a region attends to its own prompt alone.
@@ -227,6 +249,7 @@ def regional_prompts(layer: AttentionLayer) -> torch.Tensor | None:
     return HIDDEN * (~visible)[:, None]
 
 
+@same_in_every_layer
 @uses_region_prompts
 def attention_couple(layer: AttentionLayer) -> torch.Tensor | None:
     """Regional prompts blended with the whole prompt, as the attention-couple extensions of Stable Diffusion UIs do.
@@ -245,6 +268,7 @@ def attention_couple(layer: AttentionLayer) -> torch.Tensor | None:
 _LOG_BASE_WEIGHT = -0.8473  # ln(0.3 / 0.7)
 
 
+@same_in_every_layer
 @guides_all_self_attention
 def bounded_attention(layer: AttentionLayer) -> torch.Tensor | None:
     """The masks of Bounded Attention (Dahary et al. 2024, arXiv:2403.16990), without its gradient guidance.
@@ -258,26 +282,29 @@ def bounded_attention(layer: AttentionLayer) -> torch.Tensor | None:
         return HIDDEN * maps.apart()[:, None]
     end = (maps.token_kinds == TokenKind.END)[:, None, :]
     background = ~maps.inside.any(dim=1)[:, :, None]
-    return maps.signed_weights.clamp(max=0).masked_fill(end & background, HIDDEN)[:, None]
+    return maps.signed_weights.clamp(max=0).masked_fill((end & background)[:, None], HIDDEN)
 
 
 # --- ours ------------------------------------------------------------------------------------------------------------
 
 
+@same_in_every_layer
 @uses_own_words
 def multisubject(layer: AttentionLayer) -> torch.Tensor | None:
-    """The default: `cones2_padding_hidden` on words that know of no other subject, with open borders at the end.
+    """The default, `cones2_padding_hidden` with three changes.
 
     In the whole prompt a causal text encoder lets every word hear of the words before it, so that the second of two
-    dogs knows the first one's colour. Here a region's words are embedded by themselves (`uses_own_words`). And in the
+    dogs knows the first one's colour: here a region's words are embedded by themselves (`uses_own_words`). In the
     second half of the steps, when it is settled who stands where, places outside all regions may attend to everything:
-    what reaches over a region's edge, such as a hat, can then be painted with its subject's words.
+    what reaches over a region's edge, such as a hat, can then be painted with its subject's words. And the pull is the
+    same in every layer, `strength * 3` logits for each unit of weight, where Cones 2 measures the spread of each
+    layer's logits: that costs more, and where logits spread wide it pulls too hard.
     """
-    bias = cones2_padding_hidden(layer)
-    if bias is None:
+    if not layer.is_cross:
         return None
-    opened = ~layer.maps.inside.any(dim=1) & (layer.step.progress >= 0.5)  # [B, Q]
-    return bias.masked_fill(opened[:, None, :, None], 0)
+    maps = layer.maps
+    weights = torch.where(layer.step.progress < 0.5, maps.signed_weights, maps.inside_weights)
+    return torch.addcmul(maps.hidden_summary, weights, layer.step.strength, value=3)
 
 
 GUIDANCE_METHODS: dict[str, GuidanceMethod] = {

@@ -117,6 +117,7 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
         super().__init__(*args, **kwargs)
         self.subjects: dict[str, ResidualEmbedding] = load_saved_subjects(self.tokenizer)
         self._subject_weights: dict[str, float] = {}
+        self._device_of_call: torch.device | None = None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
@@ -308,7 +309,7 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
         ]
 
         # 3. Encode the prompts and add the subjects' residuals
-        device = self._execution_device  # looks at every module
+        device = self._execution_device
         if prompt_embeds is None or any(text.mentions for text in parsed) or any(regions) or output_attention_maps:
             texts = [text.text for text in parsed]
             with _text_model_found(self.text_encoder):
@@ -366,7 +367,7 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
             guidance_steps=guidance_steps,
             recorder=recorder,
         )
-        with guidance, self._recurrent_steps(recurrence, guidance_steps, generator):
+        with guidance, self._recurrent_steps(recurrence, guidance_steps, generator), self._running_on(device):
             images, has_nsfw_concept = super().__call__(
                 prompt,
                 height,
@@ -515,6 +516,19 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
             for mention in text.mentions
         ]
         return add_residuals(prompt_embeds, residuals) if residuals else prompt_embeds
+
+    @property
+    def _execution_device(self) -> torch.device:
+        """As the base's, which looks at every module; known during a call."""
+        return self._device_of_call or super()._execution_device
+
+    @contextmanager
+    def _running_on(self, device: torch.device) -> Iterator[None]:
+        try:
+            self._device_of_call = device
+            yield
+        finally:
+            self._device_of_call = None
 
     @contextmanager
     def _recurrent_steps(

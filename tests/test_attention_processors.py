@@ -219,6 +219,38 @@ def test_prompt_is_projected_again_after_a_change_in_place(unet, scheduler, chan
     assert torch.equal(after_a_step, in_one_context(change_at=-1))
 
 
+@pytest.mark.parametrize("method", [name for name, f in GUIDANCE_METHODS.items() if hasattr(f, "same_in_every_layer")])
+def test_layers_share_the_bias_of_a_method_that_allows_it(unet, scheduler, method):
+    asked: list[int] = []
+
+    def layer_by_layer(layer: AttentionLayer) -> torch.Tensor | None:
+        return GUIDANCE_METHODS[method](layer)
+
+    def shared(layer: AttentionLayer) -> torch.Tensor | None:
+        asked.append(layer.query.shape[2])
+        return GUIDANCE_METHODS[method](layer)
+
+    vars(layer_by_layer).update(vars(GUIDANCE_METHODS[method]), same_in_every_layer=False)
+    vars(shared).update(vars(GUIDANCE_METHODS[method]))
+    found = []
+    for function in (layer_by_layer, shared):
+        with guided(unet, two_regions(), scheduler, guidance_method=function):
+            found.append([call(unet, *inputs(), timestep=timestep) for timestep in (900, 100)])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert not torch.equal(*found[0])
+    assert sorted(asked) == sorted([16, 64, 256] * 4)  # self- and cross-attention, in each of two calls
+
+
+def test_keys_beside_the_tokens_get_no_attention(unet, scheduler):
+    """The processor brings the number of keys to a multiple of 8: no method and no map sees them."""
+    recorder = AttentionRecorder(torch.ones(1, 1, T, dtype=torch.bool))
+    with guided(unet, two_regions(), scheduler, guidance_method=lambda layer: None, recorder=recorder):
+        call(unet, *inputs())
+    total = recorder.maps() * T  # a map is the mean over tokens
+    torch.testing.assert_close(total, torch.ones_like(total))
+    assert {layer.key.shape[2] for layer in seen_layers(unet, two_regions(), scheduler, *inputs())} == {T}
+
+
 def test_gradients_flow_through_guided_steps(unet, scheduler):
     sample, prompt_embeds = inputs()
     sample.requires_grad_()
@@ -314,7 +346,7 @@ def test_every_region_has_a_cell_at_every_resolution(unet, scheduler, size):
         math.ceil(size[0] / n) * math.ceil(size[1] / n) for n in (1, 2, 4)
     }
     for layer in layers:
-        weights = layer.maps.signed_weights[0]
+        weights = layer.maps.signed_weights[0, 0]
         assert (weights[:, LEFT] > 0).sum() == 1
         assert (weights[:, RIGHT] > 0).any()
         assert not weights[:, [t for t in range(T) if t not in (LEFT, RIGHT)]].any()
@@ -323,7 +355,7 @@ def test_every_region_has_a_cell_at_every_resolution(unet, scheduler, size):
 def test_soft_mask_pulls_softly(unet, scheduler):
     regions = two_regions()
     regions.masks[:, 0, :16] *= 0.7
-    weights = seen_layers(unet, regions, scheduler, *inputs())[0].maps.signed_weights[0, :, LEFT].view(16, 16)
+    weights = seen_layers(unet, regions, scheduler, *inputs())[0].maps.signed_weights[0, 0, :, LEFT].view(16, 16)
     torch.testing.assert_close(weights[:8, :8], torch.full((8, 8), 2.5 * 0.7))
     torch.testing.assert_close(weights[8:, :8], torch.full((8, 8), 2.5))
     assert (weights[:, 8:] == -1e8).all()

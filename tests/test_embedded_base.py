@@ -46,7 +46,7 @@ def test_seed_config_puts_the_right_subject_in_the_right_region(tmp_path, judge)
     from multisubject.layout import parse_layout
     from multisubject.tiny_world.subjects import SUBJECTS
 
-    pictures = 8
+    pictures = 24
     main(
         [
             *("--generation_config", str(CONFIG), "--output_dir", str(tmp_path), "--num_images", str(pictures)),

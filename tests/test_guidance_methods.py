@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -45,8 +46,10 @@ def make_layer(is_cross: bool = True, own_prompts: bool = False, progress: float
         signed[0] = torch.where(tokens[0, region], weights[region], signed[0])
     end = torch.tensor([key in (3, 4) for key in range(tokens.shape[2])])
     maps = RegionMaps(
-        *(INSIDE[None].float(), INSIDE[None], tokens, torch.tensor([kinds]), torch.tensor(owners), signed),
-        summary_inside=INSIDE[None].any(dim=1)[:, :, None] & end,
+        *(INSIDE[None].float(), INSIDE[None], tokens, torch.tensor([kinds]), torch.tensor(owners)),
+        signed_weights=signed[:, None],
+        inside_weights=(signed * INSIDE.any(dim=0)[:, None])[:, None],
+        hidden_summary=HIDDEN * (INSIDE.any(dim=0)[:, None] & end)[None, None],
     )
     step = GuidanceStep(*(torch.tensor(value) for value in (2.0, 0.08 * math.log(5.0), progress, 0.9)))
     return AttentionLayer(query, key, DIM**-0.5, is_cross, maps, step)
@@ -142,17 +145,24 @@ def test_dense_diffusion_ends_after_thirty_percent_of_the_steps():
 
 
 @pytest.mark.parametrize("progress", [0.48, 0.5])
-def test_multisubject_is_cones2_without_the_summary_inside_regions_and_late_without_borders(progress):
+def test_multisubject_pulls_by_logits_hides_the_summary_inside_regions_and_opens_borders_late(progress):
     layer = make_layer(progress=progress)
     bias = GUIDANCE_METHODS["multisubject"](layer)[0, 0]
-    expected = GUIDANCE_METHODS["cones2"](layer)[0, 0].clone()
+    expected = 3 * layer.step.strength * layer.maps.signed_weights[0, 0]
     for place in range(QUERIES):
         if INSIDE[:, place].any():
             expected[place, [3, 4]] = HIDDEN
         elif progress >= 0.5:
             expected[place] = 0
-    assert torch.equal(bias, expected)
+    torch.testing.assert_close(bias, expected, rtol=1e-6, atol=0)
     assert GUIDANCE_METHODS["multisubject"](make_layer(is_cross=False)) is None
+
+
+@pytest.mark.parametrize("method", [name for name, f in GUIDANCE_METHODS.items() if hasattr(f, "same_in_every_layer")])
+def test_methods_that_layers_share_look_at_no_queries_and_keys(method):
+    layer = make_layer(own_prompts=hasattr(GUIDANCE_METHODS[method], "uses_region_prompts"))
+    other = dataclasses.replace(layer, query=torch.randn_like(layer.query), key=torch.randn_like(layer.key))
+    assert torch.equal(GUIDANCE_METHODS[method](layer), GUIDANCE_METHODS[method](other))
 
 
 def test_masked_hides_and_does_not_pull():

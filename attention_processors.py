@@ -144,36 +144,63 @@ class LayerKeys:
     moments: KeyMoments | None = None
 
 
+class Stamp:
+    """Tells whether tensors are the ones that a result was computed from, and unchanged (but through `.data`).
+
+    Args:
+        tensors: what a result is computed from.
+    """
+
+    def __init__(self, *tensors: torch.Tensor):
+        self._versions = [(tensor, tensor._version) for tensor in tensors]
+
+    @staticmethod
+    def possible(*tensors: torch.Tensor) -> bool:
+        """False where a result must not outlive the call, or a change would go unseen: a compiled UNet, gradients,
+        autocast, inference tensors."""
+        return not (
+            torch.compiler.is_compiling()
+            or torch.is_grad_enabled()
+            or torch.is_autocast_enabled(tensors[0].device.type)
+            or any(tensor.is_inference() for tensor in tensors)
+        )
+
+    def holds(self, *tensors: torch.Tensor) -> bool:
+        """Whether these are the stamped ones."""
+        return all(
+            old is new and version == new._version for (old, version), new in zip(self._versions, tensors, strict=True)
+        )
+
+
 class PromptKeys:
     """Keeps every layer's `LayerKeys` while the UNet is called with the same prompt embeddings, step after step.
 
-    Nothing is kept where a step could change them unseen: with gradients, in inference mode, in a compiled UNet, and
-    for projections that are not plain linear layers (LoRA, whose scale a callback may change).
+    Only plain linear projections are trusted to give the same again: not LoRA layers, whose scale a callback may
+    change, and not modules with hooks or a `forward` of their own, which do more than their weights say (offloading).
     """
 
     def __init__(self) -> None:
-        self._kept: dict[Attention, tuple[list[tuple[torch.Tensor, int]], LayerKeys]] = {}
+        self._kept: dict[Attention, tuple[Stamp, LayerKeys]] = {}
 
     def of(self, attn: Attention, prompt_embeds: torch.Tensor, regions: RegionCall) -> LayerKeys:
         """The keys of this layer: those of an earlier call if all that they were computed from is unchanged."""
-        if (
-            torch.compiler.is_compiling()
-            or torch.is_grad_enabled()
-            or type(attn.to_k) is not nn.Linear
-            or type(attn.to_v) is not nn.Linear
-        ):
+        if not (_is_plain_linear(attn.to_k) and _is_plain_linear(attn.to_v)):
             return _prompt_keys(attn, prompt_embeds, regions)
-        made_from = [prompt_embeds, attn.to_k.weight, attn.to_v.weight]
-        if any(tensor.is_inference() for tensor in made_from):  # does not count its changes
+        made_from = prompt_embeds, attn.to_k.weight, attn.to_v.weight
+        if not Stamp.possible(*made_from):
             return _prompt_keys(attn, prompt_embeds, regions)
         kept = self._kept.get(attn)
-        if kept is not None and all(
-            old is new and version == new._version for (old, version), new in zip(kept[0], made_from, strict=True)
-        ):
+        if kept is not None and kept[0].holds(*made_from):
             return kept[1]
         keys = _prompt_keys(attn, prompt_embeds, regions)
-        self._kept[attn] = [(tensor, tensor._version) for tensor in made_from], keys
+        self._kept[attn] = Stamp(*made_from), keys
         return keys
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear and not (
+        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -293,9 +320,12 @@ def _kept_bias(
     if torch.compiler.is_compiling() or not getattr(regions.method, "same_in_every_layer", False):
         return _region_bias(regions, query, keys, scale, is_cross)
     kind = (query.shape[2], is_cross)
-    if kind not in regions.kept_biases:
-        regions.kept_biases[kind] = _region_bias(regions, query, keys, scale, is_cross)
-    return regions.kept_biases[kind]
+    if kind in regions.kept_biases:
+        return regions.kept_biases[kind]
+    bias = _region_bias(regions, query, keys, scale, is_cross)
+    if bias is None or not bias.requires_grad:  # gradient checkpointing wants it computed again
+        regions.kept_biases[kind] = bias
+    return bias
 
 
 def _region_bias(
@@ -327,14 +357,15 @@ def _region_bias(
         if not num_fillers:
             return None
         bias = query.new_zeros(batch, 1, query.shape[2], num_tokens)
-    if bias.ndim != 4 or bias.shape[0] != batch or bias.shape[2:] != (query.shape[2], num_tokens):
+    heads = query.shape[1]
+    if bias.shape not in [(batch, some, query.shape[2], num_tokens) for some in (1, heads)]:
         raise ValueError(
             f"The guidance method returned a bias of shape {tuple(bias.shape)}, expected (batch, 1 or heads, queries,"
-            f" keys) = ({batch}, 1 or {query.shape[1]}, {query.shape[2]}, {num_tokens})."
+            f" keys) = ({batch}, 1 or {heads}, {query.shape[2]}, {num_tokens})."
         )
     # -1e8 is infinite in float16, and an infinite logit turns a fully masked row into NaN.
     limit = torch.finfo(query.dtype).max / 2
-    bias = bias.clamp(-limit, limit).to(query.dtype)
+    bias = bias.float().clamp(-limit, limit).to(query.dtype)
     if not is_cross:
         if getattr(regions.method, "guides_all_self_attention", False):
             return bias.repeat(query.shape[0] // batch, 1, 1, 1)
@@ -362,7 +393,8 @@ def region_attention(
 
     Works around any pipeline that calls a `UNet2DConditionModel` with `cross_attention_kwargs` in reach, with or
     without classifier-free guidance in one batch. A context inside another one on the same UNet replaces it for its
-    duration, also with `regions=None`.
+    duration, also with `regions=None`. Whoever else calls this UNet meanwhile, from another thread, is guided too; a
+    backward pass with gradient checkpointing belongs inside.
 
     Args:
         unet: the `UNet2DConditionModel`.
@@ -370,7 +402,7 @@ def region_attention(
         scheduler: the scheduler that drives the UNet; gives noise levels and counts steps.
         resize_masks: `(N, H, W), (h, w) -> (N, h, w)`; `layout.masks_at` keeps regions that are smaller than a cell.
         guidance_method: name in `GUIDANCE_METHODS`, or a function of an `AttentionLayer`.
-        guidance_weight: factor of the strength.
+        guidance_weight: factor of the strength, at most 1e6.
         weight_negative: signed weight of a subject's tokens outside its region; at most 0 and finite.
         guidance_steps: guide the scheduler's first steps only; None: all.
         recorder: collects attention maps of every UNet call, guided or not.
@@ -389,7 +421,7 @@ def region_attention(
 
     _check_processors(processors)
     hook = _RegionHook(
-        len(unet.config.block_out_channels),
+        len(unet.config.block_out_channels) if hasattr(unet, "config") else None,
         regions,
         scheduler,
         resize_masks,
@@ -433,7 +465,7 @@ class _RegionHook:
 
     def __init__(
         self,
-        num_levels: int,
+        num_levels: int | None,
         regions: RegionConditioning | None,
         scheduler: Any,
         resize_masks: Callable[[torch.Tensor, tuple[int, int]], torch.Tensor],
@@ -445,8 +477,8 @@ class _RegionHook:
     ):
         if not -torch.finfo(torch.float32).max <= weight_negative <= 0:
             raise ValueError(f"`weight_negative` is {weight_negative}, expected a finite number that is at most 0.")
-        if not abs(guidance_weight) <= torch.finfo(torch.float32).max:
-            raise ValueError(f"`guidance_weight` is {guidance_weight}, expected a finite number.")
+        if not abs(guidance_weight) <= 1e6:
+            raise ValueError(f"`guidance_weight` is {guidance_weight}, expected a number from -1e6 to 1e6.")
         if guidance_steps is not None and guidance_steps < 0:
             raise ValueError(f"`guidance_steps` is {guidance_steps}, expected at least 0, or None to guide all steps.")
         if not hasattr(scheduler, "alphas_cumprod") and not isinstance(scheduler, EDMEulerScheduler):
@@ -468,7 +500,8 @@ class _RegionHook:
             # Zero-terminal-SNR schedules end in alpha_bar = 0; diffusers' own floor keeps the noise level finite.
             alphas_cumprod = scheduler.alphas_cumprod.float().clamp(min=2**-24)
             self.sigmas = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
-        self.replaced: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.own_words_kept: tuple[Stamp, torch.Tensor] | None = None
+        self.first_timestep: torch.Tensor | None = None
         self.kept_keys = PromptKeys()
         self.maps_by_shape: dict[tuple[torch.Size, torch.device], dict[int, RegionMaps]] = {}
 
@@ -480,25 +513,42 @@ class _RegionHook:
         sample = args[0] if args else kwargs["sample"]
         timestep = torch.as_tensor(args[1] if len(args) > 1 else kwargs["timestep"])
         call_kwargs["regions"] = call = self._region_call(sample, timestep.reshape(-1)[0])
-        if self.own_words and call is not None and call.maps is not None:
-            if len(args) > 2:
-                args = (*args[:2], self._with_own_words(args[2]), *args[3:])
-            else:
-                kwargs = {**kwargs, "encoder_hidden_states": self._with_own_words(kwargs["encoder_hidden_states"])}
+        if call is not None and call.maps is not None:
+            prompt_embeds = args[2] if len(args) > 2 else kwargs["encoder_hidden_states"]
+            self._check_length(prompt_embeds)
+            if self.own_words:
+                prompt_embeds = self._with_own_words(prompt_embeds)
+                if len(args) > 2:
+                    args = (*args[:2], prompt_embeds, *args[3:])
+                else:
+                    kwargs = {**kwargs, "encoder_hidden_states": prompt_embeds}
         return args, {**kwargs, "cross_attention_kwargs": call_kwargs}
 
     def _with_own_words(self, prompt_embeds: torch.Tensor) -> torch.Tensor:
         """`(batch, T, dim)` with the words of every region as they are in its own prompt, conditional samples only."""
-        if self.replaced is not None and self.replaced[0] is prompt_embeds:
-            return self.replaced[1]
+        if not Stamp.possible(prompt_embeds):
+            return self._replaced(prompt_embeds)
+        kept = self.own_words_kept
+        if kept is None or not kept[0].holds(prompt_embeds):
+            self.own_words_kept = kept = Stamp(prompt_embeds), self._replaced(prompt_embeds)
+        return kept[1]
+
+    def _replaced(self, prompt_embeds: torch.Tensor) -> torch.Tensor:
         assert self.regions is not None and self.regions.prompts is not None
-        prompts, tokens, given = self.regions.prompts, self.regions.tokens, prompt_embeds
+        prompts, tokens = self.regions.prompts, self.regions.tokens
         prompt_embeds = prompt_embeds.clone()
         for region in range(tokens.shape[1]):
             own = prompts.embeds[:, region][prompts.tokens[:, region]]  # row by row, as many as the prompt has
             prompt_embeds[-len(tokens) :][tokens[:, region]] = own.to(prompt_embeds)
-        self.replaced = given, prompt_embeds  # a pipeline passes the same embeddings at every step
         return prompt_embeds
+
+    def _check_length(self, prompt_embeds: torch.Tensor) -> None:
+        assert self.regions is not None
+        if prompt_embeds.shape[1] != self.regions.tokens.shape[2]:
+            raise ValueError(
+                f"The UNet was called with prompt embeddings of {prompt_embeds.shape[1]} tokens, expected"
+                f" {self.regions.tokens.shape[2]}, the length of `regions.tokens`."
+            )
 
     def _region_call(self, sample: torch.Tensor, timestep: torch.Tensor) -> RegionCall | None:
         height, width = sample.shape[-2:]
@@ -518,7 +568,8 @@ class _RegionHook:
             )
         key = (sample.shape[-2:], sample.device)
         if key not in self.maps_by_shape:
-            self.maps_by_shape[key] = {h * w: self._maps_at((h, w), sample.device) for h, w in sizes.values()}
+            with torch.autocast(sample.device.type, enabled=False):
+                self.maps_by_shape[key] = {h * w: self._maps_at((h, w), sample.device) for h, w in sizes.values()}
         prompts = self.regions.prompts if self.appended else None
         more = None if prompts is None else prompts.embeds.flatten(1, 2).to(sample.device)
         maps, step = self.maps_by_shape[key], self._step(timestep)
@@ -528,7 +579,16 @@ class _RegionHook:
         """Whether this call is guided, decided on the host without waiting for the device where that is possible."""
         if self.regions is None or self.guidance_steps == 0:
             return False
-        return self.guidance_steps is None or _step_index(self.scheduler, timestep) < self.guidance_steps
+        if self.guidance_steps is None:
+            return True
+        if hasattr(self.scheduler, "step_index"):
+            return _step_index(self.scheduler) < self.guidance_steps
+        # DDIM, DDPM and PNDM look their coefficients up by the timestep's value and so read it from the device anyway.
+        if self.first_timestep is None or timestep > self.first_timestep:
+            self.first_timestep = timestep
+        timesteps = self.scheduler.timesteps.to(timestep.device)
+        taken = timesteps[(timesteps > timestep) & (timesteps <= self.first_timestep)]
+        return taken.unique().numel() < self.guidance_steps
 
     def _step(self, timestep: torch.Tensor) -> GuidanceStep:
         sigma = self._sigma(timestep)
@@ -587,24 +647,19 @@ class _RegionHook:
         return RegionMaps(masks, inside, tokens, kinds, owners, *biases)
 
 
-def _level_sizes(height: int, width: int, num_levels: int) -> list[tuple[int, int]]:
-    """Sizes of a UNet's levels for a sample of this size: each halves the one before, odd sizes rounded up."""
+def _level_sizes(height: int, width: int, num_levels: int | None) -> list[tuple[int, int]]:
+    """Sizes of a UNet's levels for a sample of this size: each halves the one before, odd sizes rounded up. Without
+    `num_levels` down to a single cell."""
     sizes = [(height, width)]
-    for _ in range(num_levels - 1):
+    while sizes[-1] != (1, 1) and len(sizes) != num_levels:
         height, width = (height + 1) // 2, (width + 1) // 2
         sizes.append((height, width))
     return sizes
 
 
-def _step_index(scheduler: Any, timestep: torch.Tensor) -> int:
-    """0-based index of the scheduler's step that a UNet call at `timestep` belongs to.
-
-    Schedulers with a `step_index` count on the host (a second-order step counts once). DDIM, DDPM and PNDM look their
-    coefficients up by the timestep's value and so read it from the device anyway.
-    """
-    if hasattr(scheduler, "step_index"):
-        first = getattr(scheduler, "begin_index", None) or 0
-        index = first if scheduler.step_index is None else scheduler.step_index
-        return (index - first) // scheduler.order
-    timesteps = scheduler.timesteps
-    return int(timesteps[timesteps > timestep.to(timesteps.device)].unique().numel())
+def _step_index(scheduler: Any) -> int:
+    """0-based index of the step that a scheduler with a `step_index` is at, on the host; of a second-order step's two
+    UNet calls both count as one."""
+    first = getattr(scheduler, "begin_index", None) or 0
+    index = first if scheduler.step_index is None else scheduler.step_index
+    return (index - first) // scheduler.order

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import cached_property
 
 import torch
 
@@ -97,13 +96,15 @@ class KeyMoments:
 
     def __init__(self, key: torch.Tensor):
         self._key = key
+        self._value: torch.Tensor | None = None
 
-    @cached_property
     def value(self) -> torch.Tensor:
         """`[K'^T K' | mean(k)]` with `k' = k - mean(k)`, float32: `(B, heads, head_dim, head_dim + 1)`."""
-        mean = self._key.float().mean(dim=2, keepdim=True)
-        centred = self._key.float() - mean
-        return torch.cat([centred.transpose(-1, -2) @ centred, mean.transpose(-1, -2)], dim=-1)
+        if self._value is None:  # not a cached_property, whose lock cannot be compiled
+            mean = self._key.float().mean(dim=2, keepdim=True)
+            centred = self._key.float() - mean
+            self._value = torch.cat([centred.transpose(-1, -2) @ centred, mean.transpose(-1, -2)], dim=-1)
+        return self._value
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +139,7 @@ class AttentionLayer:
         moments = self.key_moments or KeyMoments(self.key)
         query = self.query.float()
         count = query.shape[1] * query.shape[2] * self.key.shape[2]
-        rows = query @ moments.value  # [B, heads, Q, head_dim + 1]
+        rows = query @ moments.value()  # [B, heads, Q, head_dim + 1]
         within = (rows[..., :-1] * query).sum(dim=(1, 2, 3), keepdim=True)
         between = rows[..., -1:].var(dim=(1, 2, 3), keepdim=True, correction=0)
         variance = within.add(between, alpha=count) * (self.scale**2 / (count - 1))
@@ -280,8 +281,9 @@ def bounded_attention(layer: AttentionLayer) -> torch.Tensor | None:
     maps = layer.maps
     if not layer.is_cross:
         return HIDDEN * maps.apart()[:, None]
-    end = (maps.token_kinds == TokenKind.END)[:, None, :]
-    background = ~maps.inside.any(dim=1)[:, :, None]
+    end = (maps.token_kinds == int(TokenKind.END))[:, None, :]
+    inside = maps.inside.any(dim=1)
+    background = (~inside & inside.any(dim=1, keepdim=True))[:, :, None]  # none in a picture without regions
     return maps.signed_weights.clamp(max=0).masked_fill((end & background)[:, None], HIDDEN)
 
 

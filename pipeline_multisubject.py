@@ -467,10 +467,17 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
                 texts.append(f"{_REGION_PROMPT} {self.tokenizer.decode(input_ids[span.start : span.stop])}")
                 own_spans.append(range(start, start + len(span)))
         full_length = self.tokenizer.model_max_length
+        longest = max(own_span.stop for own_span in own_spans) + 1  # and the end of the text
+        if longest > full_length:
+            found, limit = longest - start - 1, full_length - start - 1
+            raise ValueError(
+                f"a phrase of the layout has {found} tokens, expected at most {limit}: it is also encoded by itself, as"
+                f" {_REGION_PROMPT!r} and the phrase. Shorten it, or use guidance_method='cones2', which encodes the"
+                " prompt alone."
+            )
         try:
             if not padded:
-                longest = max(own_span.stop for own_span in own_spans) + 1  # and the end of the text
-                self.tokenizer.model_max_length = min(longest, full_length)
+                self.tokenizer.model_max_length = longest
             encoded, _ = self.encode_prompt(texts, device, 1, False, lora_scale=lora_scale, clip_skip=clip_skip)
         finally:
             self.tokenizer.model_max_length = full_length

@@ -43,9 +43,11 @@ class LayoutGuidance:
         """Note the layer's energy: per image, the mean over heads and placed tokens of `(1 - share inside) ** 2`."""
         if self._energies is None or not layer.is_cross:
             return
-        probabilities = (layer.query @ layer.key.transpose(-1, -2) * layer.scale).softmax(dim=-1)  # [B, heads, Q, T]
-        inside = torch.einsum("bhqt,brq->bhrt", probabilities, layer.maps.inside.to(probabilities.dtype))
-        energy = (1 - inside / probabilities.sum(dim=2)[:, :, None]).square().mean(dim=1)  # [B, R, T]
+        logits = layer.query.float() @ layer.key.float().transpose(-1, -2) * layer.scale  # [B, heads, Q, T]
+        # A token's attention over its sum over all places; by logarithms, because a token may get none anywhere.
+        shares = logits.log_softmax(dim=-1).softmax(dim=2)
+        inside = torch.einsum("bhqt,brq->bhrt", shares, layer.maps.inside.to(shares.dtype))
+        energy = (1 - inside).square().mean(dim=1)  # [B, R, T]
         tokens = layer.maps.tokens.to(energy.dtype)
         per_region = (energy * tokens).sum(dim=2) / tokens.sum(dim=2).clamp(min=1)
         regions = tokens.any(dim=2).sum(dim=1)

@@ -74,7 +74,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "dense_diffusion": {"guidance_method": "dense_diffusion"},
     "regional_prompts": {"guidance_method": "regional_prompts"},
     "attention_couple": {"guidance_method": "attention_couple"},
-    "layout guidance": {"guidance_method": LayoutGuidance()},
+    "layout guidance": {"guidance_method": LayoutGuidance(scale=1.0, coarsest=2)},  # found on seed 0; see docs
     "cones2": {"guidance_method": "cones2"},
     "cones2, recurrence 2": {"guidance_method": "cones2", "recurrence": 2},
     "multisubject": {"guidance_method": "multisubject"},
@@ -84,8 +84,20 @@ METHODS: dict[str, dict[str, Any]] = {
     "cones2_padding_hidden + own words": {
         "guidance_method": uses_own_words(lambda layer: cones2_padding_hidden(layer))
     },
+    "cones2_padding_hidden + own words + open borders": {
+        "guidance_method": uses_own_words(lambda layer: with_open_borders(layer))
+    },
     "multisubject + isolation": {"guidance_method": uses_own_words(lambda layer: isolated(layer))},
 }
+
+
+def with_open_borders(layer: AttentionLayer) -> torch.Tensor | None:
+    """`multisubject`, with Cones 2's measured spread of the logits in place of a pull of 3."""
+    if not layer.is_cross:
+        return None
+    maps, step = layer.maps, layer.step
+    weights = torch.where(step.progress < 0.5, maps.signed_weights, maps.inside_weights)
+    return torch.addcmul(maps.hidden_summary, weights, step.strength * layer.logit_std())
 
 
 def isolated(layer: AttentionLayer) -> torch.Tensor | None:
@@ -94,7 +106,12 @@ def isolated(layer: AttentionLayer) -> torch.Tensor | None:
 
 
 OURS = "multisubject"
-INGREDIENTS = ("cones2_padding_hidden", "cones2 + own words", "cones2_padding_hidden + own words")
+INGREDIENTS = (
+    "cones2_padding_hidden",
+    "cones2 + own words",
+    "cones2_padding_hidden + own words",
+    "cones2_padding_hidden + own words + open borders",
+)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from torch import nn
 
 from multisubject.attention_processors import (
     AttentionRecorder,
@@ -33,6 +34,7 @@ from multisubject.guidance_methods import (
     TokenKind,
     guides_all_self_attention,
     resolve_guidance_method,
+    same_in_every_layer,
     uses_own_words,
 )
 from multisubject.layout import masks_at
@@ -181,30 +183,53 @@ def test_cones2_pulls_more_the_noisier_the_step(unet, scheduler):
     assert attention_inside(981) > attention_inside(500) > free.maps()[0, 0, 0, :, :8].mean()
 
 
-def test_prompt_is_projected_once_for_all_steps(unet, scheduler):
+@pytest.mark.parametrize("method", ["cones2", "multisubject"])
+def test_prompt_is_projected_once_for_all_steps(unet, scheduler, monkeypatch, method):
     layers = [module for name, module in unet.named_modules() if name.endswith("attn2.to_k")]
-    calls: list[Any] = []
-    handles = [layer.register_forward_hook(lambda *_: calls.append(1)) for layer in layers]
+    calls: list[nn.Linear] = []
+    forward = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: (calls.append(self), forward(self, x))[1])
+
+    def projections() -> int:
+        return sum(any(called is layer for layer in layers) for called in calls)
+
     sample, prompt_embeds = inputs(2)
+    with guided(unet, two_regions(), scheduler, guidance_method=method):
+        for timestep in (900, 500):
+            call(unet, sample, prompt_embeds, timestep)
+        assert projections() == len(layers)
+        call(unet, sample, prompt_embeds.clone(), 500)
+        assert projections() == 2 * len(layers)
+
+
+@pytest.mark.parametrize("late", ["hook", "forward"])
+def test_projections_that_do_more_than_their_weights_are_not_kept(unet, scheduler, late):
+    """Offloading, and adapters that are switched while it runs."""
+    layer = next(module for name, module in unet.named_modules() if name.endswith("attn2.to_k"))
+    scale, forward = 1.0, layer.forward
+    handle = layer.register_forward_hook(lambda module, args, output: output * scale) if late == "hook" else None
+    if late == "forward":
+        layer.forward = lambda x: forward(x) * scale
     try:
-        with guided(unet, two_regions(), scheduler, guidance_method="cones2"):
-            for timestep in (900, 500):
-                call(unet, sample, prompt_embeds, timestep)
-            assert len(calls) == len(layers)
-            call(unet, sample, prompt_embeds.clone(), 500)
-            assert len(calls) == 2 * len(layers)
+        with guided(unet, two_regions(), scheduler):
+            before = call(unet, *inputs())
+            scale = 3.0
+            assert not torch.equal(call(unet, *inputs()), before)
     finally:
-        for handle in handles:
+        if handle:
             handle.remove()
+        else:
+            del layer.forward
 
 
+@pytest.mark.parametrize("method", ["cones2", "multisubject"])
 @pytest.mark.parametrize("changed", ["prompt_embeds", "weights"])
-def test_prompt_is_projected_again_after_a_change_in_place(unet, scheduler, changed):
+def test_prompt_is_projected_again_after_a_change_in_place(unet, scheduler, changed, method):
     unet = copy.deepcopy(unet)
     sample, prompt_embeds = inputs(2)
 
     def in_one_context(change_at: int) -> torch.Tensor:
-        with guided(unet, two_regions(), scheduler, guidance_method="cones2"), torch.no_grad():
+        with guided(unet, two_regions(), scheduler, guidance_method=method), torch.no_grad():
             for step in range(2):
                 if step == change_at:
                     target = prompt_embeds if changed == "prompt_embeds" else layer.weight
@@ -258,6 +283,44 @@ def test_gradients_flow_through_guided_steps(unet, scheduler):
         for timestep in (900, 500):  # the second backward pass must not meet what the first one freed
             unet(sample, timestep, encoder_hidden_states=prompt_embeds).sample.square().sum().backward()
     assert sample.grad is not None and sample.grad.isfinite().all() and sample.grad.any()
+
+
+@pytest.mark.parametrize("method", ["cones2", "multisubject"])
+def test_prompt_embeddings_can_be_optimised_within_one_context(unet, scheduler, method):
+    sample, prompt_embeds = inputs()
+    prompt_embeds.requires_grad_()
+    with guided(unet, two_regions(), scheduler, guidance_method=method):
+        call(unet, sample, prompt_embeds)  # without gradients
+        for _ in range(2):
+            output = unet(sample, 500, encoder_hidden_states=prompt_embeds).sample
+            (gradient,) = torch.autograd.grad(output.square().sum(), prompt_embeds)
+            assert gradient.any()
+            prompt_embeds.data.add_(gradient)
+
+
+def test_shared_bias_with_a_parameter_goes_through_gradient_checkpointing(unet, scheduler):
+    unet = copy.deepcopy(unet).train()
+    unet.enable_gradient_checkpointing()
+    weight = torch.ones((), requires_grad=True)
+
+    @same_in_every_layer
+    def learnt(layer: AttentionLayer) -> torch.Tensor | None:
+        return weight * layer.maps.signed_weights.clamp(min=-5) if layer.is_cross else None
+
+    with guided(unet, two_regions(), scheduler, guidance_method=learnt):
+        unet(inputs()[0].requires_grad_(), 500, encoder_hidden_states=inputs()[1]).sample.square().sum().backward()
+    assert weight.grad is not None and weight.grad.isfinite() and weight.grad != 0
+
+
+@pytest.mark.parametrize("method", sorted(GUIDANCE_METHODS))
+def test_works_under_autocast(unet, scheduler, method):
+    with guided(unet, two_regions(), scheduler, guidance_method=method):
+        expected = call(unet, *inputs())
+        with torch.autocast("cpu", torch.bfloat16):
+            found = call(unet, *inputs())
+        again = call(unet, *inputs())
+    assert (found.float() - expected).abs().max() < 0.1 * expected.abs().max()
+    assert torch.equal(again, expected)
 
 
 def test_inference_mode_gives_the_same(unet, scheduler):
@@ -451,15 +514,24 @@ def test_guidance_steps_count_the_schedulers_steps(unet, scheduler, scheduler_cl
     assert guided_calls == [True] * expected + [False] * (len(scheduler.timesteps) - expected)
 
 
+def test_guidance_steps_count_from_where_image_to_image_begins(unet, scheduler):
+    with guided(unet, two_regions(), scheduler, guidance_steps=2):
+        outputs = [call(unet, *inputs(), timestep) for timestep in scheduler.timesteps[5:]]
+    stock = [call(unet, *inputs(), timestep) for timestep in scheduler.timesteps[5:]]
+    same = [torch.equal(one, other) for one, other in zip(outputs, stock, strict=True)]
+    assert same == [False, False, True, True, True]
+
+
 def test_steps_after_the_guided_ones_are_stock_bit_for_bit(unet, scheduler):
-    last = scheduler.timesteps[-1]
+    first, last = scheduler.timesteps[[0, -1]]
     with guided(unet, two_regions(), scheduler, guidance_steps=9):
+        call(unet, *inputs(), first)
         output = call(unet, *inputs(), last)
     assert torch.equal(output, call(unet, *inputs(), last))
 
 
-def test_compiled_unet_does_not_recompile_from_step_to_step(scheduler):
-    unet = UNet2DConditionModel(
+def one_block_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
         block_out_channels=(16,),
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D",),
@@ -469,6 +541,10 @@ def test_compiled_unet_does_not_recompile_from_step_to_step(scheduler):
         attention_head_dim=2,
         norm_num_groups=8,
     )
+
+
+@pytest.mark.parametrize("method", sorted(GUIDANCE_METHODS))
+def test_compiled_unet_is_one_graph_and_does_not_recompile_from_step_to_step(scheduler, method):
     counter = 0
 
     def backend(graph, example_inputs):
@@ -476,14 +552,14 @@ def test_compiled_unet_does_not_recompile_from_step_to_step(scheduler):
         counter += 1
         return graph.forward
 
-    compiled = torch.compile(unet, backend=backend)
+    compiled = torch.compile(one_block_unet(), backend=backend, fullgraph=True)
     try:
-        with guided(compiled, two_regions(), scheduler):
+        with guided(compiled, two_regions(), scheduler, guidance_method=method):
             call(compiled, *inputs(), scheduler.timesteps[0])
             after_first = counter
             for timestep in scheduler.timesteps[1:]:
                 call(compiled, *inputs(), timestep)
-        assert counter == after_first > 0
+        assert counter == after_first == 1
     finally:
         torch._dynamo.reset()
 

@@ -194,7 +194,7 @@ def test_every_karras_scheduler_can_be_guided(sd2_pipe, scheduler):
     assert not torch.equal(guided, sample(sd2_pipe, num_inference_steps=4))
 
 
-@pytest.mark.parametrize(("method", "recurrence"), [("cones2", 1), ("multisubject", 2), ("regional_prompts", 1)])
+@pytest.mark.parametrize(("method", "recurrence"), [("cones2", 1), ("multisubject", 2), ("bounded_attention", 1)])
 def test_batch_of_four_equals_four_single_calls(sd2_pipe, method, recurrence):
     """Different prompts, layouts of one to three regions or none, subjects, and a generator each."""
     sd2_pipe.subjects["rex"] = subject("dog")
@@ -217,6 +217,13 @@ def test_batch_of_four_equals_four_single_calls(sd2_pipe, method, recurrence):
     for row, (prompt, layout) in enumerate(zip(prompts, layouts, strict=True)):
         alone = sample(sd2_pipe, prompt, layout=layout, generator=[seeded(2 * row), seeded(2 * row + 1)], **shared)
         torch.testing.assert_close(together[2 * row : 2 * row + 2], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_phrase_that_fits_the_prompt_but_not_one_of_its_own_says_so(pipe):
+    prompt = "red " * 73 + "dog"
+    with pytest.raises(ValueError, match="74 tokens, expected at most 72: it is also encoded by itself"):
+        sample(pipe, prompt, layout={prompt: (0, 0, 0.5, 1)})
+    sample(pipe, prompt, layout={prompt: (0, 0, 0.5, 1)}, guidance_method="cones2")
 
 
 def test_one_layout_serves_a_list_of_prompts(pipe):

@@ -23,6 +23,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from multisubject.guidance_methods import GUIDANCE_METHODS
 from multisubject.pipeline_multisubject import MultiSubjectPipeline
 
 BASE = Path(__file__).parents[1] / "tiny_world" / "base"
@@ -104,7 +105,7 @@ def compare(name: str, plain: StableDiffusionPipeline, args: argparse.Namespace)
         return plain(PROMPT, **arguments)
 
     def call_guided() -> object:
-        return guided(PROMPT, layout=LAYOUT, **arguments)
+        return guided(PROMPT, layout=LAYOUT, guidance_method=args.guidance_method, **arguments)
 
     call_plain(), call_guided()  # warm up
     runs = []
@@ -128,6 +129,7 @@ def compare(name: str, plain: StableDiffusionPipeline, args: argparse.Namespace)
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", choices=("embedded", "sd15", "both"), default="both")
+    parser.add_argument("--guidance_method", choices=sorted(GUIDANCE_METHODS), default="multisubject")
     parser.add_argument("--pairs", type=int, default=9, help="pairs of a plain and a guided call")
     parser.add_argument("--steps", type=int, default=25, help="UNet calls of each")
     parser.add_argument("--sd15_latents", type=int, default=16, help="latent height and width for the SD 1.5 UNet")

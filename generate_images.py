@@ -18,6 +18,7 @@ import math
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,14 @@ from transformers.hf_argparser import HfArg
 
 import multisubject
 from multisubject import tiny_world
-from multisubject.generation_config import GUIDANCE_KEYS, BaseModel, ConfigError, GenerationTask, load_tasks
+from multisubject.generation_config import (
+    GUIDANCE_KEYS,
+    MOST_SEED,
+    BaseModel,
+    ConfigError,
+    GenerationTask,
+    load_tasks,
+)
 from multisubject.layout import layout_checksum
 from multisubject.subject_file import write_atomically
 from multisubject.visualization import attention_sheet, contact_sheet, draw_regions
@@ -99,8 +107,8 @@ class GenerateArguments:
         for name in ("num_images", "num_inference_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}; expected at least 1.")
-        if self.seed < 0:
-            raise ValueError(f"--seed is {self.seed}; expected 0 or more.")
+        if not 0 <= self.seed <= MOST_SEED:
+            raise ValueError(f"--seed is {self.seed}; expected 0 to {MOST_SEED}.")
         if not math.isfinite(self.guidance_scale) or self.guidance_scale < 0:
             raise ValueError(f"--guidance_scale is {self.guidance_scale}; expected 0 or more, 7.5 is usual.")
         try:
@@ -202,7 +210,10 @@ def load_subjects(pipe: MultiSubjectPipeline, task: GenerationTask) -> None:
     for name in pipe.get_list_subjects():
         pipe.unload_subject(name)
     for name, subject in task.subjects.items():
-        pipe.load_subject(subject.source, name=name, class_phrase=subject.residual.class_phrase)
+        try:
+            pipe.load_subject(subject.source, name=name, class_phrase=subject.residual.class_phrase)
+        except ValueError as error:  # made for another base of the same width
+            sys.exit(f"error: subject {subject.key!r} of the prompt {task.config.prompt!r}: {error}")
 
 
 def make_picture(
@@ -270,6 +281,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     state = PartialState(cpu=args.device == "cpu" or not torch.accelerator.is_available())
     tasks = _check(args, state)
     device, dtype = _device_and_dtype(args, state)
+    _make_folders(tasks, args)
 
     # 2. Share the missing pictures among the processes
     settings = [task_settings(task, args, dtype) for task in tasks]
@@ -334,6 +346,19 @@ def _check(args: GenerateArguments, state: PartialState) -> list[GenerationTask]
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
     return tasks
+
+
+def _make_folders(tasks: Sequence[GenerationTask], args: GenerateArguments) -> None:
+    """Ends the program where pictures could not be written, before any is made."""
+    for task in tasks:
+        folder = Path(args.output_dir) / task.folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            print(f"error: --output_dir {args.output_dir!r}: cannot write to {folder}: {error}.", file=sys.stderr)
+            sys.exit(2)
 
 
 def _model_name(args: GenerateArguments) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import os
 import re
 import zlib
@@ -65,6 +64,7 @@ class GenerationConfig:
 
 
 # Passed on to the pipeline where the entry gives them.
+MOST_SEED = 2**62  # torch takes 2 ** 63 - 1; the pictures of an entry count on from its seed
 GUIDANCE_KEYS = ("guidance_steps", "guidance_weight", "weight_negative", "guidance_method", "recurrence")
 
 
@@ -73,7 +73,7 @@ def _is_count(value: Any, low: int) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= 1e38  # whole numbers have no limit of their own
 
 
 def _is_text(value: Any) -> bool:
@@ -103,12 +103,12 @@ _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
         'a dictionary such as {"255,0,0": ["person", 2.5]}',
     ),
     "guidance_steps": (lambda value: _is_count(value, 0), "a whole number from 0 (no layout guidance)"),
-    "guidance_weight": (_is_number, "a number such as 0.08"),
+    "guidance_weight": (lambda value: _is_number(value) and abs(value) <= 1e6, "a number such as 0.08"),
     "weight_negative": (lambda value: _is_number(value) and value <= 0, "a number of at most 0 such as -1e8"),
     "guidance_method": (_is_text, 'a name such as "multisubject"'),
     "recurrence": (lambda value: _is_count(value, 1), "a whole number from 1 (each step once)"),
     "negative_prompt": (lambda value: isinstance(value, str), "text"),
-    "seed": (lambda value: _is_count(value, 0), "a whole number from 0"),
+    "seed": (lambda value: _is_count(value, 0) and value <= MOST_SEED, f"a whole number from 0 to {MOST_SEED}"),
 }
 
 
@@ -287,6 +287,8 @@ def _read_entries(report: _Report) -> list[Any]:
         raise ConfigError(
             f"{report.path}:{error.lineno}: this is not JSON: {error.msg} (column {error.colno})."
         ) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
+        raise ConfigError(f"{report.path}: this JSON cannot be read: {error}.") from None
     if not isinstance(entries, list) or not entries:
         raise ConfigError(f'{report.path}:1: expected a list of entries: [{{"prompt": …}}, …].')
     decoder, position = json.JSONDecoder(), report.text.index("[") + 1
@@ -345,8 +347,11 @@ def _plan(
     for key in config.residual_dict.keys() - {key for key, _ in places.values()}:
         try:
             _find_source(config.residual_dict[key], report.path)
-        except ValueError as error:
-            report.warn(f"{error} The prompt does not use it.", index, "residual_dict", key)
+        except (ValueError, RuntimeError) as error:
+            if any(key == meant for meant, _ in config.subject_list or []):  # with a wrong index, reported above
+                report.problem(str(error), index, "residual_dict", key)
+            else:
+                report.warn(f"{error} The prompt does not use it.", index, "residual_dict", key)
 
     layout = None
     if config.layout is not None:
@@ -379,7 +384,7 @@ def _collect(report: _Report, entry: int, *keys: str) -> Iterator[None]:
     """Turns an error that a function raises for bad input into a problem of the report."""
     try:
         yield
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, OverflowError, RuntimeError) as error:
         report.problem(str(error), entry, *keys)
 
 
@@ -512,6 +517,8 @@ def resolve_paths(layout: Any, config_path: Path) -> Any:
             layout = json.loads(Path(layout).read_text(encoding="utf-8-sig"))
         except json.JSONDecodeError as error:
             raise ValueError(f"{layout}:{error.lineno}: this is not JSON: {error.msg}.") from None
+        if not isinstance(layout, (dict, list)):
+            raise ValueError(f"the layout's file holds {layout!r}, expected a dictionary or a list of dictionaries.")
     if isinstance(layout, dict):
         return {subject: find(value) if isinstance(value, str) else value for subject, value in layout.items()}
     return [
@@ -534,11 +541,20 @@ def _slug(text: str, limit: int = 160) -> str:
 
 
 def _separate_folders(tasks: Sequence[GenerationTask]) -> list[GenerationTask]:
-    """Entries with equal subjects and prompts go to `…`, `…_2`, `…_3` in the order of the file."""
-    taken: dict[Path, int] = {}
+    """Entries with equal subjects and prompts go to `…`, `…_2`, `…_3` in the order of the file, past folders that
+    another entry has. Upper and lower case count as equal, as on the disks of macOS and Windows."""
+
+    def key(folder: Path) -> str:
+        return str(folder).casefold()
+
+    others = {key(task.folder) for task in tasks}
+    taken: set[str] = set()
     separate = []
     for task in tasks:
-        count = taken[task.folder] = taken.get(task.folder, 0) + 1
-        folder = task.folder if count == 1 else task.folder.with_name(f"{task.folder.name}_{count}")
+        folder, count = task.folder, 1
+        while key(folder) in taken or (count > 1 and key(folder) in others):
+            count += 1
+            folder = task.folder.with_name(f"{task.folder.name}_{count}")
+        taken.add(key(folder))
         separate.append(replace(task, folder=folder))
     return separate

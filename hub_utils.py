@@ -421,7 +421,12 @@ def _resolve(
     local_files_only: bool = False,
 ) -> list[Path]:
     """The local files behind a source; downloads those of a Hub source that are not in the cache."""
-    path = Path(source).expanduser()
+    if not str(source).strip():
+        raise ValueError("`source` is empty; expected a file, a folder or a Hub id such as 'user/petrucci'.")
+    try:
+        path = Path(source).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"`source` is {str(source)!r}: {error}") from None
     if path.is_dir():
         files = _subject_files(path)
         named = [file for file in files if file.stem == name]

@@ -12,6 +12,7 @@ import json
 import math
 import numbers
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -218,7 +219,7 @@ def _read_subject(entry: Mapping[str, Any], place: str) -> str:
 
 def _read_number(value: Any, place: str, *, low: float = -math.inf, high: float = math.inf) -> float:
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not low <= value <= high:
+    if not is_number or not abs(value) <= sys.float_info.max or not low <= value <= high:
         limits = f" from {low:g} to {high:g}" if math.isfinite(high) else f" of at least {low:g}" if low == 0 else ""
         raise ValueError(f"{place} is {value!r}, expected a finite number{limits}.")
     return float(value)
@@ -238,7 +239,8 @@ def _read_box(value: Any, place: str, size: tuple[int, int]) -> Box:
             f"{place}: box is {value!r}, {expected}. A mask must be an array or an image; a subject in several boxes "
             "takes one dict for each in a list layout."
         )
-    xmin, ymin, xmax, ymax = box = tuple(float(edge) for edge in value)
+    # A whole number may be too large for a float.
+    xmin, ymin, xmax, ymax = box = tuple(math.inf if edge > sys.float_info.max else float(edge) for edge in value)
     if not all(map(math.isfinite, box)):
         raise ValueError(f"{place}: box is {box}, {expected}; it has a value that is not finite.")
     if min(box) < -1e-6 or max(box) > 1 + 1e-6:
@@ -336,7 +338,7 @@ def _as_array(value: Any, place: str) -> np.ndarray:
             raise ValueError(
                 f"{place}: file {os.fspath(value)!r} does not exist. Check the path and working folder."
             ) from None
-        except (UnidentifiedImageError, OSError) as error:
+        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
             raise ValueError(
                 f"{place}: file {os.fspath(value)!r} is not a readable image ({error}). Save it as PNG."
             ) from error

@@ -12,6 +12,8 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import math
+import numbers
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -126,6 +128,14 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+        """As `DiffusionPipeline.from_pipe`; of a pipeline with subjects, with these and their weights."""
+        new = super().from_pipe(pipeline, **kwargs)
+        if hasattr(pipeline, "subjects") and hasattr(pipeline, "_subject_weights"):
+            new.subjects, new._subject_weights = dict(pipeline.subjects), dict(pipeline._subject_weights)
+        return new
+
+    @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
         """As the base's. A folder that `save_pretrained` wrote names this class's code: no need to trust its copy."""
         config = super().load_config(*args, **kwargs)
@@ -181,11 +191,23 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
 
         Args:
             names: loaded subjects.
-            weights: factor of each residual, or one for all; default 1.
+            weights: factor of each residual, or one for all; default 1. Not saved by `save_pretrained`.
+
+        Raises:
+            ValueError, TypeError: a subject that is not loaded or stands twice; a weight that is no finite number.
         """
         names = [names] if isinstance(names, str) else list(names)
-        factors = [1.0 if weights is None else weights] * len(names) if not isinstance(weights, Sequence) else weights
+        if isinstance(weights, (np.ndarray, torch.Tensor)):
+            weights = weights.tolist()
+        factors = list(weights) if isinstance(weights, Sequence) else [1.0 if weights is None else weights] * len(names)
         self._check_loaded(names)
+        if len(set(names)) < len(names):
+            raise ValueError(f"`names` is {names}, expected every subject once.")
+        for factor in factors:
+            if not isinstance(factor, numbers.Real):
+                raise TypeError(f"`weights` has {factor!r}, expected numbers such as 0.8.")
+            if not abs(factor) < math.inf:
+                raise ValueError(f"`weights` has {factor!r}, expected finite numbers such as 0.8.")
         if len(factors) != len(names):
             raise ValueError(
                 f"`weights` has {len(factors)} entries, expected one for each of the {len(names)} `names`."

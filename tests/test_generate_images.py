@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from multisubject import generation_config
+from multisubject import generate_images, generation_config
 from multisubject.generate_images import CONTACT_SHEET, EMBEDDED_BASE, main, read_settings
 from multisubject.generation_config import BaseModel, ConfigError, load_tasks
 from multisubject.hub_utils import save_subject
@@ -202,6 +202,8 @@ def test_a_hub_id_is_passed_on(check, base, monkeypatch):
 def test_equal_entries_have_folders_of_their_own(check):
     tasks, _ = check(SEED_ENTRY, changed(guidance_steps=10), {"prompt": "a dog"})
     assert [task.folder.name[-5:] for task in tasks] == ["beach", "ach_2", "a_dog"]
+    tasks, _ = check(*({"prompt": prompt} for prompt in ("red ball", "red ball", "red ball 2", "Red Ball")))
+    assert [task.folder.name for task in tasks] == ["red_ball", "red_ball_3", "red_ball_2", "Red_Ball_4"]
 
 
 def test_folder_names_are_safe_and_short(check):
@@ -266,6 +268,18 @@ def test_one_report_names_every_problem_with_its_place(base, workshop, tmp_path)
         ({"weight_negative": 1.0}, "at most 0"),
         ({"recurrence": 0}, "whole number from 1"),
         ({"seed": -1}, "whole number from 0"),
+        ({"seed": 2**63}, "whole number from 0"),
+        ({"guidance_weight": 1e300}, "expected a number"),
+        ({"guidance_weight": 10**400}, "expected a number"),
+        ({"color_context": None, "layout": {"person": [0, 0, 1, 10**400]}}, "expected"),
+        ({"residual_dict": {"person": "~nobody-here/x.pt", "guitar": "embeddings/majesty.pt"}}, "home directory"),
+        (
+            {
+                "subject_list": [["person", 3], ["guitar", 6]],
+                "residual_dict": {"person": "embeddings/nope.pt", "guitar": "embeddings/majesty.pt"},
+            },
+            "not its place.*nope.pt.*does not exist",
+        ),
         ({"negative_prompt": 1}, "expected text"),
         ({"guidance_method": "magic"}, "magic.*cones2"),
         ({"layout": []}, "colour map's path"),
@@ -319,6 +333,8 @@ def test_a_subject_of_another_base_is_refused(check, base, workshop):
         ('{"prompt": "a dog"}', "expected a list of entries"),
         ("[]", "expected a list of entries"),
         ("[1]", "entry 1: expected a dictionary"),
+        ("[" * 100_000, "cannot be read"),
+        ("[" + "1" * 5001 + "]", "cannot be read"),
         ('[{"prompt": "a dog", "prompt": "a mug"}]', "'prompt' stands twice"),
         (None, "cannot be read"),
     ],
@@ -350,7 +366,8 @@ def test_a_base_that_is_none_is_refused(workshop, capsys):
         (["--resolution", "100"], "multiples of 8"),
         (["--resolution", "64x"], "multiples of 8"),
         (["--num_images", "0"], "at least 1"),
-        (["--seed", "-1"], "0 or more"),
+        (["--seed", "-1"], "expected 0 to"),
+        (["--seed", str(2**63)], "expected 0 to"),
         (["--guidance_scale", "nan"], "0 or more"),
         (["--device", "gpu"], "expected cpu, cuda"),
         (["--colour", "red"], "--colour"),
@@ -360,6 +377,15 @@ def test_wrong_flags_are_refused(flags, message, capsys):
     with pytest.raises(SystemExit) as exit_info:
         main(["--generation_config", "x.json", *flags])
     assert exit_info.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_an_output_folder_that_is_a_file_is_refused_before_the_model_loads(config_file, tmp_path, capsys, monkeypatch):
+    (tmp_path / "out").write_text("here first")
+    monkeypatch.setattr(generate_images, "_load_pipeline", None)
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--generation_config", str(config_file), "--output_dir", str(tmp_path / "out")])
+    assert exit_info.value.code == 2 and "cannot write to" in capsys.readouterr().err
+    assert (tmp_path / "out").read_text() == "here first"
 
 
 # --- pictures ------------------------------------------------------------------------------------------------------

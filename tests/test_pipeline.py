@@ -545,6 +545,33 @@ def test_pipeline_called_inside_its_own_callback(pipe):
         assert torch.equal(guided, expected[2])
 
 
+def test_from_pipe_takes_the_subjects_along(pipe):
+    pipe.subjects["rex"], pipe.subjects["tom"] = subject("dog"), subject("mug")
+    pipe.set_subjects("rex", 0.5)
+    other = MultiSubjectPipeline.from_pipe(pipe)
+    assert other.get_list_subjects() == ["rex", "tom"] and other._subject_weights == {"rex": 0.5, "tom": 0.0}
+    other.unload_subject("rex")
+    assert pipe.get_list_subjects() == ["rex", "tom"]
+
+
+@pytest.mark.parametrize(
+    ("names", "weights", "message"),
+    [
+        (["rex", "tom"], [1.0, float("nan")], "finite"),
+        (["rex", "tom"], "ab", "expected numbers"),
+        (["rex", "tom"], [None, 1.0], "expected numbers"),
+        (["rex", "rex"], [1.0, 0.5], "every subject once"),
+    ],
+)
+def test_set_subjects_refuses_what_cannot_scale(pipe, names, weights, message):
+    pipe.subjects["rex"], pipe.subjects["tom"] = subject("dog"), subject("mug")
+    with pytest.raises((ValueError, TypeError), match=message):
+        pipe.set_subjects(names, weights)
+    for factors in (np.array([0.5, 0.25]), torch.tensor([0.5, 0.25])):
+        pipe.set_subjects(["rex", "tom"], factors)
+        assert pipe._subject_weights == {"rex": 0.5, "tom": 0.25}
+
+
 def test_from_pipe_shares_the_weights(pipe):
     base = plain(pipe)
     shared = MultiSubjectPipeline.from_pipe(base, dtype=torch.float32)

@@ -34,6 +34,7 @@ import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.utils.logging import disable_progress_bar
 from huggingface_hub import whoami
@@ -433,20 +434,37 @@ class Learner(nn.Module):
 
 
 class ResidualLearner(Learner):
-    """The delta is the only parameter, added to frozen embeddings; gradients never enter the text encoder."""
+    """The delta is the only parameter, added to frozen embeddings; gradients never enter the text encoder.
+
+    Args:
+        prompts: the prompts to learn in.
+        unet: whose keys are to stay where they are.
+        key_preservation: weight of how far they move, see `key_metric`.
+    """
 
     base_embeds: torch.Tensor
     positions: torch.Tensor
+    metric: torch.Tensor
 
-    def __init__(self, prompts: Prompts) -> None:
+    def __init__(self, prompts: Prompts, unet: nn.Module | None = None, key_preservation: float = 0.0) -> None:
         super().__init__()
         self.delta = nn.Parameter(torch.zeros(prompts.positions.shape[1], prompts.base_embeds.shape[2]))
         self.register_buffer("base_embeds", prompts.base_embeds, persistent=False)
         self.register_buffer("positions", prompts.positions, persistent=False)
 
+        self.key_preservation = key_preservation
+        if key_preservation:
+            assert unet is not None
+            words = prompts.base_embeds[torch.arange(len(prompts.positions))[:, None], prompts.positions]
+            self.register_buffer("metric", key_metric(unet, words), persistent=False)
+
     def forward(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Frozen embeddings plus the delta; nothing else can drift, so no penalty."""
-        return with_residual(self.base_embeds[rows], self.positions[rows], self.delta), self.delta.new_zeros(())
+        """Frozen embeddings plus the delta; the penalty is how far the subject's keys have moved."""
+        penalty = self.delta.new_zeros(())
+        if self.key_preservation:
+            moved = torch.einsum("td,tde,te->t", self.delta, self.metric, self.delta)
+            penalty = self.key_preservation * moved.mean()
+        return with_residual(self.base_embeds[rows], self.positions[rows], self.delta), penalty
 
     def residual(self) -> torch.Tensor:
         """The parameter."""
@@ -499,11 +517,29 @@ def with_residual(prompt_embeds: torch.Tensor, positions: torch.Tensor, delta: t
     return prompt_embeds.scatter_add(1, index, delta.to(prompt_embeds).expand(batch, -1, -1))
 
 
-def make_learner(concept: Concept, text_encoder: nn.Module | None) -> Learner:
+def key_metric(unet: nn.Module, words: torch.Tensor) -> torch.Tensor:
+    """How far a change of a word's embedding moves its keys, in lengths of these keys.
+
+    Args:
+        unet: with `Attention` layers.
+        words: `(prompts, num_tokens, embed_dim)`, the class phrase's embeddings.
+
+    Returns:
+        `(num_tokens, embed_dim, embed_dim)` float32: `delta @ metric @ delta` is the mean over the layers of
+        cross-attention of `|W_k delta|^2 / |W_k word|^2`, the latter as its mean over the prompts.
+    """
+    layers = [module for module in unet.modules() if isinstance(module, Attention) and module.is_cross_attention]
+    weights = [layer.to_k.weight.detach().float() for layer in layers]
+    lengths = [(words.float() @ weight.T).square().sum(dim=-1).mean(dim=0) for weight in weights]  # [num_tokens]
+    metrics = [weight.T @ weight / length[:, None, None] for weight, length in zip(weights, lengths, strict=True)]
+    return torch.stack(metrics).mean(dim=0)
+
+
+def make_learner(concept: Concept, text_encoder: nn.Module | None, unet: nn.Module | None) -> Learner:
     """The learner of `--method`. An encoder that is given is tuned in place."""
     config = concept.config
     if config.method == "residual":
-        return ResidualLearner(concept.prompts)
+        return ResidualLearner(concept.prompts, unet, config.key_preservation)
     assert text_encoder is not None
     if config.method == "text_encoder":
         text_encoder.requires_grad_(True)
@@ -708,7 +744,7 @@ def fit(
     """Learn one subject. Returns the finished progress with `best_residual` set to the delta to keep."""
     config = concept.config
     output = Path(config.output_dir)
-    plain_learner = make_learner(concept, text_encoder)
+    plain_learner = make_learner(concept, text_encoder, models.unet)
     parameters = list(plain_learner.tuned().values())
     learner, optimizer = accelerator.prepare(plain_learner, make_optimizer(config, parameters))
     hooks = checkpoint_parameters(plain_learner.tuned(), accelerator)

@@ -23,7 +23,8 @@ _POSITIVE = (
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "learning_rate", "lr_warmup_steps", "weight_decay", "max_grad_norm", "snr_gamma", "noise_offset",
-    "preservation_before", "preservation_after", "prior_loss_weight", "checkpoints_total_limit", "seed",
+    "key_preservation", "preservation_before", "preservation_after", "prior_loss_weight", "checkpoints_total_limit",
+    "seed",
 )  # fmt: skip
 
 
@@ -74,6 +75,12 @@ class TrainConfig:
         "changed. lora: the same through LoRA layers. All three end in the same kind of file.",
     )
     lora_rank: int = _flag(8, "Rank of the LoRA layers of --method lora.")
+    key_preservation: float = _flag(
+        0.0,
+        "--method residual: weight of how far the delta moves the subject's keys in the UNet's cross-attention. Keys "
+        "say where a word is looked at, values what is seen there (cf. Perfusion's locked keys, arXiv:2305.01644). "
+        "Held back, they leave the prompt's other words more say; held back too much, the likeness suffers.",
+    )
     preservation_before: float = _flag(
         1e-2, "Encoder-tuning methods: weight of the drift of the tokens before the subject's (start token included)."
     )

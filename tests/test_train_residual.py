@@ -341,6 +341,30 @@ def test_residual_is_added_at_the_phrase_alone(prompts: Prompts) -> None:
     torch.testing.assert_close(change, expected, atol=1e-5, rtol=0)
 
 
+def test_key_preservation_is_how_far_the_keys_move(
+    prompts: Prompts, tiny_components: dict[str, dict[str, Any]]
+) -> None:
+    unet = tiny_components["sd2"]["unet"]
+    learner = ResidualLearner(prompts, unet, key_preservation=0.5)
+    assert learner(torch.tensor([0]))[1] == 0
+    with torch.no_grad():
+        learner.delta[:] = torch.randn(learner.delta.shape, generator=torch.Generator().manual_seed(0))
+    penalty = learner(torch.tensor([0]))[1]
+    moved = []
+    layers = [module for name, module in unet.named_modules() if name.endswith("attn2")]
+    words = torch.stack([prompts.base_embeds[row, position] for row, position in enumerate(prompts.positions)])
+    with torch.no_grad():
+        for layer in layers:
+            for token, delta in enumerate(learner.delta):
+                lengths = [layer.to_k(word).square().sum() for word in words[:, token]]
+                moved.append(layer.to_k(delta).square().sum() / torch.stack(lengths).mean())
+    assert len(layers) > 1
+    torch.testing.assert_close(penalty, 0.5 * torch.stack(moved).mean(), rtol=1e-4, atol=0)
+    penalty.backward()
+    assert learner.delta.grad is not None and learner.delta.grad.any()
+    assert set(learner.state_dict()) == {"delta"}
+
+
 def test_encoder_learner_starts_as_a_no_op_and_holds_other_tokens(
     prompts: Prompts, tiny_components: dict[str, dict[str, Any]]
 ) -> None:

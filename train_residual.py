@@ -19,6 +19,7 @@ import io
 import logging
 import math
 import random
+import re
 import signal
 import sys
 from collections import defaultdict
@@ -60,6 +61,7 @@ from multisubject.training_checkpoints import (
     check_output,
     checkpoint_parameters,
     latest_checkpoint,
+    remove_earlier_run,
     resume,
     save_checkpoint,
     writing,
@@ -258,6 +260,11 @@ def class_phrase_of(config: TrainConfig, tokenizer: Any) -> tuple[str, int]:
         raise ValueError(
             f"--instance_prompt: {phrase!r}; expected the class phrase alone (`person`), sentences are --templates."
         )
+    if re.match(r"(an?|the|my)\s|.*\b(photo|picture|image) of\b", phrase, re.IGNORECASE):
+        raise ValueError(
+            f"--instance_prompt: {phrase!r}; expected the class phrase alone, `dog` rather than `a photo of a dog`. "
+            "There is no identifier word (`sks`): the subject gets its name when it is used. Sentences are --templates."
+        )
     try:
         check_class_phrase(phrase)
     except ValueError as error:
@@ -336,6 +343,7 @@ def prepare_concept(config: TrainConfig, models: Models) -> Concept:
         )
     masked = sum(picture.mask is not None for picture in found) if config.use_masks else 0
     logger.info("%s: %d pictures, %d masks in use.", config.subject_name, len(found), masked)
+    logger.info("%s: learnt in place of %r, %d token(s).", config.subject_name, class_phrase, token_num)
 
     patterns = config.templates or list(TEMPLATES)
     validation_patterns = config.validation_prompts or list(VALIDATION_PROMPTS)
@@ -353,6 +361,8 @@ def prepare_concept(config: TrainConfig, models: Models) -> Concept:
         for sentences in (patterns, validation_patterns, [class_pattern])
     )
     captions = [caption_of(picture, class_phrase) for picture in found]
+    if config.with_prior_preservation and class_phrase.lower() not in class_prompt.lower():
+        raise ValueError(f"--class_prompt: {class_prompt!r} does not say {class_phrase!r}; put it, or {{}}, into it.")
     texts = [*templates, *(caption for caption in captions if caption), *validation, class_prompt]
     prompts = build_prompts(texts, class_phrase, models)
 
@@ -1031,6 +1041,12 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         # The learners' buffers are frozen embeddings: every process has the same ones.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    if accelerator.gradient_accumulation_steps != config.gradient_accumulation_steps:
+        raise ValueError(
+            f"--gradient_accumulation_steps: {config.gradient_accumulation_steps}, but the environment variable "
+            f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS or the DeepSpeed configuration says "
+            f"{accelerator.gradient_accumulation_steps}; unset it or pass the same number."
+        )
     if config.report_to not in (None, "all") and not accelerator.log_with:
         raise ImportError(f"--report_to {config.report_to}: not installed; `pip install {config.report_to}`.")
     return accelerator
@@ -1077,6 +1093,8 @@ def train(config: TrainConfig) -> dict[str, ResidualEmbedding]:
     """
     accelerator = make_accelerator(config)
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    for flag, need in config.without_effect().items():
+        logger.warning("--%s has no effect: it needs %s.", flag, need)
     concept_configs = read_concepts(config)
     for concept_config in concept_configs:
         check_output(concept_config, accelerator)
@@ -1090,6 +1108,10 @@ def train(config: TrainConfig) -> dict[str, ResidualEmbedding]:
     if config.with_prior_preservation:
         with accelerator.main_process_first():
             concepts = [with_class_pictures(concept, models) for concept in concepts]
+    if accelerator.is_main_process and not config.resume_from_checkpoint:
+        for concept in concepts:  # not before all that they learn from has been read
+            remove_earlier_run(concept.config)
+    accelerator.wait_for_everyone()
     if config.report_to:
         plain = {key: value for key, value in asdict(config).items() if isinstance(value, (bool, int, float, str))}
         accelerator.init_trackers("train_residual", config=plain)  # what every tracker can hold

@@ -106,15 +106,20 @@ def check_output(config: TrainConfig, accelerator: Accelerator) -> None:
         for leftover in output.glob(f"{UNFINISHED}*"):
             _remove(leftover)
         earlier = [*checkpoints(output), *output.glob("*.safetensors")]
-        if earlier and not config.resume_from_checkpoint:
-            if not config.overwrite_output_dir:
-                raise ValueError(
-                    f"--output_dir: {str(output)!r} holds another run ({earlier[0].name}); --resume_from_checkpoint "
-                    "latest goes on with it, --overwrite_output_dir replaces it; or choose another folder."
-                )
-            for path in earlier:
-                _remove(path)
+        if earlier and not (config.resume_from_checkpoint or config.overwrite_output_dir):
+            raise ValueError(
+                f"--output_dir: {str(output)!r} holds another run ({earlier[0].name}); --resume_from_checkpoint "
+                "latest goes on with it, --overwrite_output_dir replaces it; or choose another folder."
+            )
     accelerator.wait_for_everyone()
+
+
+def remove_earlier_run(config: TrainConfig) -> None:
+    """Remove the checkpoints and the adapter of the run that this one replaces, and no other subject's adapter."""
+    output = Path(config.output_dir)
+    for path in (*checkpoints(output), output / f"{config.subject_name}.safetensors"):
+        if path.exists():
+            _remove(path)
 
 
 def _remove(path: Path) -> None:

@@ -86,7 +86,9 @@ class TrainConfig:
     )
     preservation_after: float = _flag(1e-3, "Encoder-tuning methods: weight of the drift of the tokens after them.")
     with_prior_preservation: bool = _flag(
-        False, "Encoder-tuning methods: also learn from pictures of the plain class, made by the base where missing."
+        False,
+        "Encoder-tuning methods: also learn from pictures of the plain class, made by the base where missing. There is "
+        "no identifier word, so they pull the words that are taught back to the class: more variety, less likeness.",
     )
     class_data_dir: str | None = _flag(None, "Folder of the class pictures for --with_prior_preservation.")
     class_prompt: str | None = _flag(None, "Prompt of the class pictures. Left out: `a photo of a {}`.")
@@ -173,6 +175,29 @@ class TrainConfig:
     def subject_name(self) -> str:
         """The subject's name: `name`, or the output folder's."""
         return self.name or Path(self.output_dir).resolve().name
+
+    def without_effect(self) -> dict[str, str]:
+        """Flags that were set and mean nothing beside the others -> what they would mean something with."""
+        needs = {
+            "--method residual": (self.method == "residual", ("key_preservation",)),
+            "--method lora": (self.method == "lora", ("lora_rank",)),
+            "--method text_encoder or lora": (
+                self.method != "residual",
+                ("preservation_before", "preservation_after"),
+            ),
+            "--with_prior_preservation": (
+                self.with_prior_preservation,
+                ("class_data_dir", "class_prompt", "num_class_images", "prior_loss_weight"),
+            ),
+            "one subject; with --concepts_list each entry has its own": (not self.concepts_list, ("name",)),
+        }
+        defaults = {field.name: field.default for field in fields(self)}
+        return {
+            flag: need
+            for need, (met, flags) in needs.items()
+            for flag in flags
+            if not met and getattr(self, flag) != defaults[flag]
+        }
 
 
 def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
@@ -270,6 +295,15 @@ def _read_concepts_list(config: TrainConfig, path: Path) -> list[TrainConfig]:
             concepts.append(replace(config, **own))
         except ValueError as error:
             raise ValueError(f"--concepts_list: {path}, entry {number}: {error}") from error
+    class_of: dict[str, tuple[str | None, str | None]] = {}
+    for concept in concepts if config.with_prior_preservation else ():
+        folder = str(Path(concept.class_data_dir or "").resolve())
+        plain = (concept.instance_prompt, concept.class_prompt)
+        if class_of.setdefault(folder, plain) != plain:
+            raise ValueError(
+                f"--concepts_list: {path}: {concept.subject_name!r} has the class pictures of another class in "
+                f"class_data_dir {concept.class_data_dir!r}; give each class its own folder."
+            )
     names = [concept.subject_name for concept in concepts]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"--concepts_list: {path}: the names {repeated} come more than once; give each entry its own.")

@@ -130,9 +130,21 @@ def _open(path: Path) -> Image.Image:
     with Image.open(path) as file:
         image = ImageOps.exif_transpose(file)
         image.load()
+    if image.mode == "F":
+        raise ValueError("it has floating-point values; save it with 8 or 16 bits")
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
     return image
+
+
+def _open_mask(path: Path) -> Image.Image:
+    """A mask file as grey. What is transparent is outside; a black cut-out counts by its transparency alone."""
+    mask = _open(path)
+    if not mask.has_transparency_data:
+        return mask.convert("L")
+    mask = mask.convert("RGBA")
+    grey = Image.alpha_composite(Image.new("RGBA", mask.size, "black"), mask).convert("L")
+    return grey if grey.getbbox() else mask.getchannel("A")
 
 
 def _load_picture(path: Path, mask_file: Path | None, caption: str | None) -> Picture:
@@ -145,13 +157,13 @@ def _load_picture(path: Path, mask_file: Path | None, caption: str | None) -> Pi
             mask = alpha
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     if mask_file is not None:
-        mask = _open(mask_file).convert("L")
+        mask = _open_mask(mask_file)
         if mask.size != image.size:
             raise ValueError(
                 f"{mask_file.name} is {mask.size[0]} x {mask.size[1]}, the picture {image.size[0]} x {image.size[1]}"
             )
     if mask is not None and mask.getbbox() is None:
-        raise ValueError("its mask is empty: no pixel belongs to the subject")
+        raise ValueError(f"{mask_file.name if mask_file else 'its alpha'} is empty: no pixel belongs to the subject")
     text_file = path.with_suffix(".txt")
     if text_file.exists():
         caption = _read_text(text_file)

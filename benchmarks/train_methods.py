@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -173,7 +174,7 @@ def in_process_of_its_own(script: str, flags: list[str], log: Path) -> dict[str,
 
 
 def train_flags(run: Run, subject: Subject, output: Path, options: argparse.Namespace) -> list[str]:
-    """The trainer's command line; the same for every method but for the method, its rate and its steps."""
+    """The trainer's command line: the shipped configuration, and a method with its rate and its steps."""
     return [
         f"--config={CONFIG}",
         f"--pretrained_model_name_or_path={options.base}",
@@ -468,6 +469,8 @@ def run(options: argparse.Namespace) -> int:
         "guidance_scale": options.guidance_scale,
         "learning_rates": options.learning_rates,
         "train_flags": options.train_flags,
+        "config": yaml.safe_load(CONFIG.read_text()),
+        "data_dir": str(options.data_dir) if options.data_dir else None,
     }
     results = load_results(options.output_dir / "results.json", settings)
     if options.data_dir is None:

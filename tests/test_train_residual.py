@@ -585,6 +585,59 @@ def test_output_folder_of_another_run_is_refused_or_replaced(config: TrainConfig
     assert [path.name for path in checkpoints(Path(config.output_dir))] == ["checkpoint-2"]
 
 
+def test_overwriting_removes_nothing_before_the_inputs_are_read_and_no_other_subject(config: TrainConfig) -> None:
+    learn(config)
+    output = Path(config.output_dir)
+    (output / "other.safetensors").write_bytes(b"somebody else's")
+    before = sorted(path.name for path in output.iterdir())
+    with pytest.raises(FileNotFoundError):
+        train(replace(config, overwrite_output_dir=True, instance_data_dir="nowhere"))
+    assert sorted(path.name for path in output.iterdir()) == before
+    learn(replace(config, overwrite_output_dir=True, max_train_steps=2))
+    assert (output / "other.safetensors").read_bytes() == b"somebody else's"
+
+
+def test_flags_without_effect_are_named(config: TrainConfig, caplog: pytest.LogCaptureFixture) -> None:
+    odd = replace(config, lora_rank=4, class_prompt="a {}", key_preservation=0.1, preservation_after=0.5)
+    assert odd.without_effect() == {
+        "lora_rank": "--method lora",
+        "preservation_after": "--method text_encoder or lora",
+        "class_prompt": "--with_prior_preservation",
+    }
+    assert list(replace(odd, method="lora").without_effect()) == ["key_preservation", "class_prompt"]
+    assert not config.without_effect()
+    with caplog.at_level(logging.WARNING), pytest.raises(FileNotFoundError):
+        train(replace(odd, instance_data_dir="nowhere"))
+    assert "--lora_rank has no effect: it needs --method lora" in caplog.text
+
+
+@pytest.mark.parametrize("phrase", ["a photo of sks person", "a person", "The person", "my person", "photo of person"])
+def test_a_sentence_is_no_class_phrase(phrase: str, config: TrainConfig) -> None:
+    with pytest.raises(ValueError, match=r"--instance_prompt: .*expected the class phrase alone"):
+        train(replace(config, instance_prompt=phrase))
+
+
+def test_class_prompt_without_the_phrase_is_named(config: TrainConfig, tmp_path: Path) -> None:
+    config = replace(config, method="lora", with_prior_preservation=True, class_data_dir=str(tmp_path / "class"))
+    with pytest.raises(ValueError, match=r"--class_prompt: 'a photo of an animal' does not say 'person'"):
+        train(replace(config, class_prompt="a photo of an animal"))
+
+
+def test_class_pictures_of_two_classes_in_one_folder_are_refused(config: TrainConfig, tmp_path: Path) -> None:
+    entries = [{"name": name, "instance_data_dir": "x", "instance_prompt": name} for name in ("person", "guitar")]
+    (tmp_path / "concepts.json").write_text(json.dumps(entries))
+    config = replace(config, method="lora", with_prior_preservation=True, class_data_dir=str(tmp_path / "class"))
+    config = replace(config, concepts_list=str(tmp_path / "concepts.json"))
+    with pytest.raises(ValueError, match=r"'guitar' has the class pictures of another class in class_data_dir"):
+        read_concepts(config)
+
+
+def test_accumulation_from_elsewhere_is_refused(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(ValueError, match=r"--gradient_accumulation_steps: 1, but .* says 4"):
+        train(config)
+
+
 def test_unwritable_output_folder_is_named_before_models_load(config: TrainConfig, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     config = replace(config, output_dir=str(tmp_path / "file" / "x"), pretrained_model_name_or_path="nowhere")

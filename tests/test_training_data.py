@@ -47,6 +47,23 @@ def test_transparency_is_a_mask_on_white(tmp_path: Path) -> None:
     assert picture.image.getpixel((0, 3)) == (255, 255, 255)
 
 
+@pytest.mark.parametrize("ink", [(255, 255, 255), (0, 0, 0)])
+def test_mask_file_with_transparency_counts_by_it(ink: tuple[int, int, int], tmp_path: Path) -> None:
+    Image.new("RGB", (4, 1), "red").save(tmp_path / "a.png")
+    cut_out = Image.new("RGBA", (4, 1), (*ink, 0))
+    cut_out.putpixel((1, 0), (*ink, 255))
+    cut_out.save(tmp_path / "a_mask.png")
+    (picture,) = load_pictures(tmp_path)
+    assert picture.mask is not None
+    assert np.asarray(picture.mask).tolist() == [[0, 255, 0, 0]]
+
+
+def test_floating_point_pictures_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "a.tiff")
+    with pytest.raises(ValueError, match=r"floating-point values; save it with 8 or 16 bits"):
+        load_pictures(tmp_path, strict=True)
+
+
 def test_opaque_alpha_is_no_mask(tmp_path: Path) -> None:
     save(tmp_path / "a.png", mode="RGBA", colour=(1, 2, 3, 255))
     assert load_pictures(tmp_path)[0].mask is None

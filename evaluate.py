@@ -7,6 +7,8 @@
   against those of the picture's other subjects. What was not found has neither: read them beside `found`.
 - IoU, centre: that detection and the region that the layout asked for; 0 for what was not found.
 
+One thing in a picture is a detection of one subject at most.
+
 Prompts, class phrases and layouts are read from the PNGs of `generate_images.py`. **The tests run this on tiny models
 of random weights: it has never been run with released weights, nor on a GPU.**
 """
@@ -14,6 +16,7 @@ of random weights: it has never been run with released weights, nor on a GPU.**
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,11 +36,12 @@ from multisubject.evaluation_data import (
     EvaluationError,
     Notes,
     Picture,
+    check_output,
     find_pictures,
     read_pairs,
     read_pictures,
 )
-from multisubject.evaluation_models import Detection, Detector, Encoder, Runtime, box_iou
+from multisubject.evaluation_models import Detection, Detector, Encoder, Runtime, best_detections, box_iou
 from multisubject.layout import Box, Region
 from multisubject.subject_file import printable, write_atomically
 from multisubject.visualization import contact_sheet, draw_regions
@@ -55,6 +59,7 @@ METRICS = {
     "dino_own": "DINO own",
     "dino_leak": "DINO leak",
 }
+TOTAL = "(all)/"  # the row of all pictures; no folder is called that, for their names do not end in a slash
 SHEET_PICTURES = 48
 _SHEET_WIDTH = 384
 
@@ -83,11 +88,14 @@ def layout_score(box: Box | None, region: Region) -> tuple[float, float]:
 
 
 def match(scores: np.ndarray) -> list[int | None]:
-    """Give each row (target) a column (detection) of its own, the best pair first; None to rows that are left over."""
+    """Give each row (target) a column (thing) of its own, the best pair first; None to rows that are left over.
+
+    A pair whose score is -inf is never made.
+    """
     columns: list[int | None] = [None] * len(scores)
     order = np.argsort(-scores, axis=None, kind="stable")  # equal pairs: the first target gets the first detection
     for row, column in zip(*np.unravel_index(order, scores.shape), strict=True):
-        if columns[row] is None and int(column) not in columns:
+        if np.isfinite(scores[row, column]) and columns[row] is None and int(column) not in columns:
             columns[row] = int(column)
     return columns
 
@@ -201,9 +209,8 @@ def evaluate(
 
 
 def _candidates(picture: Picture, phrase: str, found: Mapping[tuple[Path, str], list[Detection]]) -> list[Detection]:
-    """As many of the best detections of a phrase as there are targets of it."""
-    count = sum(target.phrase == phrase for target in picture.targets)
-    return found.get((picture.path, phrase), [])[:count]
+    """As many of the best detections of a phrase as there are targets in the picture."""
+    return found.get((picture.path, phrase), [])[: len(picture.targets)]
 
 
 def _assign(
@@ -211,33 +218,59 @@ def _assign(
     found: Mapping[tuple[Path, str], list[Detection]],
     looks_like: Callable[[Crop, str], float] | None,
 ) -> list[Detection | None]:
-    """The detection of each target.
+    """The detection of each target; one thing in the picture, whatever it is called, is that of one target at most.
 
-    Two targets of one phrase are told apart by their regions if both have one, else by what they look like: then `own`
-    is the best that can be said of them.
+    Targets that may want the same thing are told apart by their regions if all have one, else by what they look like:
+    then `own` is the best that can be said of them. Where neither tells, the detector's score does.
     """
-    assigned: dict[int, Detection] = {}
-    for phrase in {target.phrase for target in picture.targets}:
-        places = [place for place, target in enumerate(picture.targets) if target.phrase == phrase]
-        targets, detections = [picture.targets[place] for place in places], _candidates(picture, phrase, found)
-        scores = np.zeros((len(targets), len(detections)))
-        for row, target in enumerate(targets if len(targets) > 1 else ()):
-            for column, detection in enumerate(detections):
-                if target.region and all(other.region for other in targets):
+    targets = picture.targets
+    candidates = [_candidates(picture, target.phrase, found) for target in targets]
+    things = best_detections(itertools.chain(*candidates))
+    claims: list[dict[int, Detection]] = [{} for _ in targets]  # for each target: thing -> its detection, best first
+    for claim, detections in zip(claims, candidates, strict=True):
+        for detection in detections:
+            claim.setdefault(int(np.argmax([box_iou(detection.box, thing.box) for thing in things])), detection)
+
+    scores = np.full((len(targets), len(things)), -np.inf)
+    for rivals in _rivals([target.phrase for target in targets], claims):
+        all_placed = all(targets[row].region for row in rivals)
+        for row in rivals:
+            target, choice = targets[row], list(claims[row].items())[: len(rivals)]
+            for column, detection in choice:
+                if target.region and all_placed:
                     scores[row, column] = layout_score(detection.box, target.region)[0]
                 elif target.reference and looks_like:
                     scores[row, column] = looks_like(Crop(picture.path, detection.box), target.reference)
-        columns = zip(places, match(scores), strict=True)
-        assigned |= {place: detections[column] for place, column in columns if column is not None}
-    return [assigned.get(place) for place in range(len(picture.targets))]
+                else:  # less than any cosine; and who has the smaller choice goes first
+                    scores[row, column] = detection.score - 2 * len(choice)
+    columns = zip(claims, match(scores), strict=True)
+    return [None if column is None else claim[column] for claim, column in columns]
+
+
+def _rivals(phrases: Sequence[str], claims: Sequence[Mapping[int, Detection]]) -> list[set[int]]:
+    """Groups of targets that may want the same thing: those of one phrase, and groups whose choices meet.
+
+    The choice of each target in a group of n is the n best things of its phrase.
+    """
+
+    def choice(group: set[int]) -> set[int]:
+        return {thing for row in group for thing in list(claims[row])[: len(group)]}
+
+    def meet(pair: tuple[set[int], ...]) -> bool:
+        return bool(choice(pair[0]) & choice(pair[1]))
+
+    groups = [{row for row, other in enumerate(phrases) if other == phrase} for phrase in dict.fromkeys(phrases)]
+    while meeting := next(filter(meet, itertools.combinations(groups, 2)), None):
+        groups = [group for group in groups if group not in meeting] + [set.union(*meeting)]
+    return groups
 
 
 # --- results -------------------------------------------------------------------------------------------------------
 
 
 def summaries(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """`folders` (the first is `all`) and `subjects` -> name -> metric -> what `summarize` returns."""
-    folders: dict[str, list[Mapping[str, float]]] = {"all": [record["scores"] for record in records]}
+    """`folders` (the first is `TOTAL`) and `subjects` -> name -> metric -> what `summarize` returns."""
+    folders: dict[str, list[Mapping[str, float]]] = {TOTAL: [record["scores"] for record in records]}
     subjects: dict[str, list[Mapping[str, float]]] = {}
     for record in records:
         folders.setdefault(record["folder"], []).append(record["scores"])
@@ -301,25 +334,36 @@ def main(argv: Sequence[str] | None = None) -> None:
             for name, folder in read_pairs("--references", args.references).items()
         }
         pictures = read_pictures(args, references, notes)
+        output = Path(str(args.output))
+        check_output(output)
         # 2. Score it
         records = evaluate(pictures, references, args, notes)
     except (EvaluationError, ImportError) as error:  # some processors want a package that is not installed, and say so
         sys.exit(_error(error))
 
-    # 3. Tell
+    # 3. Tell, before anything can fail
     summary = summaries(records)
-    about = {"made_by": "multisubject-evaluate", "version": multisubject.__version__, "arguments": asdict(args)}
-    result = {**about, "damaged": notes.damaged, "warnings": notes.warnings, **summary, "pictures": records}
-    output, buffer = Path(str(args.output)), io.BytesIO()
-    write_atomically(output, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False).encode())
-    evaluation_sheet(pictures, records).save(buffer, "PNG")
-    write_atomically(output.with_suffix(".png"), buffer.getvalue())
     print(markdown_table("folder", summary["folders"]))
     if summary["subjects"]:
         print(f"\n{markdown_table('subject', summary['subjects'])}")
     print(f"\n{len(pictures)} pictures, {len(notes.damaged)} damaged ones left out. Mean [95 % bootstrap interval].")
     if left_out := [name for name in ("clip_model", "dino_model", "detector", "references") if not getattr(args, name)]:
         print(f"Without --{', --'.join(left_out)}: their scores are left out.")
+
+    # 4. Write
+    about = {"made_by": "multisubject-evaluate", "version": multisubject.__version__, "arguments": asdict(args)}
+    result = {**about, "damaged": notes.damaged, "warnings": notes.warnings, **summary, "pictures": records}
+    buffer = io.BytesIO()
+    try:
+        write_atomically(output, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False).encode())
+        evaluation_sheet(pictures, records).save(buffer, "PNG")
+        write_atomically(output.with_suffix(".png"), buffer.getvalue())
+    except OSError as error:
+        message = (
+            f"--output is {str(output)!r}; writing it and its contact sheet failed: {error}. Expected a folder with "
+            "room for both. The means are above; for every picture's scores, run it again with another."
+        )
+        sys.exit(_error(EvaluationError(message)))
     print(f"scores: {output}\ncontact sheet: {output.with_suffix('.png')}")
 
 

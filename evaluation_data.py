@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from .generate_images import CONTACT_SHEET, read_settings
 from .generation_config import resolve_paths
 from .layout import Box, Region, layout_checksum, parse_layout
 from .subject_file import default_name, printable
-from .training_data import MASK_ENDING, PICTURE_SUFFIXES
+from .training_data import PICTURE_SUFFIXES, _open, is_picture
 
 # DINO ViT-S/16 is what papers on personal subjects mostly report. Its main branch has pickled weights only; a pull
 # request of the Hub itself has the same ones as safetensors.
@@ -132,14 +133,12 @@ class Crop:
     box: Box | None = None
 
     def load(self) -> Image.Image:
-        """Upright RGB, transparent parts on white; a part is padded to a square.
+        """Upright RGB, as in training: transparent parts on white, 16 bits of grey made 8. A part is padded square.
 
         Encoders cut the middle square out of what they get: of a standing person they would not see the head. The grey
         is close to their mean, so that it says little.
         """
-        with Image.open(self.path) as file:
-            image = ImageOps.exif_transpose(file)
-            image.load()
+        image = _open(self.path)
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -212,21 +211,19 @@ def find_pictures(argument: str, folder: str, notes: Notes, *, recursive: bool) 
     """
     if not Path(folder).is_dir():
         raise EvaluationError(f"{argument}: {folder!r} is not a folder; expected one with pictures.")
-    files = sorted(
-        path for path in (Path(folder).rglob("*") if recursive else Path(folder).iterdir()) if path.is_file()
-    )
-    paths = [path for path in files if path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith(".")]
+    files = Path(folder).rglob("*") if recursive else Path(folder).iterdir()
+    paths = sorted(path for path in files if is_picture(path))
     attention = {path.with_name(f"{path.stem}_attention.png") for path in paths}
     paths = [p for p in paths if p.name != CONTACT_SHEET and p not in attention and not _is_evaluation_sheet(p)]
     readable = []
-    for path in (path for path in paths if not path.stem.endswith(MASK_ENDING)):
+    for path in paths:
         try:
             Crop(path).load()
             readable.append(path)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             # Pillow reports a damaged file by any of these, according to the format.
             notes.damaged.append(str(path))
-            notes.warn(f"{path} cannot be read as a picture and is left out ({error}).")
+            notes.warn(f"{path} cannot be read as a picture and is left out ({error}). Save it anew, as PNG or JPEG.")
     if not readable:
         raise EvaluationError(
             f"{argument}: no readable picture in {folder!r}, {len(paths)} damaged; expected files that end in "
@@ -240,6 +237,25 @@ def _is_evaluation_sheet(path: Path) -> bool:
     return (
         path.suffix == ".png" and with_scores.is_file() and b'"multisubject-evaluate"' in with_scores.read_bytes()[:99]
     )
+
+
+def check_output(output: Path) -> None:
+    """Raise `EvaluationError` for a file that cannot be written, or whose contact sheet would replace a picture."""
+    sheet = output.with_suffix(".png")
+    try:
+        if output.is_dir() or (sheet.exists() and not _is_evaluation_sheet(sheet)):
+            raise EvaluationError(
+                f"--output is {str(output)!r}, and there is already {str(output if output.is_dir() else sheet)!r}, no "
+                "contact sheet of an evaluation; expected a name that is free, also with .png for the contact sheet. "
+                "Give another, or move that away."
+            )
+        output.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output.parent).close()
+    except OSError as error:
+        raise EvaluationError(
+            f"--output is {str(output)!r}; expected a file in a folder that can be made and written. Give another. "
+            f"{error}"
+        ) from error
 
 
 def read_pictures(args: EvaluateArguments, references: Iterable[str], notes: Notes) -> list[Picture]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,7 +30,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_OBJECT_DE
 from .evaluation_data import Crop, EvaluationError
 from .layout import Box
 
-# Detections of one phrase that overlap more than this are one thing found twice.
+# Detections that overlap more than this are one thing found twice.
 _SAME_THING = 0.5
 _T = TypeVar("_T")
 
@@ -54,16 +55,11 @@ class Detection:
 def load_model(argument: str, name: str, auto_model: Any, auto_processor: Any, runtime: Runtime) -> tuple[Any, Any]:
     """Model, ready to run, and processor of a folder or Hub id. Raises `EvaluationError`, which names `argument`."""
     source, options = _source(name)
-    try:
+    with _loading(argument, name):
         processor = auto_processor.from_pretrained(source, **options)
         model, info = auto_model.from_pretrained(
             source, dtype=getattr(torch, runtime.dtype), use_safetensors=True, output_loading_info=True, **options
         )
-    except Exception as error:  # transformers and safetensors raise many kinds for what is no such model
-        raise EvaluationError(
-            f"{argument} is {name!r} and cannot be loaded; expected a folder or Hub id of a model that transformers "
-            f"has, with safetensors weights and a processor; its own code is never run. {type(error).__name__}: {error}"
-        ) from error
     # Poolers are missing from some published files and not used here; anything else would be random numbers.
     if missing := sorted(key for key in info["missing_keys"] if "pooler." not in key):
         raise EvaluationError(
@@ -71,6 +67,27 @@ def load_model(argument: str, name: str, auto_model: Any, auto_processor: Any, r
             f"{missing[0]!r}; expected a whole model. Download it again, or name another."
         )
     return model.eval().requires_grad_(False).to(runtime.device), processor
+
+
+@contextmanager
+def _loading(argument: str, name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # transformers and safetensors raise many kinds for what is no such model
+        raise EvaluationError(
+            f"{argument} is {name!r} and cannot be loaded; expected a folder or Hub id of a model that transformers "
+            "has, with safetensors weights, a processor, and a tokenizer if it reads text; its own code is never run. "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _check_tokenizer(argument: str, name: str, tokenizer: Any) -> None:
+    """Refuse the tokenizer that transformers makes where its files are missing: to it all words are unknown."""
+    if tokenizer("cat")["input_ids"] == tokenizer("dog")["input_ids"]:
+        raise EvaluationError(
+            f"{argument} is {name!r}, whose tokenizer has the same tokens for 'cat' and 'dog'; expected the "
+            "files of a tokenizer beside the weights, such as tokenizer.json. Download them too, or name another."
+        )
 
 
 def _source(name: str) -> tuple[str, dict[str, Any]]:
@@ -110,7 +127,10 @@ class Encoder:
                 "such as openai/clip-vit-large-patch14."
             )
         source, options = _source(name)
-        return cls(name, model, processor, AutoTokenizer.from_pretrained(source, **options), runtime.batch_size)
+        with _loading("--clip_model", name):
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        _check_tokenizer("--clip_model", name, tokenizer)
+        return cls(name, model, processor, tokenizer, runtime.batch_size)
 
     @classmethod
     def dino(cls, name: str, runtime: Runtime) -> Encoder:
@@ -210,6 +230,8 @@ class Detector:
         else:
             classes, query = (AutoModelForObjectDetection, AutoImageProcessor), None
         model, processor = load_model("--detector", name, *classes, runtime)
+        if query is not None:
+            _check_tokenizer("--detector", name, processor.tokenizer)
         return cls(name, model, processor, query, threshold, runtime.batch_size)
 
     def detect(self, wanted: Iterable[tuple[Path, str]]) -> dict[tuple[Path, str], list[Detection]]:

@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from transformers import (
 )
 
 from multisubject import evaluate
-from multisubject.evaluate import _assign, bootstrap_interval, layout_score, main, match, summarize
+from multisubject.evaluate import TOTAL, _assign, bootstrap_interval, layout_score, main, match, summaries, summarize
 from multisubject.evaluation_data import (
     DEFAULT_MODELS,
     Crop,
@@ -195,6 +196,11 @@ def test_each_target_gets_a_detection_of_its_own():
     assert match(np.zeros((2, 0))) == [None, None]
 
 
+def test_a_forbidden_pair_is_not_made_even_if_nothing_else_is_left():
+    assert match(np.array([[0.9, -np.inf], [0.5, -np.inf]])) == [0, None]
+    assert match(np.array([[-np.inf]])) == [None]
+
+
 def test_two_dogs_are_told_apart_by_their_regions_or_else_by_their_looks():
     regions = parse_layout({"rex": RIGHT, "bella": LEFT}, height=8, width=8)
     found = {(Path("p"), "dog"): [Detection(LEFT, 0.9), Detection(RIGHT, 0.8), Detection((0.4, 0.4, 0.6, 0.6), 0.7)]}
@@ -205,6 +211,53 @@ def test_two_dogs_are_told_apart_by_their_regions_or_else_by_their_looks():
     looks = {("rex", RIGHT): 0.9, ("bella", LEFT): 0.8}
     looks_like = lambda crop, name: looks.get((name, crop.box), 0.1)  # noqa: E731
     assert _assign(Picture(Path("p"), "", "", tuple(free)), found, looks_like) == expected
+
+
+PETRUCCI, SLASH = Target("petrucci", "person", "petrucci"), Target("slash", "man", "slash")
+
+
+def assigned(*targets, looks_like=None, **found):
+    """Boxes of the targets; `found` is phrase -> (box, score), best first."""
+    detections = {(Path("p"), phrase): [Detection(*one) for one in ones] for phrase, ones in found.items()}
+    return [one and one.box for one in _assign(Picture(Path("p"), "", "", targets), detections, looks_like)]
+
+
+def placed(target, box):
+    return replace(target, region=parse_layout({target.name: box}, height=8, width=8)[0])
+
+
+def test_one_thing_with_two_names_belongs_to_the_target_that_it_looks_like():
+    nearly = (0.0, 0.0, 0.45, 1.0)
+    found = {"person": [(LEFT, 0.9)], "man": [(nearly, 0.8)]}
+    for subject, boxes in (("petrucci", [LEFT, None]), ("slash", [None, nearly])):
+        looks_like = lambda crop, name, subject=subject: 0.9 if name == subject else 0.1  # noqa: E731
+        assert assigned(PETRUCCI, SLASH, **found, looks_like=looks_like) == boxes
+
+
+def test_one_thing_with_two_names_belongs_to_the_target_whose_region_it_is_in():
+    found = {"person": [(RIGHT, 0.9)], "man": [(RIGHT, 0.9)]}
+    assert assigned(placed(PETRUCCI, LEFT), placed(SLASH, RIGHT), **found) == [None, RIGHT]
+    found = {"person": [(LEFT, 0.9), (RIGHT, 0.8)], "man": [(LEFT, 0.9), (RIGHT, 0.8)]}
+    assert assigned(placed(PETRUCCI, RIGHT), placed(SLASH, LEFT), **found) == [RIGHT, LEFT]
+
+
+def test_without_regions_and_references_as_many_targets_as_possible_are_found():
+    targets = [replace(target, reference=None) for target in (PETRUCCI, SLASH)]
+    assert assigned(*targets, person=[(LEFT, 0.9), (RIGHT, 0.8)], man=[(LEFT, 0.85)]) == [RIGHT, LEFT]
+    assert assigned(*targets, person=[(LEFT, 0.9)], man=[]) == [LEFT, None]
+
+
+def test_a_target_gets_nothing_that_its_own_phrase_did_not_find():
+    dog = Target("rex", "dog", "rex")
+    looks_like = lambda crop, name: 0.9  # noqa: E731
+    assert assigned(PETRUCCI, dog, person=[(LEFT, 0.9), (RIGHT, 0.8)], looks_like=looks_like) == [LEFT, None]
+
+
+def test_targets_that_want_different_things_get_the_best_detection_of_their_phrase():
+    """Even if another one lies in the region: that is the layout's score, and not for the choice."""
+    guitar, middle = Target("majesty", "guitar", "majesty"), (0.4, 0.4, 0.6, 0.6)
+    found = {"person": [(RIGHT, 0.9), (LEFT, 0.8)], "guitar": [(middle, 0.9), (RIGHT, 0.8)]}
+    assert assigned(placed(PETRUCCI, LEFT), placed(guitar, RIGHT), **found) == [RIGHT, middle]
 
 
 def test_a_region_may_call_its_subject_by_the_class_phrase():
@@ -226,6 +279,25 @@ def test_intervals_hold_the_mean_and_need_two_values():
     assert summary["low"] < summary["mean"] < summary["high"] and summary["count"] == 3
     assert summary == summarize([0.1, 0.2, 0.6])
     assert summarize([0.3]) == {"mean": 0.3, "low": None, "high": None, "count": 1}
+
+
+def test_a_folder_of_any_name_leaves_the_mean_of_all_pictures_alone():
+    records = [
+        {"folder": folder, "scores": {"dino": score}, "targets": []}
+        for folder, score in (("all", 0.0), (str(Path(TOTAL)), 0.5), ("b", 1.0))
+    ]
+    folders = summaries(records)["folders"]
+    assert {name: (row["dino"]["mean"], row["dino"]["count"]) for name, row in folders.items()} == {
+        TOTAL: (0.5, 3),
+        "all": (0.0, 1),
+        "(all)": (0.5, 1),
+        "b": (1.0, 1),
+    }
+
+
+def test_16_bits_of_grey_become_8(tmp_path):
+    Image.fromarray(np.array([[0, 32896, 65535]], np.uint16)).save(tmp_path / "grey.png")
+    assert np.asarray(Crop(tmp_path / "grey.png").load())[0, :, 0].tolist() == [0, 128, 255]
 
 
 def test_crops_are_square_and_upright(tmp_path):
@@ -253,7 +325,7 @@ def test_a_picture_that_equals_its_reference_is_alike_in_every_way(tmp_path, all
     assert result["pictures"][0]["prompt"] == "a dog", "a subject's name in --prompt stands for its class phrase"
     assert -1 <= scores["clip_t"] <= 1 and "dino_leak" not in scores and "iou" not in scores
     assert result["subjects"]["petrucci"]["dino"]["count"] == 1 and not result["warnings"]
-    assert "| all | 1 | " in capsys.readouterr().out
+    assert f"| {TOTAL} | 1 | " in capsys.readouterr().out
     assert Image.open(pictures / "evaluation.png").width > 256
 
     run(*common, *all_models, "--class_phrases", "petrucci=dog", "--detection_threshold", 0)
@@ -321,7 +393,7 @@ def test_pictures_of_generate_images_say_what_they_were_to_show(tmp_path, models
     command = ["--pictures", "results", "--references", *references, *all_models, "--detection_threshold", 0]
     run(*command)
     result = read(tmp_path / "results" / "evaluation.json")
-    assert not result["warnings"] and list(result["folders"]) == ["all", str(task.folder)]
+    assert not result["warnings"] and list(result["folders"]) == [TOTAL, str(task.folder)]
     first = result["pictures"][0]
     assert len(result["pictures"]) == 2 and first["prompt"] == "a photo of person and guitar"
     assert [(row["name"], row["phrase"]) for row in first["targets"]] == [("petrucci", "person"), ("majesty", "guitar")]
@@ -359,6 +431,26 @@ def test_a_damaged_picture_is_named_and_counted(plain, models, capsys):
     assert "1 damaged" in out and "bad.png" in err
 
 
+def test_a_picture_for_which_a_plugin_is_missing_is_named_and_counted(plain, models, capsys):
+    (Path(plain[1]) / "b.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    run(*plain, "--dino_model", models["dino"])
+    assert [Path(path).name for path in read(Path(plain[1]) / "evaluation.json")["damaged"]] == ["b.HEIC"]
+    out, err = capsys.readouterr()
+    assert "1 damaged" in out and "b.HEIC cannot be read as a picture" in err and "PNG" in err
+
+
+def test_scores_are_shown_if_they_cannot_be_written(plain, models, monkeypatch, capsys):
+    def full(path, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(evaluate, "write_atomically", full)
+    with pytest.raises(SystemExit) as exit:
+        run(*plain, "--dino_model", models["dino"])
+    out, err = capsys.readouterr()
+    assert exit.value.code == 2 and f"| {TOTAL} | 2 | " in out and "contact sheet:" not in out
+    assert f"--output is {str(Path(plain[1]) / 'evaluation.json')!r}" in err and "No space left" in err
+
+
 def test_a_prompt_that_is_too_long_is_cut_with_a_warning(plain, models):
     plain[plain.index("a dog")] = "a very long story of a dog and a cat and a guitar"
     run(*plain, "--clip_model", models["clip"])
@@ -393,6 +485,24 @@ def refused(capsys, *argv):
 )
 def test_bad_arguments_are_refused(change, expected, plain, capsys):
     assert expected in refused(capsys, *plain, "--dino_model", "never/loaded", *change)
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_any_model_is_loaded(plain, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file" / "scores.json", tmp_path / "file" / "folder" / "scores.json"):
+        message = refused(capsys, *plain, "--dino_model", "never/loaded", "--output", output)
+        assert f"--output is {str(output)!r}" in message and "can be made and written" in message
+    (tmp_path / "folder.json").mkdir()
+    message = refused(capsys, *plain, "--dino_model", "never/loaded", "--output", tmp_path / "folder.json")
+    assert "--output is" in message and "expected a name that is free" in message
+
+
+def test_the_contact_sheet_never_replaces_a_picture(plain, capsys):
+    picture = Path(plain[1]) / "0001.png"
+    before = picture.read_bytes()
+    message = refused(capsys, *plain, "--dino_model", "never/loaded", "--output", picture.with_suffix(".json"))
+    assert "--output is" in message and f"there is already {str(picture)!r}" in message
+    assert picture.read_bytes() == before and not picture.with_suffix(".json").exists()
 
 
 def test_dino_without_references_is_refused(tmp_path, capsys):
@@ -448,6 +558,18 @@ def test_models_of_another_kind_are_refused(option, model, expected, plain, mode
     models = {**models, "nowhere": "./nowhere"}
     message = refused(capsys, *plain, option, models[model], "--class_phrases", "petrucci=dog")
     assert f"{option} is {models[model]!r}" in message and expected in message
+
+
+@pytest.mark.parametrize(("option", "model"), [("--clip_model", "clip"), ("--detector", "owl")])
+def test_a_model_whose_tokenizer_is_missing_or_broken_is_refused(option, model, plain, models, tmp_path, capsys):
+    broken = Path(shutil.copytree(models[model], tmp_path / "broken"))
+    (broken / "tokenizer.json").write_text("{")
+    command = [*plain, "--class_phrases", "petrucci=dog", option, broken]
+    assert f"{option} is {str(broken)!r} and cannot be loaded" in refused(capsys, *command)
+    for file in (*broken.glob("*token*"), *broken.glob("vocab*"), *broken.glob("merges*")):
+        file.unlink()
+    message = refused(capsys, *command)
+    assert f"{option} is {str(broken)!r}" in message and "same tokens for 'cat' and 'dog'" in message
 
 
 def test_files_that_could_run_code_are_never_loaded(plain, models, tmp_path, capsys):

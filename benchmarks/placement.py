@@ -14,8 +14,8 @@ night) is not asked for.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import math
 import random
 import sys
 import time
@@ -354,38 +354,39 @@ def claims(results: dict[str, Any], ours: str = OURS) -> str:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """One panel per cell: the share of pictures with every region right, with its interval."""
+    """One line per cell: each method's share of pictures with every region right, with its interval. Ours is blue."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     cells = results["cells"]
-    columns = 3
-    rows = math.ceil(len(cells) / columns)
-    methods = list(dict.fromkeys(name for found in cells.values() for name in found))
-    figure, axes = pyplot.subplots(
-        rows, columns, figsize=(13, rows * (0.9 + 0.22 * len(methods))), squeeze=False, sharex=True, sharey=True
-    )
-    for axis, (cell, found) in zip(axes.flat, cells.items(), strict=False):
-        for row, name in enumerate(methods):
-            if name not in found:
-                continue
-            every = np.array([p["look"] == p["regions"] for p in found[name]["pictures"]], dtype=float)
-            low, high = bootstrap_interval(every)
-            colour = "tab:blue" if name.startswith(OURS) else "lightgrey"
-            axis.barh(row, every.mean(), color=colour)
-            axis.plot([low, high], [row, row], color="black", linewidth=1)
-        axis.set_title(cell, fontsize=10)
-        axis.set_yticks(range(len(methods)), methods, fontsize=8)
-        axis.set_xlim(0, 1)
-    axes.flat[0].invert_yaxis()
-    for axis in axes.flat[len(cells) :]:
-        axis.set_axis_off()
-    figure.suptitle("Share of pictures with every region right, 95 % bootstrap intervals", fontsize=11)
-    figure.tight_layout()
+    measured = {name for found in cells.values() for name in found}
+    methods = [name for name in METHODS if name in measured and name not in (*INGREDIENTS, f"{OURS} + isolation")]
+    others = itertools.cycle(zip("osv^<>phX", pyplot.get_cmap("tab10").colors[1:], strict=True))
+    styles = {name: ("D", "tab:blue") if name == OURS else next(others) for name in methods}
+    figure, axis = pyplot.subplots(figsize=(10, 1.5 + 0.55 * len(cells)))
+    for number, (name, (marker, colour)) in enumerate(styles.items()):
+        rows, shares, intervals = [], [], []
+        for row, found in enumerate(cells.values()):
+            if name in found:
+                every = np.array([p["look"] == p["regions"] for p in found[name]["pictures"]], dtype=float)
+                rows.append(row + 0.7 * (number / max(1, len(styles) - 1) - 0.5))
+                shares.append(every.mean())
+                intervals.append(np.abs(np.array(bootstrap_interval(every)) - every.mean()))
+        axis.errorbar(
+            shares, rows, xerr=np.array(intervals).T, fmt=marker, color=colour, label=name, markersize=5, linewidth=1,
+            zorder=3 if name == OURS else 2,
+        )  # fmt: skip
+    for row in range(1, len(cells)):
+        axis.axhline(row - 0.5, color="lightgrey", linewidth=0.5)
+    axis.set_yticks(range(len(cells)), list(cells))
+    axis.set_ylim(len(cells) - 0.5, -0.5)
+    axis.set_xlim(-0.02, 1.02)
+    axis.set_xlabel("share of pictures with every region right, 95 % bootstrap interval")
+    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=90, bbox_inches="tight")
     pyplot.close(figure)
 
 

@@ -363,7 +363,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     cells = results["cells"]
     measured = {name for found in cells.values() for name in found}
     methods = [name for name in METHODS if name in measured and name not in (*INGREDIENTS, f"{OURS} + isolation")]
-    others = itertools.cycle(zip("osv^<>phX", pyplot.get_cmap("tab10").colors[1:], strict=True))
+    others = itertools.cycle(zip("osv^<>phX", (f"C{number}" for number in range(1, 10)), strict=True))
     styles = {name: ("D", "tab:blue") if name == OURS else next(others) for name in methods}
     figure, axis = pyplot.subplots(figsize=(10, 1.5 + 0.55 * len(cells)))
     for number, (name, (marker, colour)) in enumerate(styles.items()):

@@ -294,7 +294,7 @@ def markdown_table(heading: str, rows: Mapping[str, Mapping[str, Mapping[str, An
         for one in map(row.get, metrics):
             interval = f" [{one['low']:.3f}, {one['high']:.3f}]" if one and one["low"] is not None else ""
             cells.append(f"{one['mean']:.3f}{interval}" if one else "–")
-        lines.append([printable(name).replace("|", "\\|"), *cells])
+        lines.append([printable(name).removesuffix("/").replace("|", "\\|"), *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -163,8 +163,8 @@ def evaluate(
     crops += [crop for group in examples.values() for crop in group]
     for picture in pictures:
         crops.append(Crop(picture.path))
-        for target in picture.targets if references else ():
-            crops += [Crop(picture.path, one.box) for one in _candidates(picture, target.phrase, found)]
+        for choice, _ in _choices(picture, found) if references else ():
+            crops += [Crop(picture.path, one.box) for one in choice.values()]
     vectors = {metric: encoder.images(crops) for metric, encoder in encoders.items()}
 
     def similarity(metric: str, crop: Crop, others: Sequence[Crop]) -> float:
@@ -213,6 +213,25 @@ def _candidates(picture: Picture, phrase: str, found: Mapping[tuple[Path, str], 
     return found.get((picture.path, phrase), [])[: len(picture.targets)]
 
 
+def _choices(
+    picture: Picture, found: Mapping[tuple[Path, str], list[Detection]]
+) -> list[tuple[dict[int, Detection], bool]]:
+    """What each target may be given: thing -> its detection, best first; and whether it and its rivals have regions."""
+    targets = picture.targets
+    candidates = [_candidates(picture, target.phrase, found) for target in targets]
+    things = best_detections(itertools.chain(*candidates))
+    claims: list[dict[int, Detection]] = [{} for _ in targets]
+    for claim, detections in zip(claims, candidates, strict=True):
+        for detection in detections:
+            claim.setdefault(int(np.argmax([box_iou(detection.box, thing.box) for thing in things])), detection)
+    choices: list[tuple[dict[int, Detection], bool]] = [({}, False) for _ in targets]
+    for rivals in _rivals([target.phrase for target in targets], claims):
+        all_placed = all(targets[row].region for row in rivals)
+        for row in rivals:
+            choices[row] = dict(list(claims[row].items())[: len(rivals)]), all_placed
+    return choices
+
+
 def _assign(
     picture: Picture,
     found: Mapping[tuple[Path, str], list[Detection]],
@@ -223,28 +242,19 @@ def _assign(
     Targets that may want the same thing are told apart by their regions if all have one, else by what they look like:
     then `own` is the best that can be said of them. Where neither tells, the detector's score does.
     """
-    targets = picture.targets
-    candidates = [_candidates(picture, target.phrase, found) for target in targets]
-    things = best_detections(itertools.chain(*candidates))
-    claims: list[dict[int, Detection]] = [{} for _ in targets]  # for each target: thing -> its detection, best first
-    for claim, detections in zip(claims, candidates, strict=True):
-        for detection in detections:
-            claim.setdefault(int(np.argmax([box_iou(detection.box, thing.box) for thing in things])), detection)
-
-    scores = np.full((len(targets), len(things)), -np.inf)
-    for rivals in _rivals([target.phrase for target in targets], claims):
-        all_placed = all(targets[row].region for row in rivals)
-        for row in rivals:
-            target, choice = targets[row], list(claims[row].items())[: len(rivals)]
-            for column, detection in choice:
-                if target.region and all_placed:
-                    scores[row, column] = layout_score(detection.box, target.region)[0]
-                elif target.reference and looks_like:
-                    scores[row, column] = looks_like(Crop(picture.path, detection.box), target.reference)
-                else:  # less than any cosine; and who has the smaller choice goes first
-                    scores[row, column] = detection.score - 2 * len(choice)
-    columns = zip(claims, match(scores), strict=True)
-    return [None if column is None else claim[column] for claim, column in columns]
+    choices = _choices(picture, found)
+    num_things = 1 + max((thing for choice, _ in choices for thing in choice), default=-1)
+    scores = np.full((len(choices), num_things), -np.inf)
+    for row, (target, (choice, all_placed)) in enumerate(zip(picture.targets, choices, strict=True)):
+        for column, detection in choice.items():
+            if target.region and all_placed:
+                scores[row, column] = layout_score(detection.box, target.region)[0]
+            elif target.reference and looks_like:
+                scores[row, column] = looks_like(Crop(picture.path, detection.box), target.reference)
+            else:  # less than any cosine; and who has the smaller choice goes first
+                scores[row, column] = detection.score - 2 * len(choice)
+    columns = zip(choices, match(scores), strict=True)
+    return [None if column is None else choice[column] for (choice, _), column in columns]
 
 
 def _rivals(phrases: Sequence[str], claims: Sequence[Mapping[int, Detection]]) -> list[set[int]]:

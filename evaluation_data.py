@@ -23,7 +23,7 @@ from .generate_images import CONTACT_SHEET, read_settings
 from .generation_config import resolve_paths
 from .layout import Box, Region, layout_checksum, parse_layout
 from .subject_file import default_name, printable
-from .training_data import PICTURE_SUFFIXES, _open, is_picture
+from .training_data import PICTURE_SUFFIXES, is_picture, open_picture
 
 # DINO ViT-S/16 is what papers on personal subjects mostly report. Its main branch has pickled weights only; a pull
 # request of the Hub itself has the same ones as safetensors.
@@ -138,7 +138,7 @@ class Crop:
         Encoders cut the middle square out of what they get: of a standing person they would not see the head. The grey
         is close to their mean, so that it says little.
         """
-        image = _open(self.path)
+        image = open_picture(self.path)
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

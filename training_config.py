@@ -191,12 +191,11 @@ class TrainConfig:
             ),
             "one subject; with --concepts_list each entry has its own": (not self.concepts_list, ("name",)),
         }
-        defaults = {field.name: field.default for field in fields(self)}
         return {
             flag: need
             for need, (met, flags) in needs.items()
             for flag in flags
-            if not met and getattr(self, flag) != defaults[flag]
+            if not met and getattr(self, flag) != getattr(TrainConfig, flag)
         }
 
 

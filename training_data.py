@@ -125,7 +125,7 @@ def _read_text(path: Path) -> str:
         raise ValueError(f"{path.name} is not UTF-8 text: {error}") from error
 
 
-def _open(path: Path) -> Image.Image:
+def open_picture(path: Path) -> Image.Image:
     """Upright; 16 bits of grey become 8, where Pillow's own conversion would cut everything bright off."""
     with Image.open(path) as file:
         image = ImageOps.exif_transpose(file)
@@ -139,7 +139,7 @@ def _open(path: Path) -> Image.Image:
 
 def _open_mask(path: Path) -> Image.Image:
     """A mask file as grey. What is transparent is outside; a black cut-out counts by its transparency alone."""
-    mask = _open(path)
+    mask = open_picture(path)
     if not mask.has_transparency_data:
         return mask.convert("L")
     mask = mask.convert("RGBA")
@@ -148,7 +148,7 @@ def _open_mask(path: Path) -> Image.Image:
 
 
 def _load_picture(path: Path, mask_file: Path | None, caption: str | None) -> Picture:
-    image = _open(path)
+    image = open_picture(path)
     mask = None
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")

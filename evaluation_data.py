@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import re
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,8 +21,8 @@ from transformers.hf_argparser import HfArg
 from .generate_images import CONTACT_SHEET, read_settings
 from .generation_config import resolve_paths
 from .layout import Box, Region, layout_checksum, parse_layout
-from .subject_file import default_name, printable
-from .training_data import PICTURE_SUFFIXES, is_picture, open_picture
+from .subject_file import default_name, make_writable_folder, printable
+from .training_data import PICTURE_SUFFIXES, is_picture, open_picture, split_alpha
 
 # DINO ViT-S/16 is what papers on personal subjects mostly report. Its main branch has pickled weights only; a pull
 # request of the Hub itself has the same ones as safetensors.
@@ -138,11 +137,7 @@ class Crop:
         Encoders cut the middle square out of what they get: of a standing person they would not see the head. The grey
         is close to their mean, so that it says little.
         """
-        image = open_picture(self.path)
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")
+        image, _ = split_alpha(open_picture(self.path))
         if self.box is None:
             return image
         left, top = (math.floor(edge * side) for edge, side in zip(self.box[:2], image.size, strict=True))
@@ -249,8 +244,7 @@ def check_output(output: Path) -> None:
                 "contact sheet of an evaluation; expected a name that is free, also with .png for the contact sheet. "
                 "Give another, or move that away."
             )
-        output.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output.parent).close()
+        make_writable_folder(output.parent)
     except OSError as error:
         raise EvaluationError(
             f"--output is {str(output)!r}; expected a file in a folder that can be made and written. Give another. "

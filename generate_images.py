@@ -18,7 +18,6 @@ import math
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +42,7 @@ from multisubject.generation_config import (
     load_tasks,
 )
 from multisubject.layout import layout_checksum
-from multisubject.subject_file import write_atomically
+from multisubject.subject_file import make_writable_folder, write_atomically
 from multisubject.visualization import attention_sheet, contact_sheet, draw_regions
 
 if TYPE_CHECKING:
@@ -353,9 +352,7 @@ def _make_folders(tasks: Sequence[GenerationTask], args: GenerateArguments) -> N
     for task in tasks:
         folder = Path(args.output_dir) / task.folder
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
+            make_writable_folder(folder)
         except OSError as error:
             print(f"error: --output_dir {args.output_dir!r}: cannot write to {folder}: {error}.", file=sys.stderr)
             sys.exit(2)

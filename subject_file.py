@@ -23,6 +23,7 @@ import os
 import pickletools
 import re
 import secrets
+import tempfile
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -133,6 +134,12 @@ def refuse_secrets(text: str, where: str, token: object = None) -> None:
             f"{where} contains what looks like a Hugging Face access token. Remove it, and revoke the token at "
             "https://huggingface.co/settings/tokens if the text was ever shared."
         )
+
+
+def make_writable_folder(folder: Path) -> None:
+    """Make `folder` where it is missing; `OSError` unless files can be made in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
 
 
 def write_atomically(path: Path, data: bytes) -> None:

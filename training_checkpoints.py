@@ -7,7 +7,6 @@ import logging
 import os
 import shutil
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -23,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from multisubject.subject_file import make_writable_folder
 from multisubject.training_config import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -98,9 +98,7 @@ def check_output(config: TrainConfig, accelerator: Accelerator) -> None:
     output = Path(config.output_dir)
     if accelerator.is_main_process:
         try:
-            output.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=output, prefix=UNFINISHED):
-                pass
+            make_writable_folder(output)
         except OSError as error:
             raise OSError(f"--output_dir: {str(output)!r} cannot be written ({error}); choose another.") from error
         for leftover in output.glob(f"{UNFINISHED}*"):

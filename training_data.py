@@ -137,6 +137,16 @@ def open_picture(path: Path) -> Image.Image:
     return image
 
 
+def split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """RGB with its transparent parts on white, and the transparency where the picture has any."""
+    if not image.has_transparency_data:
+        return image.convert("RGB"), None
+    image = image.convert("RGBA")
+    alpha = image.getchannel("A")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image, alpha if alpha.getextrema()[0] < 255 else None
+
+
 def _open_mask(path: Path) -> Image.Image:
     """A mask file as grey. What is transparent is outside; a black cut-out counts by its transparency alone."""
     mask = open_picture(path)
@@ -148,14 +158,7 @@ def _open_mask(path: Path) -> Image.Image:
 
 
 def _load_picture(path: Path, mask_file: Path | None, caption: str | None) -> Picture:
-    image = open_picture(path)
-    mask = None
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        alpha = image.getchannel("A")
-        if alpha.histogram()[255] < image.width * image.height:
-            mask = alpha
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image, mask = split_alpha(open_picture(path))
     if mask_file is not None:
         mask = _open_mask(mask_file)
         if mask.size != image.size:
@@ -168,7 +171,7 @@ def _load_picture(path: Path, mask_file: Path | None, caption: str | None) -> Pi
     if text_file.exists():
         caption = _read_text(text_file)
     caption = " ".join(caption.split()) if caption else None
-    return Picture(path, image.convert("RGB"), mask, caption or None)
+    return Picture(path, image, mask, caption or None)
 
 
 def bucket_size(width: int, height: int, *, resolution: int, multiple: int) -> tuple[int, int]:

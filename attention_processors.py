@@ -12,6 +12,7 @@ the resolutions, and the batch size tells whether classifier-free guidance doubl
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -31,7 +32,6 @@ from .guidance_methods import (
     KeyMoments,
     RegionMaps,
     TokenKind,
-    needs_region_prompts,
     resolve_guidance_method,
 )
 
@@ -75,7 +75,8 @@ class RegionConditioning:
         tokens: `(B, R, T)` bool, the tokens that name each region's subject; rows of absent regions are False.
         weights: `(B, R)` float32, pull of each region's tokens inside it.
         token_kinds: `(B, T)` int64 of `TokenKind`.
-        prompts: the regions' own prompts, for a method that uses them.
+        prompts: the regions' own prompts. `regional_prompts` and `attention_couple` need them; `multisubject` and
+            `dense_diffusion` take a region's words from there, or else leave them as they are in the prompt.
     """
 
     masks: torch.Tensor
@@ -270,7 +271,8 @@ class RegionAttnProcessor(AttnProcessor2_0):
 
         # 3. Attend
         if is_cross and regions.recorder is not None:
-            logits = query @ key.transpose(-1, -2) * attn.scale
+            # In float32: fused attention scales before it multiplies, this product would overflow float16.
+            logits = query.float() @ key.float().transpose(-1, -2) * attn.scale
             logits = logits if bias is None else logits + bias
             regions.recorder.add(logits[-regions.batch :], regions.sizes[query.shape[2]])
         output = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=attn.scale)
@@ -475,6 +477,9 @@ class _RegionHook:
         guidance_steps: int | None,
         recorder: AttentionRecorder | None,
     ):
+        for name, value in (("weight_negative", weight_negative), ("guidance_weight", guidance_weight)):
+            if not isinstance(value, numbers.Real):
+                raise TypeError(f"`{name}` is {value!r}, expected a number.")
         if not -torch.finfo(torch.float32).max <= weight_negative <= 0:
             raise ValueError(f"`weight_negative` is {weight_negative}, expected a finite number that is at most 0.")
         if not abs(guidance_weight) <= 1e6:
@@ -485,13 +490,14 @@ class _RegionHook:
             raise ValueError(
                 f"{type(scheduler).__name__} has no `alphas_cumprod`, expected one of KarrasDiffusionSchedulers."
             )
-        if regions is not None and regions.prompts is None and needs_region_prompts(method):
+        self.appended = getattr(method, "uses_region_prompts", False)
+        if regions is not None and regions.prompts is None and self.appended:
             raise ValueError(
                 f"The guidance method {getattr(method, '__name__', method)!r} uses the regions' own prompts, but"
                 " `regions.prompts` is None. Pass `RegionPrompts`, or choose another method."
             )
-        self.appended = getattr(method, "uses_region_prompts", False)
-        self.own_words = getattr(method, "uses_own_words", False)
+        has_prompts = regions is not None and regions.prompts is not None
+        self.own_words = has_prompts and getattr(method, "uses_own_words", False)
         self.num_levels, self.regions, self.scheduler, self.resize_masks = num_levels, regions, scheduler, resize_masks
         self.method, self.guidance_weight, self.weight_negative = method, guidance_weight, weight_negative
         self.guidance_steps, self.recorder = guidance_steps, recorder
@@ -502,6 +508,7 @@ class _RegionHook:
             self.sigmas = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
         self.own_words_kept: tuple[Stamp, torch.Tensor] | None = None
         self.first_timestep: torch.Tensor | None = None
+        self.last_timestep: torch.Tensor | None = None
         self.kept_keys = PromptKeys()
         self.maps_by_shape: dict[tuple[torch.Size, torch.device], dict[int, RegionMaps]] = {}
 
@@ -584,8 +591,9 @@ class _RegionHook:
         if hasattr(self.scheduler, "step_index"):
             return _step_index(self.scheduler) < self.guidance_steps
         # DDIM, DDPM and PNDM look their coefficients up by the timestep's value and so read it from the device anyway.
-        if self.first_timestep is None or timestep > self.first_timestep:
+        if self.last_timestep is None or timestep > self.last_timestep:  # time runs backwards: a new run
             self.first_timestep = timestep
+        self.last_timestep = timestep
         timesteps = self.scheduler.timesteps.to(timestep.device)
         taken = timesteps[(timesteps > timestep) & (timesteps <= self.first_timestep)]
         return taken.unique().numel() < self.guidance_steps

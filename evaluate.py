@@ -84,7 +84,7 @@ def layout_score(box: Box | None, region: Region) -> tuple[float, float]:
     rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
     bounds = (columns[0] / width, rows[0] / height, (columns[-1] + 1) / width, (rows[-1] + 1) / height)
     row, column = int((box[1] + box[3]) / 2 * height), int((box[0] + box[2]) / 2 * width)
-    return float(box_iou(box, region.box or bounds)), float(inside[min(row, height - 1), min(column, width - 1)])
+    return float(box_iou(box, bounds)), float(inside[min(row, height - 1), min(column, width - 1)])
 
 
 def match(scores: np.ndarray) -> list[int | None]:

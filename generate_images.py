@@ -155,13 +155,16 @@ def call_arguments(task: GenerationTask, args: GenerateArguments) -> dict[str, A
     return arguments
 
 
-def task_settings(task: GenerationTask, args: GenerateArguments, dtype: torch.dtype) -> dict[str, Any]:
+def task_settings(
+    task: GenerationTask, args: GenerateArguments, dtype: torch.dtype, model_version: str
+) -> dict[str, Any]:
     """All that decides what a task's pictures look like but for the seed, as plain JSON data.
 
     Subjects and layout are in it by what they are called in the config and by a checksum of what they hold.
     """
     settings = call_arguments(task, args) | {
         "model": args.pretrained_model_name or "multisubject.tiny_world",
+        "model_version": model_version,
         "dtype": str(dtype).removeprefix("torch."),
         "subjects": {
             name: {
@@ -278,12 +281,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     # 1. Read the arguments and check the whole config, before anything heavy
     args = _parse_arguments(argv)
     state = PartialState(cpu=args.device == "cpu" or not torch.accelerator.is_available())
-    tasks = _check(args, state)
+    tasks, base = _check(args, state)
     device, dtype = _device_and_dtype(args, state)
     _make_folders(tasks, args)
 
     # 2. Share the missing pictures among the processes
-    settings = [task_settings(task, args, dtype) for task in tasks]
+    settings = [task_settings(task, args, dtype, base.version) for task in tasks]
     work = [
         (task, index, common | {"seed": picture_seed(task, index, args)})
         for task, common in zip(tasks, settings, strict=True)
@@ -329,11 +332,14 @@ def _parse_arguments(argv: Sequence[str] | None) -> GenerateArguments:
         sys.exit(2)
 
 
-def _check(args: GenerateArguments, state: PartialState) -> list[GenerationTask]:
-    """The tasks of the config. A problem ends the program with one report, from the main process alone."""
+def _check(args: GenerateArguments, state: PartialState) -> tuple[list[GenerationTask], BaseModel]:
+    """The config's tasks and their model. A problem ends the program with one report, from the main process alone."""
     try:
         base = BaseModel.read(_model_name(args))
         tasks, warnings = load_tasks(args.generation_config, base, args.size())
+        for task in tasks:
+            if task.config.negative_prompt is None:
+                task.check_negative_prompt(args.negative_prompt, base.tokenizer, "--negative_prompt: ")
     except ConfigError as error:
         # For a command in which the `$` of a shell variable was forgotten.
         names = [name for name in (args.pretrained_model_name, args.generation_config) if name and name in os.environ]
@@ -344,7 +350,7 @@ def _check(args: GenerateArguments, state: PartialState) -> list[GenerationTask]
     if state.is_main_process:
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
-    return tasks
+    return tasks, base
 
 
 def _make_folders(tasks: Sequence[GenerationTask], args: GenerateArguments) -> None:

@@ -7,6 +7,7 @@ files of the base model (tokenizer, sizes), the subjects' files and the layouts;
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from typing import Any
 from transformers import CLIPTokenizer
 from transformers.utils import cached_file
 
-from .hub_utils import base_model_errors, load_subject
+from .hub_utils import base_model_errors, load_subject, unsuitable_base
 from .layout import Region, parse_layout
 from .residual_embeddings import ResidualEmbedding, parse_prompt
 
@@ -128,12 +129,14 @@ class BaseModel:
         tokenizer: its CLIP tokenizer.
         size: `(height, width)` of its pictures in pixels.
         embed_dim: width of its text encoder, which is the width of its subjects' residuals.
+        version: changes when the model's files do: a Hub commit, or a checksum of a folder's names, sizes and times.
     """
 
     name: str
     tokenizer: Any
     size: tuple[int, int]
     embed_dim: int
+    version: str
 
     @classmethod
     def read(cls, name: str) -> BaseModel:
@@ -144,17 +147,32 @@ class BaseModel:
                 tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer")
         except (OSError, ValueError) as error:
             raise ConfigError(f"base model {name!r} cannot be read: {error}") from error
+        if problem := unsuitable_base(unet, text_encoder["hidden_size"]):
+            raise ConfigError(f"base model {name!r} cannot be used: its UNet {problem}")
         size = unet["sample_size"]
         height, width = (size, size) if isinstance(size, int) else size
         scale = 2 ** (len(vae["block_out_channels"]) - 1)
-        return cls(name, tokenizer, (height * scale, width * scale), text_encoder["hidden_size"])
+        version = _version(_config_file(name, "unet").parent.parent)
+        return cls(name, tokenizer, (height * scale, width * scale), text_encoder["hidden_size"], version)
 
 
-def _read_json(model: str, component: str) -> dict[str, Any]:
+def _config_file(model: str, component: str) -> Path:
     path = cached_file(model, "config.json", subfolder=component)
     if path is None:
         raise OSError(f"it has no {component}/config.json; expected the folder or Hub id of a Stable Diffusion model.")
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    return Path(path)
+
+
+def _read_json(model: str, component: str) -> dict[str, Any]:
+    return json.loads(_config_file(model, component).read_text(encoding="utf-8"))
+
+
+def _version(folder: Path) -> str:
+    if folder.parent.name == "snapshots":  # of the Hub's cache, whose other files may come later
+        return folder.name
+    files = [(str(file.relative_to(folder)), file.stat()) for file in sorted(folder.glob("*/*"))]
+    listing = json.dumps([(name, status.st_size, status.st_mtime_ns) for name, status in files])
+    return hashlib.sha256(listing.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -203,6 +221,14 @@ class GenerationTask:
         names = {subject.key: name for name, subject in self.subjects.items()}
         regions = parse_layout(self.layout, height=height, width=width, color_context=self.config.color_context)
         return tuple(replace(region, subject=names.get(region.subject, region.subject)) for region in regions)
+
+    def check_negative_prompt(self, text: str | None, tokenizer: Any, place: str = "") -> None:
+        """Raises `ConfigError`, its message after `place`, for a `<name>` that is no subject of this task."""
+        subjects = {name: subject.residual for name, subject in self.subjects.items()}
+        try:
+            parse_prompt(tokenizer, text or "", subjects, by_phrase=False)
+        except ValueError as error:
+            raise ConfigError(f"{place}{error}") from None
 
 
 class _Report:
@@ -369,6 +395,8 @@ def _plan(
         for region in regions:
             with _collect(report, index, "color_context" if config.color_context else "layout"):
                 parsed.find_span(region.subject, region.occurrence)
+    with _collect(report, index, "negative_prompt"):
+        task.check_negative_prompt(config.negative_prompt, base.tokenizer)
     if not subjects:
         task = replace(task, folder=_folder([region.subject for region in regions], config.prompt))
     return task
@@ -411,6 +439,17 @@ def _mark_subjects(
                     )
                 places[place] = key
     found = {key: list(_find_phrase(config.prompt, key)) for key in config.residual_dict}
+    names_of: dict[str, str] = {}
+    for key in (key for key, hits in found.items() if hits):
+        other = names_of.setdefault(_subject_name(key).casefold(), key)
+        if other != key:
+            report.problem(
+                f"{other!r} and {key!r} mean the same name in a prompt, where case and spaces do not count; expected "
+                "different ones. Rename one, here and in the prompt.",
+                index,
+                "residual_dict",
+                key,
+            )
     marked = {place: key for key, hits in found.items() for place in hits if config.prompt[place[0]] == "<"}
     places |= marked
     if config.subject_list is None and not marked:
@@ -424,11 +463,15 @@ def _mark_subjects(
     prompt = config.prompt
     names: dict[str, tuple[str, str | None]] = {}
     for (start, end), key in sorted(places.items(), reverse=True):
-        name = re.sub(r"[^\w-]+", "-", key)  # names have no spaces, phrases may
+        name = _subject_name(key)
         prompt = f"{prompt[:start]}<{name}>{prompt[end:]}"
         if name not in names or (start, end) not in marked:
             names[name] = (key, None if (start, end) in marked else key)
     return prompt, dict(sorted(names.items()))
+
+
+def _subject_name(key: str) -> str:
+    return re.sub(r"[^\w-]+", "-", key)  # names have no spaces, phrases may
 
 
 def _find_place(config: GenerationConfig, tokenizer: Any, key: str, number: int) -> tuple[int, int]:

@@ -157,7 +157,8 @@ def uses_region_prompts(method: GuidanceMethod) -> GuidanceMethod:
 
 
 def uses_own_words(method: GuidanceMethod) -> GuidanceMethod:
-    """Decorator: in guided calls a region's words are to have the embeddings that they have in its own prompt."""
+    """Decorator: in guided calls a region's words are to have the embeddings that they have in its own prompt, where
+    the regions have prompts of their own."""
     method.uses_own_words = True  # type: ignore[attr-defined]
     return method
 
@@ -172,11 +173,6 @@ def same_in_every_layer(method: GuidanceMethod) -> GuidanceMethod:
     """Decorator: the bias follows from maps and step alone, so that layers of one resolution can share it."""
     method.same_in_every_layer = True  # type: ignore[attr-defined]
     return method
-
-
-def needs_region_prompts(method: GuidanceMethod) -> bool:
-    """Whether the regions' own prompts have to be encoded for this method."""
-    return any(getattr(method, wish, False) for wish in ("uses_region_prompts", "uses_own_words"))
 
 
 # --- Cones 2 and masks -----------------------------------------------------------------------------------------------
@@ -326,7 +322,7 @@ def resolve_guidance_method(guidance_method: str | GuidanceMethod) -> GuidanceMe
     """The function behind a name of `GUIDANCE_METHODS`; a callable is returned as it is. ValueError otherwise."""
     if callable(guidance_method):
         return guidance_method
-    if guidance_method not in GUIDANCE_METHODS:
+    if not isinstance(guidance_method, str) or guidance_method not in GUIDANCE_METHODS:
         raise ValueError(
             f"`guidance_method` is {guidance_method!r}, expected one of {sorted(GUIDANCE_METHODS)} or a function of an"
             " `AttentionLayer` that returns a bias."

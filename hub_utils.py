@@ -67,6 +67,7 @@ __all__ = [
     "push_subject_to_hub",
     "save_subject",
     "save_subjects_with_pipeline",
+    "unsuitable_base",
     "verify_subject",
 ]
 
@@ -356,6 +357,17 @@ def load_saved_subjects(tokenizer: Any) -> dict[str, ResidualEmbedding]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Base models
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def unsuitable_base(unet_config: Mapping[str, Any], text_width: int | None) -> str | None:
+    """What speaks against a UNet with a text encoder of `text_width`, as the end of a sentence, or None."""
+    expected = "Expected a model of the Stable Diffusion 1.x or 2.x family."
+    if unet_config.get("addition_embed_type") == "text_time":
+        return f"is one of Stable Diffusion XL. {expected}"
+    width = unet_config.get("cross_attention_dim")
+    if isinstance(width, int) and text_width is not None and width != text_width:
+        return f"reads prompt embeddings of width {width}, but the text encoder's have {text_width}. {expected}"
+    return None
 
 
 @contextmanager

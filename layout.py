@@ -51,14 +51,23 @@ class Region:
         mask: `(height, width)` float32 in [0, 1], with priorities resolved; its peak is at least 1/255.
         weight: how strongly the subject's tokens are pulled inside the region.
         occurrence: 1-based, which of several equal phrases of the prompt; None where there is only one.
-        box: the box that the region was given as; None for one that came from a mask or from several parts.
     """
 
     subject: str
     mask: np.ndarray
     weight: float = DEFAULT_WEIGHT
     occurrence: int | None = None
-    box: Box | None = None
+
+
+def region_names(regions: Sequence[Region]) -> list[str]:
+    """One name per region: its subject, with the occurrence where several regions share one (`dog 1`, `dog 2`)."""
+    subjects = [region.subject for region in regions]
+    names = []
+    for subject, region in zip(subjects, regions, strict=True):
+        taken = {other.occurrence for other in regions if other.subject == subject}
+        number = region.occurrence or next(count for count in itertools.count(1) if count not in taken)
+        names.append(subject if subjects.count(subject) == 1 else f"{subject} {number}")
+    return names
 
 
 def parse_layout(
@@ -193,15 +202,13 @@ def _read_entry(entry: Any, place: str, size: tuple[int, int]) -> _Claim:
     priority = _read_number(entry.get("priority", 0), f"{place}: priority")
     feather = _read_number(entry.get("feather", 0), f"{place}: feather", low=0, high=0.5)
 
-    box = None
     if entry.get("box") is not None:
-        box = _read_box(entry["box"], place, size)
-        mask = _box_mask(box, size)
+        mask = _box_mask(_read_box(entry["box"], place, size), size)
     else:
         mask = _resize(_read_mask(entry["mask"], place), size)
     if feather:
         mask = _blur(mask, max(feather * min(size), 0.1))  # a blur of a tenth of a pixel changes nothing
-    region = Region(subject, mask, weight, None if occurrence is None else int(occurrence), box)
+    region = Region(subject, mask, weight, None if occurrence is None else int(occurrence))
     return _Claim(region, priority, place)
 
 
@@ -674,5 +681,5 @@ def _merge(regions: Sequence[Region]) -> tuple[Region, ...]:
                 "expected one weight for a subject. Give them the same, or an `occurrence` each if the prompt names it "
                 "several times."
             )
-        merged[address] = replace(first, mask=np.minimum(first.mask + region.mask, 1), box=None)
+        merged[address] = replace(first, mask=np.minimum(first.mask + region.mask, 1))
     return tuple(merged.values())

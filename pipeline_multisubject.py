@@ -15,6 +15,7 @@ import json
 import math
 import numbers
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ try:
         region_attention,
     )
     from .attention_processors import __multisubject_version__ as _attention_processors_version
-    from .guidance_methods import GuidanceMethod, TokenKind, needs_region_prompts, resolve_guidance_method
+    from .guidance_methods import GuidanceMethod, TokenKind, resolve_guidance_method
     from .guidance_methods import __multisubject_version__ as _guidance_methods_version
     from .hub_utils import __multisubject_version__ as _hub_utils_version
     from .hub_utils import (
@@ -56,8 +57,9 @@ try:
         load_saved_subjects,
         load_subject,
         save_subjects_with_pipeline,
+        unsuitable_base,
     )
-    from .layout import Region, masks_at, parse_layout
+    from .layout import Region, masks_at, parse_layout, region_names
     from .layout import __multisubject_version__ as _layout_version
     from .model_card import __multisubject_version__ as _model_card_version
     from .residual_embeddings import ParsedPrompt, ResidualEmbedding, add_residuals, find_token_spans, parse_prompt
@@ -117,6 +119,9 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
     @functools.wraps(StableDiffusionPipeline.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        width = getattr(getattr(self.text_encoder, "config", None), "hidden_size", None)
+        if self.unet is not None and (problem := unsuitable_base(self.unet.config, width)):
+            raise ValueError(f"The UNet {problem}")
         self.subjects: dict[str, ResidualEmbedding] = load_saved_subjects(self.tokenizer)
         self._subject_weights: dict[str, float] = {}
         self._device_of_call: torch.device | None = None
@@ -129,7 +134,10 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
-        """As `DiffusionPipeline.from_pipe`; of a pipeline with subjects, with these and their weights."""
+        """As `DiffusionPipeline.from_pipe`, but in the pipeline's own dtype unless `dtype` asks for another: the models
+        are shared, and diffusers would turn them to float32. Subjects and their weights come along."""
+        if not {"dtype", "torch_dtype"} & set(kwargs):
+            kwargs["dtype"] = pipeline.dtype
         new = super().from_pipe(pipeline, **kwargs)
         if hasattr(pipeline, "subjects") and hasattr(pipeline, "_subject_weights"):
             new.subjects, new._subject_weights = dict(pipeline.subjects), dict(pipeline._subject_weights)
@@ -170,6 +178,8 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
         Raises:
             ValueError: a name is taken, or the subject was not made for this base model.
         """
+        if self.tokenizer is None or self.text_encoder is None:
+            raise ValueError("The pipeline has no tokenizer or no text encoder, which subjects need; load both.")
         loaded = load_subject(source, name=name, class_phrase=class_phrase, **hub_options)
         for new_name, subject in loaded.items():
             self._check_subject(new_name, subject)
@@ -219,9 +229,14 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
             raise ValueError(f"Subjects {missing} are not loaded; the loaded ones are {self.get_list_subjects()}.")
 
     def _check_subject(self, name: str, subject: ResidualEmbedding) -> None:
-        if name in self.subjects:
+        for taken in self.subjects:  # prompts name subjects in any case
+            if name.casefold() == taken.casefold():
+                raise ValueError(
+                    f"A subject {taken!r} is loaded already. Pass another `name`, or `unload_subject({taken!r})` first."
+                )
+        if f"<{name}>".casefold() in map(str.casefold, self.tokenizer.get_added_vocab()):
             raise ValueError(
-                f"A subject {name!r} is loaded already. Pass another `name`, or `unload_subject({name!r})` first."
+                f"The tokenizer has a learned token '<{name}>' already, from a textual inversion. Pass another `name`."
             )
         check_subject_fits(
             subject, {"text_encoder": self.text_encoder}, name=name, base_model=self.config.get("_name_or_path")
@@ -282,11 +297,12 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
                 then of order 1); `callback_on_step_end` is called at every visit.
             output_attention_maps: also return where the subjects' tokens were attended to.
             guidance_scale: of classifier-free guidance; at most 1: none.
-            negative_prompt: what not to show.
+            negative_prompt: what not to show; loaded subjects as `<name>`, other words are plain words.
             num_images_per_prompt: pictures per prompt.
             generator: makes the noise; a list: one per picture.
             prompt_embeds: `(batch, tokens, dim)` instead of the prompt's own embeddings, without subjects' residuals.
-                With subjects or a layout, pass `prompt` too: it says which tokens are whose.
+                With subjects or a layout, pass `prompt` too: it says which tokens are whose. The words of regions then
+                come from here as well, where `multisubject` and `dense_diffusion` else encode them by themselves.
             negative_prompt_embeds: the same for the negative prompt.
             cross_attention_kwargs: `{"scale": …}` scales LoRA weights.
             clip_skip: layers of the text encoder to skip.
@@ -318,9 +334,13 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
 
         # 2. Find subjects and regions in the prompts
         prompts = [] if prompt is None else [prompt] if isinstance(prompt, str) else prompt
+        if prompts and self.tokenizer is None:
+            raise ValueError("`prompt` needs a tokenizer, which the pipeline does not have; load one.")
         parsed = [parse_prompt(self.tokenizer, text, self._subjects_in_use(text)) for text in prompts]
+        negative_prompts = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt or []
+        negative = [parse_prompt(self.tokenizer, text, self.subjects, by_phrase=False) for text in negative_prompts]
         regions = [
-            parse_layout(of_prompt, height=height, width=width, color_context=context)
+            parse_layout(of_prompt, height=height, width=width, color_context=None if of_prompt is None else context)
             for of_prompt, context in zip(
                 _per_prompt(layout, prompt, "layout"), _per_prompt(color_context, prompt, "color_context"), strict=True
             )
@@ -332,40 +352,51 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
 
         # 3. Encode the prompts and add the subjects' residuals
         device = self._execution_device
-        if prompt_embeds is None or any(text.mentions for text in parsed) or any(regions) or output_attention_maps:
-            texts = [text.text for text in parsed]
+        embeds_given = prompt_embeds is not None
+        named = any(text.mentions for text in [*parsed, *negative])
+        if prompt_embeds is None or named or any(regions) or output_attention_maps:
+            texts, negative_texts = [text.text for text in parsed], [text.text for text in negative]
             with _text_model_found(self.text_encoder):
                 prompt_embeds, negative_prompt_embeds = self.encode_prompt(
-                    texts[0] if isinstance(prompt, str) else texts,
+                    texts[0] if isinstance(prompt, str) else texts or None,
                     device,
                     1,
                     guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None,
-                    negative_prompt,
+                    negative_texts[0] if isinstance(negative_prompt, str) else negative_texts or None,
                     prompt_embeds=prompt_embeds,
                     negative_prompt_embeds=negative_prompt_embeds,
                     lora_scale=(cross_attention_kwargs or {}).get("scale"),
                     clip_skip=clip_skip,
                 )
-            if len(prompt_embeds) != len(parsed):
-                raise ValueError(
-                    f"`prompt_embeds` has {len(prompt_embeds)} rows, expected one for each of {len(parsed)} prompts."
+            if parsed:
+                if (rows := len(prompt_embeds)) != len(parsed):
+                    raise ValueError(
+                        f"`prompt_embeds` has {rows} rows, expected one for each of {len(parsed)} prompts."
+                    )
+                prompt_embeds = torch.stack(
+                    [self._add_subjects(*row) for row in zip(prompt_embeds, parsed, strict=True)]
                 )
-            prompt_embeds = torch.stack(
-                [self._add_subjects(embeds, text) for embeds, text in zip(prompt_embeds, parsed, strict=True)]
-            )
-            prompt, negative_prompt = None, None
+            if negative and negative_prompt_embeds is not None:
+                negative *= len(negative_prompt_embeds) // len(negative)  # one text may count for all prompts
+                negative_prompt_embeds = torch.stack(
+                    [self._add_subjects(*row) for row in zip(negative_prompt_embeds, negative, strict=True)]
+                )
+            negative_prompt = None
+        if prompt_embeds is not None:
+            prompt = None
 
         # 4. Turn layouts and token spans into what the UNet needs
         conditioning, recorder = None, None
         if any(regions) and guidance_steps != 0:
             region_prompts = None
-            if needs_region_prompts(guidance_function):
+            appended = getattr(guidance_function, "uses_region_prompts", False)
+            if appended or (getattr(guidance_function, "uses_own_words", False) and not embeds_given):
                 with _text_model_found(self.text_encoder):
                     region_prompts = self.encode_region_prompts(
                         parsed,
                         spans,
                         device=device,
-                        padded=getattr(guidance_function, "uses_region_prompts", False),
+                        padded=appended,
                         lora_scale=(cross_attention_kwargs or {}).get("scale"),
                         clip_skip=clip_skip,
                     )
@@ -486,7 +517,7 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
         for text, of_prompt in zip(parsed, spans, strict=True):
             input_ids = self._input_ids(text)
             for span in of_prompt:
-                texts.append(f"{_REGION_PROMPT} {self.tokenizer.decode(input_ids[span.start : span.stop])}")
+                texts.append(f"{_REGION_PROMPT} {self._decode(input_ids[span.start : span.stop])}")
                 own_spans.append(range(start, start + len(span)))
         full_length = self.tokenizer.model_max_length
         longest = max(own_span.stop for own_span in own_spans) + 1  # and the end of the text
@@ -525,6 +556,13 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
 
     def _input_ids(self, text: ParsedPrompt) -> list[int]:
         return self.tokenizer(self.maybe_convert_prompt(text.text, self.tokenizer)).input_ids
+
+    def _decode(self, input_ids: Sequence[int]) -> str:
+        """Words that `encode_prompt` reads as these tokens: it writes learned tokens of several vectors out again."""
+        added = self.tokenizer.get_added_vocab()
+        tokens = self.tokenizer.convert_ids_to_tokens(input_ids)
+        continues = [token in added and re.sub(r"_\d+$", "", token) in added.keys() - {token} for token in tokens]
+        return self.tokenizer.decode([i for i, of_other in zip(input_ids, continues, strict=True) if not of_other])
 
     def _default_size(self) -> tuple[int, int]:
         size = self.unet.config.sample_size
@@ -641,6 +679,8 @@ class RecurrentScheduler:
         visits[:repeated] = self._recurrence
         self.timesteps = timesteps.repeat_interleave(visits)
         self._num_revisits = repeated * self._recurrence
+        # What progress bars count by; where only some steps are repeated, they run ahead of the others.
+        self.order = self._recurrence if repeated == len(timesteps) else self._scheduler.order
         self._calls = 0
 
     def _step(
@@ -703,12 +743,16 @@ def _check_arguments(kwargs: Mapping[str, Any], guidance_steps: int | None, recu
     known -= {"self", "kwargs"}
     if unknown := sorted(set(kwargs) - known):
         raise TypeError(f"Unknown arguments {unknown}; those of StableDiffusionPipeline are {sorted(known)}.")
-    if guidance_steps is not None and (not isinstance(guidance_steps, int) or guidance_steps < 0):
+    if guidance_steps is not None and (not _is_whole(guidance_steps) or guidance_steps < 0):
         raise ValueError(
             f"`guidance_steps` is {guidance_steps!r}, expected a whole number of at least 0, or None for all steps."
         )
-    if not isinstance(recurrence, int) or recurrence < 1:
+    if not _is_whole(recurrence) or recurrence < 1:
         raise ValueError(f"`recurrence` is {recurrence!r}, expected a whole number of at least 1 (each step once).")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _per_prompt(value: Any, prompt: str | list[str] | None, argument: str) -> list[Any]:
@@ -718,6 +762,14 @@ def _per_prompt(value: Any, prompt: str | list[str] | None, argument: str) -> li
     if isinstance(prompt, str):
         return [value]
     if isinstance(value, (list, tuple)):
+        if any(
+            isinstance(part, Mapping) and {"box", "mask"} & {*part} and {"subject", "phrase"} & {*part}
+            for part in value
+        ):
+            raise ValueError(
+                f"`{argument}` is a list of regions, expected a layout for each of the {len(prompt)} prompts. Write a "
+                "list of lists, one per prompt; the same one may stand there several times."
+            )
         if len(value) != len(prompt):
             raise ValueError(
                 f"`{argument}` is a list of {len(value)}, expected one entry (or None) for each of the {len(prompt)}"
@@ -730,9 +782,7 @@ def _per_prompt(value: Any, prompt: str | list[str] | None, argument: str) -> li
 def _recorded_tokens(text: ParsedPrompt, regions: Sequence[Region], spans: Sequence[range]) -> dict[str, list[range]]:
     """Name -> tokens whose attention is recorded: what the layout places, then the subjects that it leaves free."""
     tokens: dict[str, list[range]] = {}
-    subjects = [region.subject for region in regions]
-    for region, span in zip(regions, spans, strict=True):
-        name = region.subject if subjects.count(region.subject) == 1 else f"{region.subject} {region.occurrence}"
+    for name, span in zip(region_names(regions), spans, strict=True):
         tokens[name] = [span]
     for mention in text.mentions:
         if mention.span not in spans:

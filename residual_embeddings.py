@@ -84,6 +84,8 @@ class ParsedPrompt:
         """
         name = phrase.strip().removeprefix("<").removesuffix(">").strip()
         named = [mention.span for mention in self.mentions if mention.subject.casefold() == name.casefold()]
+        if f"<{name}>".casefold() in map(str.casefold, self.tokenizer.get_added_vocab()):  # of a textual inversion
+            named = list(_iterate_spans(self.tokenizer, self.text, f"<{name}>"))
         words = list(_iterate_spans(self.tokenizer, self.text, name))
         if not named and not words:
             raise ValueError(_missing(phrase, self.text, [mention.subject for mention in self.mentions]))
@@ -108,7 +110,9 @@ class ParsedPrompt:
         return span
 
 
-def parse_prompt(tokenizer: Any, prompt: str, subjects: Mapping[str, ResidualEmbedding]) -> ParsedPrompt:
+def parse_prompt(
+    tokenizer: Any, prompt: str, subjects: Mapping[str, ResidualEmbedding], *, by_phrase: bool = True
+) -> ParsedPrompt:
     """Replace every `<name>` by its subject's class phrase and find the tokens of all loaded subjects.
 
     A prompt with a `<name>` in it means its subjects by name, and its other words are plain words. A prompt without
@@ -120,6 +124,7 @@ def parse_prompt(tokenizer: Any, prompt: str, subjects: Mapping[str, ResidualEmb
         tokenizer: a CLIP tokenizer, slow or fast.
         prompt: the prompt as the user wrote it.
         subjects: name -> subject, the ones that are in use.
+        by_phrase: False: only `<name>` means a subject, as in a negative prompt.
 
     Raises:
         ValueError: a `<name>` that is not loaded; a plain class phrase that several loaded subjects share or that
@@ -146,7 +151,8 @@ def parse_prompt(tokenizer: Any, prompt: str, subjects: Mapping[str, ResidualEmb
         places.append((name, start, len(text)))
         position = match.end()
     text += prompt[position:]
-    places = places or _find_plain_subjects(text, subjects)
+    if by_phrase and not places:
+        places = _find_plain_subjects(text, subjects)
 
     mentions = []
     for name, start, end in places:

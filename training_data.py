@@ -144,7 +144,7 @@ def split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     image = image.convert("RGBA")
     alpha = image.getchannel("A")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image, alpha if alpha.getextrema()[0] < 255 else None
+    return image, alpha if any(alpha.histogram()[:255]) else None
 
 
 def _open_mask(path: Path) -> Image.Image:

@@ -1,7 +1,6 @@
 """Pictures about pictures: contact sheets, regions drawn over an image, and attention maps over the steps.
 
-Images are `PIL.Image`; arrays are `(height, width)`. A region is anything with the fields of `layout.Region` that are
-read here: `subject` and `mask`, and `occurrence` where equal phrases have to be told apart.
+Images are `PIL.Image`; arrays are `(height, width)`.
 """
 
 from __future__ import annotations
@@ -9,10 +8,11 @@ from __future__ import annotations
 import colorsys
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from .layout import Region, region_names
 
 # Pictures narrower than this are enlarged, by whole factors and without smoothing, so that labels can be read.
 READABLE_WIDTH = 256
@@ -21,25 +21,6 @@ _INK = (32, 32, 32)
 _PAPER = (255, 255, 255)
 
 RGB = tuple[int, int, int]
-
-
-class RegionLike(Protocol):
-    """What drawing needs of a `layout.Region`."""
-
-    @property
-    def subject(self) -> str:
-        """The phrase or subject name."""
-        ...
-
-    @property
-    def occurrence(self) -> int | None:
-        """Which of several equal phrases in the prompt, counted from 1."""
-        ...
-
-    @property
-    def mask(self) -> np.ndarray:
-        """`(height, width)` in [0, 1]."""
-        ...
 
 
 def contact_sheet(
@@ -85,7 +66,7 @@ def contact_sheet(
     return sheet
 
 
-def draw_regions(image: Image.Image, regions: Sequence[RegionLike]) -> Image.Image:
+def draw_regions(image: Image.Image, regions: Sequence[Region]) -> Image.Image:
     """Outline each region on a copy of `image` and write its subject in its corner.
 
     The outline follows the mask at one half, so it shows what guidance sees after overlaps are resolved. A subject has
@@ -110,20 +91,20 @@ def draw_regions(image: Image.Image, regions: Sequence[RegionLike]) -> Image.Ima
 def attention_sheet(
     image: Image.Image,
     attention_maps: Mapping[str, np.ndarray],
-    regions: Sequence[RegionLike] = (),
+    regions: Sequence[Region] = (),
     steps: Sequence[int] | int = 6,
 ) -> Image.Image:
-    """Where each subject's tokens attended: one row per subject, one column per denoising step, regions drawn on top.
+    """Where each subject's tokens attended: one row per subject, one column per UNet call, regions drawn on top.
 
     The heat of a row is scaled by that row's own maximum over all steps, so that rows of weak and strong words can both
     be read and the columns of a row can be compared.
 
     Args:
         image: the finished picture, shown dimmed under the heat.
-        attention_maps: subject -> `(steps, h, w)`, as `MultiSubjectPipeline(..., output_attention_maps=True)` returns
-            for one image.
+        attention_maps: subject -> `(UNet calls, h, w)`, as `MultiSubjectPipeline(..., output_attention_maps=True)`
+            returns for one image. A denoising step is one call; with `recurrence` or a second-order scheduler, several.
         regions: outlined over every cell; the row's own region in full, the others thinner.
-        steps: which steps to show, counted from 0, or how many, spread evenly from the first to the last.
+        steps: which calls to show, counted from 0, or how many, spread evenly from the first to the last.
 
     Raises:
         ValueError: no maps, a map that is not `(steps, h, w)`, or a step that was not recorded.
@@ -155,19 +136,8 @@ def attention_sheet(
                 thickness = max(2, cell.width // 100) if name == subject else 1
                 _paint_outline(cell, region.mask, colours[name], thickness)
             cells.append(cell)
-            captions.append(f"{subject}, step {step + 1}")
+            captions.append(f"{subject}, call {step + 1}")
     return contact_sheet(cells, columns=len(shown), captions=captions)
-
-
-def region_names(regions: Sequence[RegionLike]) -> list[str]:
-    """One name per region: its subject, with the occurrence where several regions share one (`dog 1`, `dog 2`)."""
-    subjects = [region.subject for region in regions]
-    return [
-        subject
-        if subjects.count(subject) == 1
-        else f"{subject} {region.occurrence or subjects[: index + 1].count(subject)}"
-        for index, (subject, region) in enumerate(zip(subjects, regions, strict=True))
-    ]
 
 
 def _colours(names: Sequence[str]) -> dict[str, RGB]:
@@ -193,9 +163,11 @@ def _readable(image: Image.Image) -> Image.Image:
 
 
 def _paint_outline(canvas: Image.Image, mask: np.ndarray, colour: RGB, thickness: int) -> tuple[int, int] | None:
-    """Paint the inner edge of `mask > 0.5` on `canvas`; returns the region's top left corner, None when it is empty."""
+    """Outline where `mask` has half its peak, which is what guidance takes for inside; returns the region's top left
+    corner, None when it is empty."""
     scaled = Image.fromarray(np.asarray(mask, np.float32)).resize(canvas.size, Image.Resampling.BILINEAR)
-    inside = np.asarray(scaled) > 0.5
+    level = np.asarray(scaled)
+    inside = (level > 0) & (level >= level.max() / 2)
     if not inside.any():
         return None
     eroded = np.pad(inside, 1)  # the image's own border closes a region that touches it

@@ -470,6 +470,19 @@ def test_recording_does_not_change_the_output(unet, scheduler):
         assert torch.equal(call(unet, *inputs()), expected)
 
 
+def test_recorded_maps_are_finite_where_only_the_product_of_queries_and_keys_overflows(unet, scheduler):
+    half = copy.deepcopy(unet).half()
+    with torch.no_grad():
+        for name, module in half.named_modules():
+            if name.endswith(("attn2.to_q", "attn2.to_k")):
+                module.weight *= 250
+    recorder = AttentionRecorder(two_regions().tokens)
+    sample, prompt_embeds = inputs()
+    with guided(half, two_regions(), scheduler, recorder=recorder):
+        assert call(half, sample.half(), prompt_embeds.half()).isfinite().all()
+    assert recorder.maps().isfinite().all()
+
+
 # --- time ------------------------------------------------------------------------------------------------------------
 
 
@@ -520,6 +533,15 @@ def test_guidance_steps_count_from_where_image_to_image_begins(unet, scheduler):
     stock = [call(unet, *inputs(), timestep) for timestep in scheduler.timesteps[5:]]
     same = [torch.equal(one, other) for one, other in zip(outputs, stock, strict=True)]
     assert same == [False, False, True, True, True]
+
+
+def test_guidance_steps_count_anew_for_a_second_run_in_the_same_context(unet, scheduler):
+    with guided(unet, two_regions(), scheduler, guidance_steps=1):
+        for timestep in scheduler.timesteps:
+            call(unet, *inputs(), timestep)
+        first, second = (call(unet, *inputs(), timestep) for timestep in scheduler.timesteps[4:6])
+    assert not torch.equal(first, call(unet, *inputs(), scheduler.timesteps[4]))
+    assert torch.equal(second, call(unet, *inputs(), scheduler.timesteps[5]))
 
 
 def test_steps_after_the_guided_ones_are_stock_bit_for_bit(unet, scheduler):

@@ -380,7 +380,7 @@ def test_pictures_of_generate_images_say_what_they_were_to_show(tmp_path, models
     }
     (tmp_path / "config.json").write_text(json.dumps([entry]))
     (task,), _ = load_tasks(tmp_path / "config.json", base, (64, 64))
-    made = task_settings(task, GenerateArguments(str(tmp_path / "config.json")), torch.float32)
+    made = task_settings(task, GenerateArguments(str(tmp_path / "config.json")), torch.float32, base.version)
     folder = tmp_path / "results" / task.folder
     for index in range(2):
         save_picture(drawing(index, (64, 64)), folder / f"{index:04d}.png", made | {"seed": index})

@@ -295,6 +295,17 @@ def test_one_report_names_every_problem_with_its_place(base, workshop, tmp_path)
         ),
         ({"prompt": "dog " * 90 + "person", "subject_list": [["person", 91]]}, "cut off"),
         ({"prompt": "person <nobody>"}, "nobody.*not loaded"),
+        ({"negative_prompt": "<majesty>"}, "entry 1, negative_prompt.*'<majesty>', which is not loaded.*'<person>'"),
+        (
+            {
+                "prompt": "a Person and a person",
+                "residual_dict": {"Person": "embeddings/petrucci.pt", "person": "embeddings/petrucci.pt"},
+                "subject_list": None,
+                "color_context": None,
+                "layout": None,
+            },
+            "'Person' and 'person' mean the same name",
+        ),
     ],
 )
 def test_what_cannot_run_is_refused(changes, message, check):
@@ -379,12 +390,17 @@ def test_wrong_flags_are_refused(flags, message, capsys):
     assert exit_info.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_an_output_folder_that_is_a_file_is_refused_before_the_model_loads(config_file, tmp_path, capsys, monkeypatch):
+def test_what_no_picture_could_come_of_is_refused_before_the_model_loads(config_file, tmp_path, capsys, monkeypatch):
     (tmp_path / "out").write_text("here first")
     monkeypatch.setattr(generate_images, "_load_pipeline", None)
     with pytest.raises(SystemExit) as exit_info:
         main(["--generation_config", str(config_file), "--output_dir", str(tmp_path / "out")])
     assert exit_info.value.code == 2 and "cannot write to" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--generation_config", str(config_file), "--output_dir", str(tmp_path), "--negative_prompt", "<rex>"])
+    assert (
+        exit_info.value.code == 2 and "--negative_prompt: prompt names the subject '<rex>'" in capsys.readouterr().err
+    )
     assert (tmp_path / "out").read_text() == "here first"
 
 
@@ -471,6 +487,19 @@ def test_resume_makes_only_what_is_missing_damaged_or_other(gallery, config_file
     main([*flags, "--guidance_scale", "3", "--num_images", "1"])
     assert "0 of 2 pictures are there already" in capsys.readouterr().out
     assert settings_of(folder / "0000.png")["guidance_scale"] == 3
+
+
+def test_resume_makes_anew_what_another_model_made(config_file, tmp_path, capsys):
+    model = Path(shutil.copytree(EMBEDDED_BASE, tmp_path / "model"))
+    flags = ["--generation_config", str(config_file), "--output_dir", str(tmp_path / "results"), *QUICK, "--resume"]
+    flags += ["--pretrained_model_name", str(model), "--num_images", "1"]
+    main(flags)
+    main(flags)
+    scheduler = model / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(scheduler.read_text().replace("DDIMScheduler", "DDPMScheduler"))
+    main(flags)
+    there = [line[0] for line in capsys.readouterr().out.splitlines() if line.endswith("pictures are there already.")]
+    assert there == ["0", "2", "0"]
 
 
 def test_pictures_need_not_be_square(workshop, config_file, tmp_path):

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import EMBED_DIM, make_pipeline
+from conftest import EMBED_DIM, make_components, make_pipeline
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -27,11 +27,13 @@ from diffusers import (
     LMSDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
+    UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import CLIPTokenizer
 
 import multisubject.pipeline_multisubject as pipeline_module
 from multisubject.guidance_methods import GUIDANCE_METHODS, uses_region_prompts
@@ -243,6 +245,9 @@ def test_colour_map_with_color_context_equals_boxes(pipe):
     assert torch.equal(
         sample(pipe, layout=colours, color_context=context), sample(pipe, layout=masks)
     )  # fmt: skip
+    two: dict[str, Any] = {"prompt": [PROMPT, PROMPT], "latents": torch.randn(2, 4, 16, 16, generator=seeded())}
+    of_one = sample(pipe, layout=[colours, None], color_context=context, **two)
+    assert torch.equal(of_one, sample(pipe, layout=[colours, None], color_context=[context, None], **two))
 
 
 def test_own_guidance_method(pipe):
@@ -388,6 +393,8 @@ def test_load_list_and_unload(pipe, tmp_path):
     assert pipe.get_list_subjects() == ["rex", "bello"]
     with pytest.raises(ValueError, match="'rex' is loaded already"):
         pipe.load_subject(file)
+    with pytest.raises(ValueError, match="'rex' is loaded already"):  # `<Rex>` in a prompt is `<rex>`
+        pipe.load_subject(file, name="Rex")
     pipe.set_subjects("rex", 0.5)
     pipe.unload_subject("rex")
     assert pipe.get_list_subjects() == ["bello"]
@@ -420,19 +427,49 @@ def test_prompt_embeds_need_the_prompt_to_find_tokens(pipe):
     negative = pipe.encode_prompt("", "cpu", 1, False)[0]
     embeds = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative}
     before = prompt_embeds.clone()
-    layout = {"rex": (0, 0, 0.5, 1)}
-    expected = sample(pipe, "a photo of a <rex>", layout=layout)
+    guided: dict[str, Any] = {"layout": {"rex": (0, 0, 0.5, 1)}, "guidance_method": "cones2"}
+    expected = sample(pipe, "a photo of a <rex>", **guided)
 
-    assert torch.equal(sample(pipe, "a photo of a <rex>", layout=layout, **embeds), expected)
+    assert torch.equal(sample(pipe, "a photo of a <rex>", **guided, **embeds), expected)
     assert torch.equal(prompt_embeds, before)
     pipe.set_subjects([])
     assert torch.equal(sample(pipe, None, **embeds), sample(pipe, "a photo of a dog"))
+    assert torch.equal(sample(pipe, "a photo of a dog", **embeds), sample(pipe, "a photo of a dog"))
     with pytest.raises(ValueError, match="need `prompt` beside `prompt_embeds`"):
-        pipe(layout=layout, **embeds)
-    with pytest.raises(ValueError, match="Cannot forward both"):
-        pipe("a mug", **embeds)
+        pipe(**guided, **embeds)
     with pytest.raises(ValueError, match="`prompt_embeds` has 1 rows, expected one for each of 2 prompts"):
         pipe(["a <rex>", "a mug"], **embeds)
+
+
+@pytest.mark.parametrize("method", ["multisubject", "dense_diffusion", "cones2"])
+def test_given_prompt_embeds_also_hold_for_the_words_of_regions(pipe, method):
+    """Weighted words would else be encoded anew."""
+    prompt_embeds, negative = pipe.encode_prompt(PROMPT, "cpu", 1, True)
+    weighted = prompt_embeds.clone()
+    weighted[:, [5, 6]] *= 2  # red dog
+    pipe.text_encoder = None
+    first, second = (
+        sample(pipe, layout=LAYOUT, guidance_method=method, prompt_embeds=embeds, negative_prompt_embeds=negative)
+        for embeds in (prompt_embeds, weighted)
+    )
+    assert first.isfinite().all()
+    assert not torch.allclose(first, second)
+
+
+def test_negative_prompt_names_subjects(pipe):
+    pipe.subjects["rex"] = subject("dog")
+    negative = pipe.encode_prompt("a dog", "cpu", 1, False)[0]
+    negative[:, 2] += pipe.subjects["rex"].delta
+    expected = sample(pipe, negative_prompt_embeds=negative)
+
+    assert torch.equal(sample(pipe, negative_prompt="a <Rex>"), expected)
+    both = {"negative_prompt": ["a dog", "a <rex>"], "generator": [seeded(1), seeded()]}
+    torch.testing.assert_close(sample(pipe, [PROMPT] * 2, **both)[1:], expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(
+        sample(pipe, "a mug", negative_prompt="dog"), sample(plain(pipe), "a mug", negative_prompt="dog")
+    )
+    with pytest.raises(ValueError, match="names the subject '<max>', which is not loaded"):
+        pipe(PROMPT, negative_prompt="a <max>")
 
 
 # --- self-recurrence -------------------------------------------------------------------------------------------------
@@ -454,9 +491,21 @@ def test_recurrence_visits_each_guided_step_twice(pipe, scheduler_class):
                      callback_on_step_end=callback)  # fmt: skip
     first, second, third, fourth = map(float, scheduler.timesteps)
     assert timesteps == [first, first, second, second, third, fourth]
+    assert scheduler.order == 1
     assert latents.isfinite().all()
     assert pipe.scheduler is scheduler
     assert pipe.config["scheduler"] == ("diffusers", scheduler_class.__name__)
+
+
+def test_progress_bar_of_recurrent_steps_moves_with_every_step(pipe, monkeypatch):
+    moves = []
+    bar = type("Bar", (), {"__enter__": lambda self: self, "__exit__": lambda *_: None})
+    bar.update = lambda self: moves.append(len(calls))
+    monkeypatch.setattr(pipe, "progress_bar", lambda total: bar())
+    calls: list[int] = []
+    sample(pipe, layout=LAYOUT, recurrence=2, num_inference_steps=3, guidance_method=lambda layer: None,
+           callback_on_step_end=lambda *_: calls.append(1) or {})  # fmt: skip
+    assert moves == [2, 4, 6]
 
 
 @pytest.mark.parametrize("scheduler_class", [DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler])
@@ -498,11 +547,19 @@ def test_scheduler_that_cannot_repeat_a_step_raises(pipe, scheduler_class):
         ({"guidance_steps": -1}, "`guidance_steps` is -1"),
         ({"guidance_steps": 0.5}, "`guidance_steps` is 0.5"),
         ({"guidance_method": "dense"}, "'dense', expected one of"),
+        ({"guidance_steps": True}, "`guidance_steps` is True"),
+        ({"guidance_method": ["cones2"]}, r"\['cones2'\], expected one of"),
+        ({"guidance_weight": "0.1"}, "`guidance_weight` is '0.1', expected a number"),
+        ({"weight_negative": None}, "`weight_negative` is None, expected a number"),
         ({"prompt": [PROMPT], "layout": [LAYOUT, LAYOUT]}, "`layout` is a list of 2"),
+        (
+            {"prompt": [PROMPT, PROMPT], "layout": [{"subject": "red dog", "box": (0, 0, 1, 1)}] * 2},
+            "`layout` is a list of regions, expected a layout for each of the 2 prompts",
+        ),
     ],
 )
 def test_bad_arguments_are_named(pipe, arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         pipe(**{"prompt": PROMPT, "layout": LAYOUT, **arguments})
 
 
@@ -574,12 +631,51 @@ def test_set_subjects_refuses_what_cannot_scale(pipe, names, weights, message):
 
 def test_from_pipe_shares_the_weights(pipe):
     base = plain(pipe)
-    shared = MultiSubjectPipeline.from_pipe(base, dtype=torch.float32)
+    shared = MultiSubjectPipeline.from_pipe(base)
     shared.set_progress_bar_config(disable=True)
     for name in ("unet", "vae", "text_encoder"):
         assert getattr(shared, name) is getattr(base, name)
     assert torch.equal(sample(shared), sample(base))
     assert not torch.equal(sample(shared, layout=LAYOUT), sample(base))
+
+
+def test_from_pipe_keeps_the_dtype(tokenizer):
+    base = plain(make_pipeline(make_components(tokenizer, "sd1"))).to(torch.float16)
+    shared = MultiSubjectPipeline.from_pipe(base)
+    assert {shared.unet.dtype, base.unet.dtype, base.vae.dtype} == {torch.float16}
+    assert MultiSubjectPipeline.from_pipe(shared, dtype=torch.float32).unet.dtype == torch.float32
+
+
+def test_unsuitable_base_is_refused(pipe):
+    config = {key: value for key, value in pipe.unet.config.items() if not key.startswith("_")}
+    size: dict[str, Any] = {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80}
+    xl = UNet2DConditionModel(**config | size | {"addition_embed_type": "text_time"})
+    with pytest.raises(ValueError, match=r"one of Stable Diffusion XL\. Expected a model of the Stable Diffusion 1\.x"):
+        MultiSubjectPipeline(**{**pipe.components, "unet": xl}, requires_safety_checker=False)
+    wide = UNet2DConditionModel(**config | {"cross_attention_dim": EMBED_DIM + 8})
+    with pytest.raises(ValueError, match=f"of width {EMBED_DIM + 8}, but the text encoder's have {EMBED_DIM}"):
+        MultiSubjectPipeline(**{**pipe.components, "unet": wide}, requires_safety_checker=False)
+
+
+@pytest.mark.parametrize("token", ["<cat>", "catstatue"])
+@pytest.mark.parametrize("vectors", [1, 3])
+@pytest.mark.parametrize("method", ["multisubject", "regional_prompts"])
+def test_textual_inversion_can_be_placed(tokenizer, tmp_path, token, vectors, method):
+    components = make_components(tokenizer, "sd1")
+    components["tokenizer"] = CLIPTokenizer.from_pretrained(
+        components["tokenizer"].save_pretrained(tmp_path)[0].rsplit("/", 1)[0]
+    )
+    pipe = make_pipeline(components)
+    pipe.load_textual_inversion({token: torch.randn(vectors, EMBED_DIM, generator=seeded())})
+    prompts = []
+    encode = pipe.encode_prompt
+    pipe.encode_prompt = lambda prompt, *args, **kwargs: prompts.append(prompt) or encode(prompt, *args, **kwargs)
+    guided = sample(pipe, f"a photo of {token} and a ball", layout={token: (0, 0, 0.5, 1)}, guidance_method=method)
+    assert prompts[1] == [f"a photo of {token}"]
+    assert not torch.equal(guided, sample(pipe, f"a photo of {token} and a ball"))
+    with pytest.raises(ValueError, match="learned token '<cat>' already"):
+        pipe.tokenizer.add_tokens("<cat>")
+        pipe.load_subject(save_subject({"cat": subject()}, tmp_path / "cat.safetensors"), name="cat")
 
 
 # --- loading and saving ----------------------------------------------------------------------------------------------

@@ -1,23 +1,18 @@
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
 from PIL import Image
 
+from multisubject.layout import Region, region_names
 from multisubject.visualization import (
     READABLE_WIDTH,
     attention_sheet,
     contact_sheet,
     draw_regions,
-    region_names,
 )
 
 
-@dataclass(frozen=True)
-class Spot:
-    subject: str
-    mask: np.ndarray
-    occurrence: int | None = None
+def region(subject, mask, occurrence=None):
+    return Region(subject, mask, occurrence=occurrence)
 
 
 def half(side: str, height: int = 64, width: int = 64) -> np.ndarray:
@@ -73,15 +68,15 @@ def test_contact_sheet_refuses_what_it_cannot_lay_out(kwargs, message):
 
 def test_regions_are_outlined_where_their_masks_are_and_the_picture_is_left_alone():
     picture = grey()
-    drawn = draw_regions(picture, [Spot("person", half("left"))])
+    drawn = draw_regions(picture, [region("person", half("left"))])
     marks = coloured(drawn)
     assert marks[:, : drawn.width // 2].any() and not marks[:, drawn.width // 2 + 1 :].any()
     assert not coloured(picture).any()
 
 
 def test_a_subject_keeps_its_colour_in_other_pictures():
-    alone = draw_regions(grey(), [Spot("guitar", half("right"))])
-    together = draw_regions(grey(), [Spot("guitar", half("right")), Spot("person", half("left"))])
+    alone = draw_regions(grey(), [region("guitar", half("right"))])
+    together = draw_regions(grey(), [region("guitar", half("right")), region("person", half("left"))])
     corner = (alone.width - 1, alone.height - 1)
     assert alone.getpixel(corner) == together.getpixel(corner) != (128, 128, 128)
 
@@ -91,7 +86,7 @@ def test_every_one_of_eight_subjects_has_its_own_colour():
     for index in range(8):
         mask = np.zeros((64, 64), np.float32)
         mask[index * 8 : index * 8 + 8] = 1
-        spots.append(Spot(f"subject {index}", mask))
+        spots.append(region(f"subject {index}", mask))
     drawn = draw_regions(grey(), spots)
     row = drawn.height // 8
     assert len({drawn.getpixel((drawn.width - 1, row * index + row // 2)) for index in range(8)}) == 8
@@ -100,17 +95,23 @@ def test_every_one_of_eight_subjects_has_its_own_colour():
 def test_an_empty_or_tiny_region_does_not_fail():
     tiny = np.zeros((64, 64), np.float32)
     tiny[63, 63] = 1
-    draw_regions(grey(), [Spot("nothing", np.zeros((64, 64), np.float32)), Spot("speck", tiny)])
+    draw_regions(grey(), [region("nothing", np.zeros((64, 64), np.float32)), region("speck", tiny)])
 
 
 def test_equal_subjects_are_told_apart_by_occurrence():
-    spots = [Spot("dog", half("left"), 2), Spot("dog", half("right"), 1), Spot("mug", half("left"))]
+    spots = [region("dog", half("left"), 2), region("dog", half("right"), 1), region("mug", half("left"))]
     assert region_names(spots) == ["dog 2", "dog 1", "mug"]
+    assert region_names([region("dog", half("left")), region("dog", half("right"), 1)]) == ["dog 2", "dog 1"]
+
+
+def test_soft_region_is_outlined_at_half_its_peak():
+    hard, soft = (draw_regions(grey(), [region("dog", half("left") * peak)]) for peak in (1, 0.4))
+    assert np.array_equal(np.asarray(hard), np.asarray(soft))
 
 
 def test_attention_sheet_has_a_row_per_subject_and_a_column_per_step():
     maps = {"person": np.random.default_rng(0).random((10, 16, 16)), "guitar": np.ones((10, 16, 16))}
-    regions = [Spot("person", half("left")), Spot("guitar", half("right"))]
+    regions = [region("person", half("left")), region("guitar", half("right"))]
     sheet = attention_sheet(grey(), maps, regions, steps=[0, 4, 9])
     assert 3 * READABLE_WIDTH <= sheet.width < 3.2 * READABLE_WIDTH
     assert 2 * READABLE_WIDTH <= sheet.height < 2.4 * READABLE_WIDTH
@@ -144,6 +145,6 @@ def test_attention_sheet_names_what_is_wrong(maps, steps, message):
 
 
 def test_pictures_of_other_sizes_than_the_masks_are_fine():
-    drawn = draw_regions(grey(96, 64), [Spot("person", half("left", 512, 768))])
+    drawn = draw_regions(grey(96, 64), [region("person", half("left", 512, 768))])
     assert drawn.size == (96 * 3, 64 * 3)
     assert coloured(drawn)[:, : drawn.width // 2].any()

@@ -365,7 +365,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     result = {**about, "damaged": notes.damaged, "warnings": notes.warnings, **summary, "pictures": records}
     buffer = io.BytesIO()
     try:
-        write_atomically(output, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False).encode())
+        write_atomically(output, json.dumps(result, indent=1, allow_nan=False).encode())
         evaluation_sheet(pictures, records).save(buffer, "PNG")
         write_atomically(output.with_suffix(".png"), buffer.getvalue())
     except OSError as error:

@@ -21,8 +21,9 @@ from transformers.hf_argparser import HfArg
 from .generate_images import CONTACT_SHEET, read_settings
 from .generation_config import resolve_paths
 from .layout import Box, Region, layout_checksum, parse_layout
+from .pictures import PICTURE_ERRORS, open_picture, split_alpha
 from .subject_file import default_name, make_writable_folder, printable
-from .training_data import PICTURE_SUFFIXES, is_picture, open_picture, split_alpha
+from .training_data import PICTURE_SUFFIXES, is_picture
 
 # DINO ViT-S/16 is what papers on personal subjects mostly report. Its main branch has pickled weights only; a pull
 # request of the Hub itself has the same ones as safetensors.
@@ -215,8 +216,7 @@ def find_pictures(argument: str, folder: str, notes: Notes, *, recursive: bool) 
         try:
             Crop(path).load()
             readable.append(path)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            # Pillow reports a damaged file by any of these, according to the format.
+        except PICTURE_ERRORS as error:
             notes.damaged.append(str(path))
             notes.warn(f"{path} cannot be read as a picture and is left out ({error}). Save it anew, as PNG or JPEG.")
     if not readable:

@@ -203,7 +203,7 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any] | None:
         with Image.open(path) as image:
             image.load()  # a PNG's text may come after its pixels
             return json.loads(getattr(image, "text", {})[PNG_KEY])["settings"]
-    except (OSError, KeyError, TypeError, ValueError, SyntaxError):
+    except (OSError, KeyError, TypeError, ValueError, SyntaxError, RecursionError):
         return None
 
 

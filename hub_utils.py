@@ -16,7 +16,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -92,9 +92,11 @@ PIPELINE_SOURCES = (
     "subject_file.py",
     "hub_utils.py",
     "model_card.py",
+    "pictures.py",
 )
 
 MAX_REPOSITORY_FILES = 1000
+MAX_UNASKED_BYTES = 2**20  # of larger files in a repository, only the header is fetched to see whether it is a subject
 RETRY_WAIT_SECONDS = 1.0  # doubled at every further try
 _MAX_TRIES = 4
 
@@ -176,6 +178,19 @@ def _subject_files(folder: Path) -> list[Path]:
     return files
 
 
+def _merge(files: Iterable[tuple[Path, Mapping[str, _T]]], name: str | None, source: object) -> dict[str, _T]:
+    """The subjects of several files, or the one that `name` names; of these, none may be in two files."""
+    merged: dict[str, _T] = {}
+    for path, subjects in files:
+        for key, subject in subjects.items():
+            if key in merged and name in (None, key):
+                raise ValueError(
+                    f"{source}: two files hold a subject {key!r}, one is {path.name}. Load one of them by its path."
+                )
+            merged[key] = subject
+    return _select(merged, name, source)
+
+
 def _select(subjects: Mapping[str, _T], name: str | None, source: object) -> dict[str, _T]:
     """All subjects, or the one that `name` names; a single subject takes whatever name it is given."""
     if name is None:
@@ -224,13 +239,7 @@ def load_subject(
     if class_phrase is not None:
         check_class_phrase(class_phrase)
     files = _resolve(source, name, revision, token, cache_dir, force_download, local_files_only)
-    subjects: dict[str, ResidualEmbedding] = {}
-    for file in files:
-        for key, subject in _load_file(file, name if len(files) == 1 else None).items():
-            if key in subjects:
-                raise ValueError(f"{source}: two files hold a subject {key!r}. Load one of the files by its path.")
-            subjects[key] = subject
-    subjects = _select(subjects, name, source)
+    subjects = _merge(((file, _load_file(file, name if len(files) == 1 else None)) for file in files), name, source)
     if class_phrase is not None:
         if len(subjects) > 1:
             raise ValueError(f"class_phrase={class_phrase!r}: {source} holds {sorted(subjects)}; choose by `name`.")
@@ -252,23 +261,20 @@ def inspect_subject(
         Name -> the header's entry (`class_phrase`, `num_tokens`, `embed_dim`, `base_model` …) with `file`, `bytes` and
         `sha256` added. Of a `.pt` no more is known than `storage_bytes`, the size of its numbers.
     """
-    infos: dict[str, dict[str, Any]] = {}
     files = _resolve(source, name, revision, **hub_options)
-    for file in files:
-        data = read_bytes(file)
-        common = {"file": str(file), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        try:
-            if file.suffix == ".safetensors":
-                entries, metadata = parse_header(data)
-                found = parse_subjects(entries, metadata)
-                for key, (info, _) in found.items():
-                    infos[key] = {**info, **common}
-            else:
-                storages = check_pickle(data)
-                infos[default_name(file)] = {"storage_bytes": sum(storages.values()), **common}
-        except SubjectFileError as error:
-            raise SubjectFileError(f"{file}: {error}") from None
-    return _select(infos, name, source)
+    return _merge(((file, _inspect_file(file)) for file in files), name, source)
+
+
+def _inspect_file(path: Path) -> dict[str, dict[str, Any]]:
+    data = read_bytes(path)
+    common = {"file": str(path), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    try:
+        if path.suffix == ".safetensors":
+            found = parse_subjects(*parse_header(data))
+            return {name: {**info, **common} for name, (info, _) in found.items()}
+        return {default_name(path): {"storage_bytes": sum(check_pickle(data).values()), **common}}
+    except SubjectFileError as error:
+        raise SubjectFileError(f"{path}: {error}") from None
 
 
 def convert_subject(
@@ -562,22 +568,34 @@ def pull_subject(
         return _subject_files(Path(folder) / hub.path)
 
     # What is too large for a subject, such as the weights of a whole model, is not even downloaded.
-    small = [
-        entry.path
-        for entry in listing
-        if entry.path.endswith((".safetensors", ".pt")) and 0 < getattr(entry, "size", 0) <= MAX_FILE_BYTES
-    ]
+    sizes = {entry.path: getattr(entry, "size", 0) for entry in listing}  # of folders: 0
+    small = [path for path in sorted(sizes) if 0 < sizes[path] <= MAX_FILE_BYTES]
+    small = [path for path in small if path.endswith((".safetensors", ".pt"))]
     if len(small) > MAX_REPOSITORY_FILES:
         raise SubjectFileError(
             f"source={source!r}: {len(small):,} files are too many to look through (at most {MAX_REPOSITORY_FILES}). "
             "Name the subject, its file or its subfolder."
         )
-    files = [download(path) for path in sorted(small) if path.endswith(".safetensors")]
-    files = [file for file in files if _is_subject_file(file)]
-    files = files or [download(path) for path in sorted(small) if path.endswith(".pt")]
+    ours = [path for path in small if _may_be_subject(api, hub.repo_id, path, sizes[path], hub.revision)]
+    files = [file for path in ours if path.endswith(".safetensors") and _is_subject_file(file := download(path))]
+    files = files or [download(path) for path in ours if path.endswith(".pt")]
     if not files:
         raise SubjectFileError(f"source={source!r}: this Hub repository holds no subject there.")
     return files
+
+
+def _may_be_subject(api: HfApi, repo_id: str, path: str, size: int, revision: str | None) -> bool:
+    """Whether a repository's file is worth its download: it is small, or its safetensors header says it is ours."""
+    from huggingface_hub.errors import SafetensorsParsingError
+
+    if size <= MAX_UNASKED_BYTES:
+        return True
+    if path.endswith(".pt"):
+        return False
+    try:
+        return "multisubject" in api.parse_safetensors_file_metadata(repo_id, path, revision=revision).metadata
+    except (SafetensorsParsingError, ValueError, RecursionError):
+        return False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -645,8 +663,17 @@ def push_subject_to_hub(
     for key in prompts:
         files |= {sample_path(key, index): _png(image) for index, (_, image) in enumerate(samples)}
 
+    pushed = {key: {**info, "file": f"{key}.safetensors"} for key, info in pushed.items()}
+
     def prepare(repo: _RepoState) -> dict[str, bytes | None]:
-        card = subject_card(repo_id, repo.subjects() | pushed, prompts, repo.read_text("README.md"), BASE_MODEL_MIRRORS)
+        present = repo.subjects()
+        for key in pushed.keys() & present.keys():
+            if present[key]["file"] != pushed[key]["file"]:
+                raise ValueError(
+                    f"subject {key!r} is in {present[key]['file']!r} of {repo_id!r} already, and a second file would "
+                    "hide both. Pass another `name`, push to another repository, or delete that file first."
+                )
+        card = subject_card(repo_id, present | pushed, prompts, repo.read_text("README.md"), BASE_MODEL_MIRRORS)
         refuse_secrets(card, "the model card", token)
         former = [path for path in repo.sizes for key in prompts if is_sample_path(path, key)]
         return {**dict.fromkeys(former), **files, "README.md": card.encode()}
@@ -714,16 +741,23 @@ class _RepoState:
         return Path(self.api.hf_hub_download(self.repo_id, path, revision=self.commit))
 
     def read_text(self, path: str) -> str | None:
-        return self.read(path).read_text(encoding="utf-8") if path in self.sizes else None
+        if path not in self.sizes:
+            return None
+        try:
+            return self.read(path).read_text(encoding="utf-8-sig")  # without the byte order mark of Windows' editors
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} of {self.repo_id!r} is not UTF-8 text ({error}); save it there anew.") from error
 
     def subjects(self) -> dict[str, dict[str, Any]]:
-        """The header entries of the subject files at the repository's root."""
+        """The header entries of the subject files at the repository's root, each with its `file`."""
         infos: dict[str, dict[str, Any]] = {}
         for path, size in self.sizes.items():
-            if "/" not in path and path.endswith(".safetensors") and size <= MAX_FILE_BYTES:
+            if "/" in path or not path.endswith(".safetensors") or size > MAX_FILE_BYTES:
+                continue
+            if _may_be_subject(self.api, self.repo_id, path, size, self.commit):
                 with suppress(SubjectFileError):  # somebody else's file
                     found = parse_subjects(*parse_header(read_bytes(self.read(path))))
-                    infos |= {name: info for name, (info, _) in found.items()}
+                    infos |= {name: {**info, "file": path} for name, (info, _) in found.items()}
         return infos
 
 
@@ -745,9 +779,13 @@ def _push(
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
     api = HfApi(token=token, library_name="multisubject", library_version=__multisubject_version__)
-    _retry(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
-    if revision is not None:
-        _retry(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
+
+    def make_repository() -> None:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        if tag is not None and tag in {ref.name for ref in api.list_repo_refs(repo_id).tags}:
+            raise ValueError(f"tag={tag!r}: {repo_id!r} has this tag already. Nothing was pushed; choose another.")
 
     def commit_once() -> CommitInfo:
         info = api.model_info(repo_id, revision=revision, files_metadata=True)
@@ -770,18 +808,24 @@ def _push(
             parent_commit=info.sha,  # refused (412) when another push came in between: then read and prepare again
         )
 
+    commit = None
     try:
+        _retry(make_repository)
         commit = _retry(commit_once, also=(412,))
+        if tag is not None:
+            _retry(lambda: api.create_tag(repo_id, tag=tag, revision=commit.oid, exist_ok=False))
+        return commit
     except HfHubHTTPError:
         raise
     except (HTTPError, RuntimeError) as error:  # the client wraps what happens to an upload in a RuntimeError
+        state = (
+            f"It holds commit {commit.oid}, but perhaps not the tag {tag!r}: set it with `hf repos tag create`."
+            if commit
+            else "The repository holds the old version or the new one, never a part of it. Push again."
+        )
         raise ConnectionError(
-            f"repo_id={repo_id!r}: the connection to the Hub was lost ({error.__cause__ or error}). The repository "
-            "holds the old version or the new one, never a part of it. Push again."
+            f"repo_id={repo_id!r}: the connection to the Hub was lost ({error.__cause__ or error}). {state}"
         ) from error
-    if tag is not None:
-        _retry(lambda: api.create_tag(repo_id, tag=tag, revision=commit.oid, exist_ok=False))
-    return commit
 
 
 def _retry(call: Callable[[], _T], also: tuple[int, ...] = ()) -> _T:
@@ -813,10 +857,9 @@ def _with_license(name: str, subject: ResidualEmbedding, license: str) -> Residu
 
 def _png(image: Image.Image | str | os.PathLike[str]) -> bytes:
     """A picture as PNG bytes, without the metadata that it may carry (settings, camera, place)."""
-    from PIL import Image
+    from .pictures import open_picture, split_alpha, upright
 
-    picture = Image.open(image) if isinstance(image, (str, os.PathLike)) else image
-    picture = picture.convert("RGB")
+    picture, _ = split_alpha(open_picture(Path(image)) if isinstance(image, (str, os.PathLike)) else upright(image))
     picture.info = {}
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG")

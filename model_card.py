@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 __multisubject_version__ = "0.1.0"
@@ -46,8 +47,8 @@ def subject_card(
 
     Args:
         repo_id: `user/repo`.
-        subjects: name -> header entry (`class_phrase`, `num_tokens`, `embed_dim`, `base_model` …), all that the
-            repository holds.
+        subjects: name -> header entry (`class_phrase`, `num_tokens`, `embed_dim`, `base_model` …) and `file`, all that
+            the repository holds. Of a path, its name alone is shown.
         samples: name -> the prompts of its new sample pictures, in order; they replace the subject's former ones.
         existing: the repository's present README.md.
         mirrors: ids of bases that are gone -> ids to name instead.
@@ -149,7 +150,7 @@ def is_sample_path(path: str, name: str) -> bool:
 def _contents(subjects: Mapping[str, Mapping[str, Any]]) -> str:
     rows = [
         f"| `{name}` | {_plain(info['class_phrase'])} | {info['num_tokens']} x {info['embed_dim']['text_encoder']} "
-        f"| `{name}.safetensors` |"
+        f"| {_plain(PurePath(info['file']).name)} |"
         for name, info in sorted(subjects.items())
     ]
     return "\n".join(["| subject | class phrase | tokens x width | file |", "|---|---|---|---|", *rows])

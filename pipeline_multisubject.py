@@ -62,6 +62,7 @@ try:
     from .layout import Region, masks_at, parse_layout, region_names
     from .layout import __multisubject_version__ as _layout_version
     from .model_card import __multisubject_version__ as _model_card_version
+    from .pictures import __multisubject_version__ as _pictures_version
     from .residual_embeddings import ParsedPrompt, ResidualEmbedding, add_residuals, find_token_spans, parse_prompt
     from .residual_embeddings import __multisubject_version__ as _residual_embeddings_version
     from .subject_file import __multisubject_version__ as _subject_file_version
@@ -78,6 +79,7 @@ _SIBLING_VERSIONS = {
     "hub_utils": _hub_utils_version,
     "layout": _layout_version,
     "model_card": _model_card_version,
+    "pictures": _pictures_version,
     "residual_embeddings": _residual_embeddings_version,
     "subject_file": _subject_file_version,
 }
@@ -107,7 +109,7 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
     """Text-to-image with Stable Diffusion 1.x and 2.x, several subjects and a layout.
 
     Components, loading and every argument of the call are those of `StableDiffusionPipeline`; without subjects and
-    layout the pictures are its pictures, bit for bit.
+    layout the pictures are its pictures, bit for bit. (`<name>` in a prompt is always a subject or a learned token.)
 
     Attributes:
         subjects: name -> `ResidualEmbedding`, the loaded subjects.

@@ -186,7 +186,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def _parse_json(text: str | bytes, what: str) -> dict[str, Any]:
-    """A JSON object from an untrusted file; no duplicate keys, no NaN."""
+    """A JSON object from an untrusted file; no duplicate keys, no NaN, no infinity."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
@@ -197,8 +197,13 @@ def _parse_json(text: str | bytes, what: str) -> dict[str, Any]:
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not JSON")
 
+    def finite(number: str) -> float:
+        if not math.isfinite(value := float(number)):
+            raise ValueError(f"{printable(number, 20)} is too large a number")
+        return value
+
     try:
-        value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
     except (ValueError, RecursionError) as error:
         raise SubjectFileError(f"{what} is not valid JSON ({printable(error, 80)}).") from None
     if not isinstance(value, dict):
@@ -439,7 +444,12 @@ def check_pickle(data: bytes) -> dict[str, int]:
             "which could run a stranger's code. Ask its author for a .safetensors file."
         )
     prefix = pickles[0].removesuffix("data.pkl") + "data/"
-    return {name: member.file_size for name, member in members.items() if name.startswith(prefix)}
+    storages = {name: member.file_size for name, member in members.items() if name.startswith(prefix)}
+    # The archive knows a name in any case, torch remembers it in one: a storage can be unpacked at every mention.
+    mentions = sum(name in ("PERSID", "BINPERSID") for name, _ in opcodes)
+    if mentions * max(storages.values(), default=0) > MAX_FILE_BYTES:
+        raise SubjectFileError(f"refused: it would unpack into more than {MAX_FILE_BYTES:,} bytes.")
+    return storages
 
 
 def read_pickle(data: bytes, name: str) -> dict[str, ResidualEmbedding]:
@@ -461,6 +471,7 @@ def read_pickle(data: bytes, name: str) -> dict[str, ResidualEmbedding]:
     if not 1 <= len(tensors) <= MAX_SUBJECTS_PER_FILE:
         raise SubjectFileError(f"it holds {len(tensors)} tensors, expected 1 to {MAX_SUBJECTS_PER_FILE}.")
     subjects = {}
+    num_bytes = 0
     for key, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
             raise SubjectFileError(f"it holds a {type(tensor).__name__}, expected a tensor or a dict of tensors.")
@@ -479,6 +490,9 @@ def read_pickle(data: bytes, name: str) -> dict[str, ResidualEmbedding]:
             check_subject_name(key)
         except ValueError as error:
             raise SubjectFileError(str(error)) from None
+        num_bytes += 4 * num_tokens * dim  # more than the file's own where tensors share or repeat their numbers
+        if num_bytes > MAX_FILE_BYTES:
+            raise SubjectFileError(f"refused: it would unpack into more than {MAX_FILE_BYTES:,} bytes.")
         delta = tensor.detach().to(torch.float32).reshape(num_tokens, dim).clone()
         _check_values(delta, key)
         subjects[key] = ResidualEmbedding(key, {"text_encoder": delta})
@@ -516,9 +530,9 @@ def fingerprint_text_encoder(text_encoder: torch.nn.Module) -> str | None:
     weights = sorted(
         (name.partition("layers.")[2].replace(".base_layer", ""), weight)
         for name, weight in text_encoder.named_parameters()
-        if name.endswith(suffixes) and weight.is_floating_point() and not weight.is_meta
+        if name.endswith(suffixes)
     )
-    if not weights:
+    if not weights or any(weight.is_meta or not weight.is_floating_point() for _, weight in weights):
         return None
     bits = 0
     for probe in range(_FINGERPRINT_BITS):

@@ -143,8 +143,13 @@ def writing(path: Path, output: Path) -> Iterator[None]:
 
 def checkpoints(output: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    found = [path for path in output.glob(CHECKPOINT.format("*")) if path.name.split("-")[1].isdigit()]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+    found = [path for path in output.glob(CHECKPOINT.format("*")) if path.name.rpartition("-")[2].isdecimal()]
+    found = [path for path in found if path.name == CHECKPOINT.format(_step(path))]  # and no copy under another name
+    return sorted(found, key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def latest_checkpoint(output: Path) -> Path | None:

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
+
+from multisubject.pictures import PICTURE_ERRORS, open_picture, split_alpha
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +76,7 @@ def load_pictures(folder: str | Path, *, strict: bool = False) -> list[Picture]:
     for path in paths:
         try:
             pictures.append(_load_picture(path, masks.get(path.stem), captions.get(path.name)))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            # Pillow reports a damaged file by any of these, according to the format.
+        except PICTURE_ERRORS as error:
             skip(f"{path}: cannot be read as a picture ({error})", error)
     for stem in masks.keys() - {path.stem for path in paths}:
         skip(f"{masks[stem]}: is the mask of no picture; one of a subject that is a mask needs another name")
@@ -105,15 +106,18 @@ def _read_metadata(folder: Path) -> dict[str, str]:
     file = folder / METADATA_FILE
     captions = {}
     if file.exists():
-        for number, line in enumerate(_read_text(file).splitlines(), start=1):
+        for number, line in enumerate(_read_text(file).split("\n"), start=1):  # `splitlines` knows more line ends
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-                captions[str(row["file_name"])] = str(row["text"])
+                name, caption = row["file_name"], row["text"]
+                if not isinstance(name, str) or not isinstance(caption, str):
+                    raise TypeError("not text")
+                captions[name] = caption
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise ValueError(
-                    f"{file}, line {number}: {line[:80]!r}; expected a JSON object with `file_name` and `text`."
+                    f"{file}, line {number}: {line[:80]!r}; expected a JSON object, `file_name` and `text` both text."
                 ) from error
     return captions
 
@@ -123,28 +127,6 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")  # Windows' editors put a mark before the first letter
     except UnicodeDecodeError as error:
         raise ValueError(f"{path.name} is not UTF-8 text: {error}") from error
-
-
-def open_picture(path: Path) -> Image.Image:
-    """Upright; 16 bits of grey become 8, where Pillow's own conversion would cut everything bright off."""
-    with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file)
-        image.load()
-    if image.mode == "F":
-        raise ValueError("it has floating-point values; save it with 8 or 16 bits")
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
-    return image
-
-
-def split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """RGB with its transparent parts on white, and the transparency where the picture has any."""
-    if not image.has_transparency_data:
-        return image.convert("RGB"), None
-    image = image.convert("RGBA")
-    alpha = image.getchannel("A")
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image, alpha if any(alpha.histogram()[:255]) else None
 
 
 def _open_mask(path: Path) -> Image.Image:

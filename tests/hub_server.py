@@ -33,6 +33,7 @@ class Repo:
     gated: bool = False
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
+    tags: set[str] = field(default_factory=set)  # which of the refs are tags
 
     def commit(self, ref: str, files: dict[str, bytes]) -> str:
         content = [self.refs.get(ref), sorted((path, hashlib.sha256(data).hexdigest()) for path, data in files.items())]
@@ -313,7 +314,18 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(409, {"error": f"{kind} exists"})
             return
         repo.refs[ref] = repo.resolve(start) or repo.refs["main"]
+        if kind == "tag":
+            repo.tags.add(ref)
         self.answer(200, {})
+
+    def list_refs(self, repo_id: str) -> None:
+        repo = self.find(repo_id)
+        if repo is not None:
+            found: dict[str, list] = {"branches": [], "converts": [], "tags": []}
+            for ref, sha in repo.refs.items():
+                kind = "tags" if ref in repo.tags else "branches"
+                found[kind].append({"name": ref, "ref": f"refs/{kind}/{ref}", "targetCommit": sha})
+            self.answer(200, found)
 
     def model_info(self, repo_id: str, revision: str) -> None:
         found = self.find_commit(repo_id, revision or "main")
@@ -376,6 +388,7 @@ _ROUTES = [
     ("POST", rf"/api/models/{_REPO}/commit/([^/]+)", "commit"),
     ("POST", rf"/api/models/{_REPO}/(branch|tag)/([^/]+)", "create_ref"),
     ("GET", rf"/api/models/{_REPO}(?:/revision/([^/]+))?", "model_info"),
+    ("GET", rf"/api/models/{_REPO}/refs", "list_refs"),
     ("GET", rf"/api/models/{_REPO}/tree/([^/]+)(?:/(.+))?", "tree"),
     ("GET HEAD", rf"/{_REPO}/resolve/([^/]+)/(.+)", "resolve_file"),
 ]

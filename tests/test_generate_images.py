@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, PngImagePlugin
 
 from multisubject import generate_images, generation_config
 from multisubject.generate_images import CONTACT_SHEET, EMBEDDED_BASE, main, read_settings
@@ -500,6 +500,13 @@ def test_resume_makes_anew_what_another_model_made(config_file, tmp_path, capsys
     main(flags)
     there = [line[0] for line in capsys.readouterr().out.splitlines() if line.endswith("pictures are there already.")]
     assert there == ["0", "2", "0"]
+
+
+def test_settings_of_a_strangers_picture_are_none(tmp_path):
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("multisubject", "[" * 200_000)
+    Image.new("RGB", (8, 8)).save(tmp_path / "deep.png", pnginfo=info)
+    assert read_settings(tmp_path / "deep.png") is None
 
 
 def test_pictures_need_not_be_square(workshop, config_file, tmp_path):

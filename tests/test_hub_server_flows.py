@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hub_server import LoopbackHub
@@ -27,6 +29,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import _http
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import save
 
 from multisubject import cli, hub_utils
 from multisubject.hub_utils import (
@@ -146,8 +149,64 @@ def test_tags_branches_and_commits_are_pulled_by_revision(hub):
         assert value_of(load_subject(source, revision=revision), "petrucci") == expected
     with pytest.raises(RevisionNotFoundError):
         load_subject("user/petrucci@v9")
-    with pytest.raises(HfHubHTTPError, match="409"):
+    with pytest.raises(ValueError, match=r"tag='v1': 'user/petrucci' has this tag already[.] Nothing was pushed"):
         push_subject_to_hub(subject(4.0), "user/petrucci", tag="v1")
+    assert value_of(load_subject("user/petrucci"), "petrucci") == 3.0
+
+
+def test_gallery_pictures_look_as_they_did(hub, tmp_path):
+    tall = Image.new("RGB", (40, 20), "red")
+    exif = tall.getexif()
+    exif[274] = 6  # turned by a quarter
+    tall.save(tmp_path / "phone.jpg", exif=exif)
+    clear, grey = Image.new("RGBA", (8, 8), (0, 0, 0, 0)), Image.fromarray(np.full((8, 8), 32768, np.uint16))
+    samples = [("phone", tmp_path / "phone.jpg"), ("clear", clear), ("grey", grey)]
+    push_subject_to_hub(subject(1.0), "user/rex", samples=samples)
+    head = hub.repos["user/rex"].head
+    found = [Image.open(io.BytesIO(head[f"samples/rex-{index}.png"])) for index in range(3)]
+    assert [image.size for image in found] == [(20, 40), (8, 8), (8, 8)]
+    assert [image.getpixel((0, 0)) for image in found[1:]] == [(255, 255, 255), (127, 127, 127)]
+
+
+def test_a_push_leaves_no_name_in_two_files(hub):
+    band = write_safetensors({"petrucci": subject(1.0), "majesty": subject(2.0, "guitar")})
+    hub.create("user/band", files={"band.safetensors": band})
+    with pytest.raises(ValueError, match=r"'petrucci' is in 'band.safetensors' of 'user/band' already"):
+        push_subject_to_hub(subject(3.0), "user/band", name="petrucci")
+    push_subject_to_hub(subject(3.0), "user/band", name="slash")
+    assert sorted(load_subject("user/band")) == ["majesty", "petrucci", "slash"]
+    card = hub.repos["user/band"].head["README.md"].decode()
+    assert "| `majesty` | guitar | 1 x 8 | band.safetensors |" in card
+
+
+def test_two_files_of_one_name_hide_that_name_alone(hub, tmp_path):
+    files = {"a": {"dog": subject(1.0)}, "b": {"dog": subject(2.0), "cat": subject(3.0)}}
+    for name, subjects in files.items():
+        (tmp_path / f"{name}.safetensors").write_bytes(write_safetensors(subjects))
+    assert value_of(load_subject(tmp_path, name="cat"), "cat") == 3.0
+    for read in (load_subject, inspect_subject):
+        for name in (None, "dog"):
+            with pytest.raises(ValueError, match=r"two files hold a subject 'dog', one is b[.]safetensors"):
+                read(tmp_path, name=name)
+
+
+@pytest.mark.parametrize("path", ["/api/repos/create", "/tag/"])
+def test_a_connection_lost_before_or_after_the_commit_is_named(hub, path):
+    hub.fail("POST", path, status=0, times=99)
+    state = "never a part of it" if path.startswith("/api") else "but perhaps not the tag 'v1'"
+    with pytest.raises(ConnectionError, match=f"connection to the Hub was lost .*{state}"):
+        push_subject_to_hub(subject(1.0), "user/petrucci", tag="v1")
+
+
+def test_a_readme_in_another_encoding(hub):
+    card = "---\nlanguage: en\n---\n# Fidèle\n"
+    hub.create("user/dog", files={"README.md": card.encode("utf-8-sig")})
+    push_subject_to_hub(subject(1.0), "user/dog")
+    made = hub.repos["user/dog"].head["README.md"].decode()
+    assert made.count("---\n") == 2 and "language: en" in made
+    hub.create("user/cat", files={"README.md": card.encode("latin-1")})
+    with pytest.raises(ValueError, match=r"README\.md of 'user/cat' is not UTF-8 text"):
+        push_subject_to_hub(subject(1.0), "user/cat")
 
 
 def test_a_pull_request_leaves_main_alone(hub):
@@ -203,7 +262,7 @@ def test_two_pushes_at_once_both_arrive(hub):
     loaded = load_subject("user/band")
     assert {name: value_of(loaded, name) for name in loaded} == {"first": 0.0, **names}
     card = hub.repos["user/band"].head["README.md"].decode()
-    assert all(f"`{name}.safetensors`" in card for name in loaded)
+    assert all(f"| {name}.safetensors |" in card for name in loaded)
 
 
 @pytest.mark.parametrize("status", [500, 429, 503])
@@ -325,6 +384,20 @@ def test_large_files_are_not_even_downloaded(hub):
             load_subject(source, name=name)
     push_subject_to_hub(subject(1.0), "user/checkpoint", name="cat")  # nor by a push beside them
     assert not hub.served("GET", "dog.safetensors")
+
+
+def test_of_other_peoples_adapters_only_the_header_is_downloaded(hub, monkeypatch):
+    monkeypatch.setattr(hub_utils, "MAX_UNASKED_BYTES", 5000)
+    ours = write_safetensors({"cat": subject(1.0, dim=2000)})
+    assert len(ours) > 5000
+    hub.create(
+        "user/mixed",
+        files={"dog.safetensors": save({"lora": torch.zeros(200_000)}), "cat.safetensors": ours, "x.pt": bytes(6000)},
+    )
+    assert [*load_subject("user/mixed")] == ["cat"]
+    push_subject_to_hub(subject(1.0, dim=2000), "user/mixed", name="bird")
+    assert 0 < max(request.sent for request in hub.served("GET", "dog.safetensors")) <= 100_001
+    assert not hub.served("GET", "x.pt")
 
 
 def test_a_repository_of_too_many_files_is_not_looked_through(hub, monkeypatch):

@@ -177,6 +177,7 @@ HOSTILE = {
     "deep": (raw_file("[" * 200_000, b""), "not valid JSON"),
     "deep enough to parse": (raw_file(json.dumps({"a": json.loads("[" * 100 + "]" * 100)}), b""), "nested"),
     "NaN in JSON": (raw_file('{"a": NaN}', b""), "not valid JSON"),
+    "infinity in JSON": (raw_file('{"a": 1e999}', b""), "not valid JSON .1e999 is too large a number"),
     "a key twice": (raw_file('{"a": 1, "a": 2}', b""), "appears twice"),
     "metadata of numbers": (raw_file({"__metadata__": {"format": 1}}, b""), "map text to text"),
     "somebody else's": (raw_file({"__metadata__": {"format": "pt"}}, b""), "not a subject.*load_lora_weights"),
@@ -528,6 +529,8 @@ def test_a_fingerprint_survives_precision_and_fine_tuning_but_not_another_model(
     assert fingerprint_distance(fingerprint, fingerprint_text_encoder(make_text_encoder(1))) > 0.4
     assert fingerprint_distance(fingerprint, "sha256:of a later version") is None
     assert fingerprint_text_encoder(make_text_encoder().to("meta")) is None
+    next(layer for name, layer in tuned.named_modules() if name.endswith("q_proj")).to("meta")  # in part, too
+    assert fingerprint_text_encoder(tuned) is None
 
 
 def test_a_fingerprint_looks_through_lora(make_text_encoder):
@@ -570,7 +573,8 @@ def front_matter(card: str) -> dict:
 
 
 def info(**changes) -> dict:
-    return {"class_phrase": "person", "num_tokens": 1, "embed_dim": {"text_encoder": 1024}, **METADATA, **changes}
+    entry = {"class_phrase": "person", "num_tokens": 1, "embed_dim": {"text_encoder": 1024}, "file": "a.safetensors"}
+    return {**entry, **METADATA, **changes}
 
 
 def test_the_card_has_what_the_hub_reads_and_what_a_reader_needs():

@@ -438,6 +438,8 @@ def test_a_run_leaves_everything_that_was_promised(config: TrainConfig, caplog: 
     assert [saved[key] for key in resolved] == [32, 0.05, 1, "no", "petrucci"]
     assert parse_config(["--config", str(output / "config.yaml")]) == TrainConfig(**saved)
     assert "3 pictures, 0 masks in use" in caplog.text
+    for copied in ("checkpoint-4-keep", "checkpoint-04", "checkpoint-\u00b2"):  # the user's own
+        (output / copied).mkdir()
     assert [path.name for path in checkpoints(output)] == ["checkpoint-2", "checkpoint-4"]
     assert not list(output.glob(".*"))  # nothing half-written
 

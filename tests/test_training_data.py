@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
+from multisubject.pictures import PICTURE_ERRORS, open_picture
 from multisubject.training_data import Picture, bucket_size, crops, load_pictures
 
 
@@ -81,13 +82,21 @@ def test_captions_from_text_files_and_metadata(tmp_path: Path) -> None:
     for name in "abc":
         save(tmp_path / f"{name}.png")
     (tmp_path / "a.txt").write_text(" a dog\non grass \n")
-    rows = [{"file_name": "a.png", "text": "other"}, {"file_name": "b.png", "text": "a dog"}]
-    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    rows = [{"file_name": "a.png", "text": "other"}, {"file_name": "b.png", "text": "a\u2028dog"}]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]  # a line separator may stand in JSON text
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines) + "\n\n", encoding="utf-8")
     assert [picture.caption for picture in load_pictures(tmp_path)] == ["a dog on grass", "a dog", None]
 
 
 @pytest.mark.parametrize(
-    "line", ["{", '{"file_name": "a.png"}', "[1]", '{"file_name": "missing.png", "text": "a dog"}']
+    "line",
+    [
+        "{",
+        '{"file_name": "a.png"}',
+        '{"file_name": "a.png", "text": null}',
+        "[1]",
+        '{"file_name": "missing.png", "text": "a dog"}',
+    ],
 )
 def test_broken_metadata_is_named(tmp_path: Path, line: str) -> None:
     save(tmp_path / "a.png")
@@ -105,6 +114,24 @@ def test_damaged_picture_is_named_and_skipped_or_refused(tmp_path: Path, caplog:
     assert "text.jpg" in caplog.text
     with pytest.raises(ValueError, match=r"half\.png.*--strict"):
         load_pictures(tmp_path, strict=True)
+
+
+def test_damaged_avif_is_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of some damage Pillow's decoder speaks by a RuntimeError."""
+    if not features.check("avif"):
+        pytest.skip("this Pillow reads no AVIF")
+    save(tmp_path / "whole.png")
+    data = save(tmp_path / "whole.avif", size=(64, 64)).read_bytes()
+    kinds = set()
+    for position in range(0, len(data), 3):
+        damaged = data[:position] + bytes([data[position] ^ 0xFF]) + data[position + 1 :]
+        (tmp_path / "whole.avif").write_bytes(damaged)
+        try:
+            open_picture(tmp_path / "whole.avif")
+        except PICTURE_ERRORS as error:
+            kinds.add(type(error))
+            assert [picture.path.name for picture in load_pictures(tmp_path)] == ["whole.png"]
+    assert RuntimeError in kinds
 
 
 @pytest.mark.parametrize(("size", "colour", "words"), [((3, 3), 255, "3 x 3"), ((8, 6), 0, "empty")])

@@ -1,0 +1,41 @@
+"""People's pictures as they look: upright, 16 bits of grey as 8, transparency apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+__multisubject_version__ = "0.1.0"
+
+# Pillow reports a damaged file by any of these, according to the format.
+PICTURE_ERRORS = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)
+
+
+def open_picture(path: Path) -> Image.Image:
+    """A picture file, `upright`. Raises one of `PICTURE_ERRORS` for a file that cannot be read."""
+    with Image.open(path) as file:
+        return upright(file)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF data says; 16 bits of grey become 8, where Pillow's own conversion would cut everything bright
+    off. ValueError for floating-point values, whose range nobody knows."""
+    image = ImageOps.exif_transpose(image)
+    image.load()
+    if image.mode == "F":
+        raise ValueError("it has floating-point values; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
+    return image
+
+
+def split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """RGB with its transparent parts on white, and the transparency where the picture has any."""
+    if not image.has_transparency_data:
+        return image.convert("RGB"), None
+    image = image.convert("RGBA")
+    alpha = image.getchannel("A")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image, alpha if any(alpha.histogram()[:255]) else None

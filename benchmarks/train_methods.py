@@ -462,6 +462,9 @@ def digest_of_base(folder: Path) -> str:
 
 def run(options: argparse.Namespace) -> int:
     """Measure what is missing, print the tables and the verdict; 0 if all that was promised holds."""
+    folders = [options.data_dir / name for name in options.subjects] if options.data_dir else []
+    if lacking := [str(folder) for folder in folders if not folder.is_dir()]:
+        raise ValueError(f"--data_dir: no folders {lacking}; expected one per subject, or leave it out to draw them.")
     settings = {
         "base": digest_of_base(options.base),
         "seed": options.seed,

@@ -523,7 +523,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data_dir", type=Path, help="training pictures, a folder per subject; left out: drawn")
     parser.add_argument("--output_dir", type=Path, default=Path("output/train_methods"), help="results.json, sheets …")
     parser.add_argument("--num_inference_steps", type=int, default=20)
-    parser.add_argument("--guidance_scale", type=float, default=5.0)
+    parser.add_argument("--guidance_scale", type=float, default=3.0)
     parser.add_argument("--batch_size", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train_flags", nargs="*", default=[], metavar="FLAG=VALUE", help="more flags for the trainer")

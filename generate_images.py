@@ -139,9 +139,10 @@ def call_arguments(task: GenerationTask, args: GenerateArguments) -> dict[str, A
     from multisubject.pipeline_multisubject import MultiSubjectPipeline
 
     config = task.config
+    negative_prompt = args.negative_prompt if config.negative_prompt is None else config.negative_prompt
     arguments = {
         "prompt": task.prompt,
-        "negative_prompt": args.negative_prompt if config.negative_prompt is None else config.negative_prompt,
+        "negative_prompt": None if negative_prompt is None else task.marked(negative_prompt),
         "height": task.size[0],
         "width": task.size[1],
         "num_inference_steps": args.num_inference_steps,
@@ -339,7 +340,7 @@ def _check(args: GenerateArguments, state: PartialState) -> tuple[list[Generatio
         tasks, warnings = load_tasks(args.generation_config, base, args.size())
         for task in tasks:
             if task.config.negative_prompt is None:
-                task.check_negative_prompt(args.negative_prompt, base.tokenizer, "--negative_prompt: ")
+                task.check_negative_prompt(args.negative_prompt or "", base.tokenizer)
     except ConfigError as error:
         # For a command in which the `$` of a shell variable was forgotten.
         names = [name for name in (args.pretrained_model_name, args.generation_config) if name and name in os.environ]

@@ -129,7 +129,7 @@ class BaseModel:
         tokenizer: its CLIP tokenizer.
         size: `(height, width)` of its pictures in pixels.
         embed_dim: width of its text encoder, which is the width of its subjects' residuals.
-        version: changes when the model's files do: a Hub commit, or a checksum of a folder's names, sizes and times.
+        version: changes when the model does: a Hub commit, or a checksum of a folder's files (of large ones, the time).
     """
 
     name: str
@@ -145,6 +145,7 @@ class BaseModel:
             with base_model_errors(name):
                 unet, vae, text_encoder = (_read_json(name, part) for part in ("unet", "vae", "text_encoder"))
                 tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer")
+                version = _version(_config_file(name, "unet").parent.parent)
         except (OSError, ValueError) as error:
             raise ConfigError(f"base model {name!r} cannot be read: {error}") from error
         if problem := unsuitable_base(unet, text_encoder["hidden_size"]):
@@ -152,7 +153,6 @@ class BaseModel:
         size = unet["sample_size"]
         height, width = (size, size) if isinstance(size, int) else size
         scale = 2 ** (len(vae["block_out_channels"]) - 1)
-        version = _version(_config_file(name, "unet").parent.parent)
         return cls(name, tokenizer, (height * scale, width * scale), text_encoder["hidden_size"], version)
 
 
@@ -170,9 +170,15 @@ def _read_json(model: str, component: str) -> dict[str, Any]:
 def _version(folder: Path) -> str:
     if folder.parent.name == "snapshots":  # of the Hub's cache, whose other files may come later
         return folder.name
-    files = [(str(file.relative_to(folder)), file.stat()) for file in sorted(folder.glob("*/*"))]
-    listing = json.dumps([(name, status.st_size, status.st_mtime_ns) for name, status in files])
-    return hashlib.sha256(listing.encode()).hexdigest()
+    digest = hashlib.sha256()
+    parts = (folder / part for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"))
+    for file in (folder / "model_index.json", *(file for part in parts for file in sorted(part.glob("*")))):
+        if file.is_file():
+            status = file.stat()
+            is_small = status.st_size <= 2**26
+            digest.update(f"{file.relative_to(folder)} {status.st_size} ".encode())
+            digest.update(file.read_bytes() if is_small else str(status.st_mtime_ns).encode())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -222,13 +228,23 @@ class GenerationTask:
         regions = parse_layout(self.layout, height=height, width=width, color_context=self.config.color_context)
         return tuple(replace(region, subject=names.get(region.subject, region.subject)) for region in regions)
 
-    def check_negative_prompt(self, text: str | None, tokenizer: Any, place: str = "") -> None:
-        """Raises `ConfigError`, its message after `place`, for a `<name>` that is no subject of this task."""
+    def marked(self, text: str) -> str:
+        """A negative prompt with this task's subjects under the names that the pipeline knows them by."""
+        for name, subject in self.subjects.items():
+            text = re.sub(rf"<\s*{re.escape(subject.key)}\s*>", f"<{name}>", text, flags=re.IGNORECASE)
+        return text
+
+    def check_negative_prompt(self, text: str, tokenizer: Any) -> None:
+        """Raises `ConfigError` for a `<name>` that is no subject of the task's prompt."""
         subjects = {name: subject.residual for name, subject in self.subjects.items()}
         try:
-            parse_prompt(tokenizer, text or "", subjects, by_phrase=False)
-        except ValueError as error:
-            raise ConfigError(f"{place}{error}") from None
+            parse_prompt(tokenizer, self.marked(text), subjects, by_phrase=False)
+        except ValueError:
+            named = ", ".join(f"<{subject.key}>" for subject in self.subjects.values()) or "none"
+            raise ConfigError(
+                f"the negative prompt {text!r} names a subject that the prompt {self.config.prompt!r} does not; "
+                f"expected one of the prompt's own subjects ({named}) or plain words."
+            ) from None
 
 
 class _Report:
@@ -396,7 +412,7 @@ def _plan(
             with _collect(report, index, "color_context" if config.color_context else "layout"):
                 parsed.find_span(region.subject, region.occurrence)
     with _collect(report, index, "negative_prompt"):
-        task.check_negative_prompt(config.negative_prompt, base.tokenizer)
+        task.check_negative_prompt(config.negative_prompt or "", base.tokenizer)
     if not subjects:
         task = replace(task, folder=_folder([region.subject for region in regions], config.prompt))
     return task

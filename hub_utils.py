@@ -181,14 +181,16 @@ def _subject_files(folder: Path) -> list[Path]:
 def _merge(files: Iterable[tuple[Path, Mapping[str, _T]]], name: str | None, source: object) -> dict[str, _T]:
     """The subjects of several files, or the one that `name` names; of these, none may be in two files."""
     merged: dict[str, _T] = {}
+    twice: dict[str, Path] = {}
     for path, subjects in files:
-        for key, subject in subjects.items():
-            if key in merged and name in (None, key):
-                raise ValueError(
-                    f"{source}: two files hold a subject {key!r}, one is {path.name}. Load one of them by its path."
-                )
-            merged[key] = subject
-    return _select(merged, name, source)
+        twice |= dict.fromkeys(subjects.keys() & merged.keys(), path)
+        merged |= subjects
+    selected = _select(merged, name, source)
+    for key in twice.keys() & (merged if len(selected) == len(merged) else selected).keys():
+        raise ValueError(
+            f"{source}: two files hold a subject {key!r}, one is {twice[key].name}. Load one of them by its path."
+        )
+    return selected
 
 
 def _select(subjects: Mapping[str, _T], name: str | None, source: object) -> dict[str, _T]:
@@ -585,16 +587,14 @@ def pull_subject(
 
 
 def _may_be_subject(api: HfApi, repo_id: str, path: str, size: int, revision: str | None) -> bool:
-    """Whether a repository's file is worth its download: it is small, or its safetensors header says it is ours."""
+    """Whether a repository's file is worth its download: a `.safetensors` is small, or its header says it is ours."""
     from huggingface_hub.errors import SafetensorsParsingError
 
-    if size <= MAX_UNASKED_BYTES:
+    if size <= MAX_UNASKED_BYTES or path.endswith(".pt"):
         return True
-    if path.endswith(".pt"):
-        return False
     try:
         return "multisubject" in api.parse_safetensors_file_metadata(repo_id, path, revision=revision).metadata
-    except (SafetensorsParsingError, ValueError, RecursionError):
+    except (SafetensorsParsingError, AttributeError, TypeError, ValueError, RecursionError):  # of a damaged header
         return False
 
 
@@ -782,10 +782,10 @@ def _push(
 
     def make_repository() -> None:
         api.create_repo(repo_id, private=private, exist_ok=True)
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
         if tag is not None and tag in {ref.name for ref in api.list_repo_refs(repo_id).tags}:
             raise ValueError(f"tag={tag!r}: {repo_id!r} has this tag already. Nothing was pushed; choose another.")
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
 
     def commit_once() -> CommitInfo:
         info = api.model_info(repo_id, revision=revision, files_metadata=True)

@@ -15,7 +15,6 @@ import json
 import math
 import numbers
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,6 +92,9 @@ if set(_SIBLING_VERSIONS.values()) != {__multisubject_version__}:
 _REGION_PROMPT = "a photo of"
 
 
+_KEEP_DTYPE: Any = object()  # what `from_pipe` asks for where the caller asks for no dtype
+
+
 @dataclass
 class MultiSubjectPipelineOutput(StableDiffusionPipelineOutput):
     """Stable Diffusion's output with attention maps.
@@ -136,14 +138,18 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
-        """As `DiffusionPipeline.from_pipe`, but in the pipeline's own dtype unless `dtype` asks for another: the models
-        are shared, and diffusers would turn them to float32. Subjects and their weights come along."""
+        """As `DiffusionPipeline.from_pipe`, but in the models' own dtypes unless `dtype` asks for another: they are
+        shared, and diffusers would turn them to float32. Subjects and their weights come along."""
         if not {"dtype", "torch_dtype"} & set(kwargs):
-            kwargs["dtype"] = pipeline.dtype
+            kwargs["dtype"] = _KEEP_DTYPE
         new = super().from_pipe(pipeline, **kwargs)
         if hasattr(pipeline, "subjects") and hasattr(pipeline, "_subject_weights"):
             new.subjects, new._subject_weights = dict(pipeline.subjects), dict(pipeline._subject_weights)
         return new
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base's."""
+        return self if kwargs.get("dtype") is _KEEP_DTYPE else super().to(*args, **kwargs)
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
@@ -183,8 +189,8 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
         if self.tokenizer is None or self.text_encoder is None:
             raise ValueError("The pipeline has no tokenizer or no text encoder, which subjects need; load both.")
         loaded = load_subject(source, name=name, class_phrase=class_phrase, **hub_options)
-        for new_name, subject in loaded.items():
-            self._check_subject(new_name, subject)
+        for index, (new_name, subject) in enumerate(loaded.items()):
+            self._check_subject(new_name, subject, [*loaded][:index])
         self.subjects.update(loaded)
         return list(loaded)
 
@@ -230,8 +236,8 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
         if missing := [name for name in names if name not in self.subjects]:
             raise ValueError(f"Subjects {missing} are not loaded; the loaded ones are {self.get_list_subjects()}.")
 
-    def _check_subject(self, name: str, subject: ResidualEmbedding) -> None:
-        for taken in self.subjects:  # prompts name subjects in any case
+    def _check_subject(self, name: str, subject: ResidualEmbedding, others: Sequence[str]) -> None:
+        for taken in (*self.subjects, *others):  # prompts name subjects in any case
             if name.casefold() == taken.casefold():
                 raise ValueError(
                     f"A subject {taken!r} is loaded already. Pass another `name`, or `unload_subject({taken!r})` first."
@@ -339,10 +345,17 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
         if prompts and self.tokenizer is None:
             raise ValueError("`prompt` needs a tokenizer, which the pipeline does not have; load one.")
         parsed = [parse_prompt(self.tokenizer, text, self._subjects_in_use(text)) for text in prompts]
+        if prompt is None and isinstance(negative_prompt, str) and prompt_embeds is not None:
+            negative_prompt = [negative_prompt] * len(prompt_embeds)
         negative_prompts = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt or []
-        negative = [parse_prompt(self.tokenizer, text, self.subjects, by_phrase=False) for text in negative_prompts]
+        negative = [
+            parse_prompt(self.tokenizer, text, self.subjects, by_phrase=False)
+            for text in (negative_prompts if self.tokenizer is not None else [])
+        ]
         regions = [
-            parse_layout(of_prompt, height=height, width=width, color_context=None if of_prompt is None else context)
+            parse_layout(of_prompt, height=height, width=width, color_context=context)
+            if of_prompt is not None or layout is None  # one of several prompts may have none
+            else ()
             for of_prompt, context in zip(
                 _per_prompt(layout, prompt, "layout"), _per_prompt(color_context, prompt, "color_context"), strict=True
             )
@@ -379,7 +392,6 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
                     [self._add_subjects(*row) for row in zip(prompt_embeds, parsed, strict=True)]
                 )
             if negative and negative_prompt_embeds is not None:
-                negative *= len(negative_prompt_embeds) // len(negative)  # one text may count for all prompts
                 negative_prompt_embeds = torch.stack(
                     [self._add_subjects(*row) for row in zip(negative_prompt_embeds, negative, strict=True)]
                 )
@@ -562,9 +574,14 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
     def _decode(self, input_ids: Sequence[int]) -> str:
         """Words that `encode_prompt` reads as these tokens: it writes learned tokens of several vectors out again."""
         added = self.tokenizer.get_added_vocab()
-        tokens = self.tokenizer.convert_ids_to_tokens(input_ids)
-        continues = [token in added and re.sub(r"_\d+$", "", token) in added.keys() - {token} for token in tokens]
-        return self.tokenizer.decode([i for i, of_other in zip(input_ids, continues, strict=True) if not of_other])
+        kept: list[int] = []
+        token, vectors = "", 0
+        for input_id, found in zip(input_ids, self.tokenizer.convert_ids_to_tokens(input_ids), strict=True):
+            vectors += 1
+            if token not in added or found != f"{token}_{vectors}":
+                kept.append(input_id)
+                token, vectors = found, 0
+        return self.tokenizer.decode(kept)
 
     def _default_size(self) -> tuple[int, int]:
         size = self.unet.config.sample_size
@@ -681,8 +698,6 @@ class RecurrentScheduler:
         visits[:repeated] = self._recurrence
         self.timesteps = timesteps.repeat_interleave(visits)
         self._num_revisits = repeated * self._recurrence
-        # What progress bars count by; where only some steps are repeated, they run ahead of the others.
-        self.order = self._recurrence if repeated == len(timesteps) else self._scheduler.order
         self._calls = 0
 
     def _step(

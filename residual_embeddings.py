@@ -84,7 +84,8 @@ class ParsedPrompt:
         """
         name = phrase.strip().removeprefix("<").removesuffix(">").strip()
         named = [mention.span for mention in self.mentions if mention.subject.casefold() == name.casefold()]
-        if f"<{name}>".casefold() in map(str.casefold, self.tokenizer.get_added_vocab()):  # of a textual inversion
+        if not named and f"<{name}>".casefold() in map(str.casefold, self.tokenizer.get_added_vocab()):
+            # of a textual inversion
             named = list(_iterate_spans(self.tokenizer, self.text, f"<{name}>"))
         words = list(_iterate_spans(self.tokenizer, self.text, name))
         if not named and not words:

@@ -444,10 +444,11 @@ def check_pickle(data: bytes) -> dict[str, int]:
             "which could run a stranger's code. Ask its author for a .safetensors file."
         )
     prefix = pickles[0].removesuffix("data.pkl") + "data/"
-    storages = {name: member.file_size for name, member in members.items() if name.startswith(prefix)}
-    # The archive knows a name in any case, torch remembers it in one: a storage can be unpacked at every mention.
-    mentions = sum(name in ("PERSID", "BINPERSID") for name, _ in opcodes)
-    if mentions * max(storages.values(), default=0) > MAX_FILE_BYTES:
+    storages = {name: size.file_size for name, size in members.items() if name.casefold().startswith(prefix.casefold())}
+    # The archive finds a storage under its name in any case, torch remembers it under each name: once for each of them.
+    sizes = {name.casefold(): size for name, size in storages.items()}
+    mentions = {(type(argument), argument) for _, argument in opcodes if isinstance(argument, (str, int))}
+    if sum(sizes.get(f"{prefix}{argument}".casefold(), 0) for _, argument in mentions) > MAX_FILE_BYTES:
         raise SubjectFileError(f"refused: it would unpack into more than {MAX_FILE_BYTES:,} bytes.")
     return storages
 

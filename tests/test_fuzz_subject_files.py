@@ -165,7 +165,7 @@ def test_damaged_pickles():
     assert counts["subject"] > 100
 
 
-def many_names_for_one_storage(count: int) -> bytes:
+def many_names_for_one_storage(count: int, folder: str = "data") -> bytes:
     """Names that differ only in case: the archive finds the same storage under each, torch unpacks it under each."""
     letters = "abcdefgh"
     buffer = io.BytesIO()
@@ -175,20 +175,29 @@ def many_names_for_one_storage(count: int) -> bytes:
     for index in range(count):
         name = "".join(c.upper() if index >> bit & 1 else c for bit, c in enumerate(letters))
         key, new = str(index).encode(), name.encode()
-        old = b"X" + len(key).to_bytes(4, "little") + key + b"q"
-        program = program.replace(old, b"X" + len(new).to_bytes(4, "little") + new + b"q")
+        old = b"X" + len(key).to_bytes(4, "little") + key
+        for memo in (b"q", b"r"):
+            program = program.replace(old + memo, b"X" + len(new).to_bytes(4, "little") + new + memo)
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as target:
         target.writestr("archive/data.pkl", program)
         target.writestr("archive/version", "3")
-        target.writestr(f"archive/data/{letters}", bytes(2**20))
+        target.writestr(f"archive/{folder}/{letters}", bytes(2**20))
     return buffer.getvalue()
 
 
 def test_small_pickles_that_unpack_into_much():
     buffer = io.BytesIO()
     torch.save({str(index): torch.ones(1).expand(75, 16384) for index in range(16)}, buffer)
-    for data in (many_names_for_one_storage(100), buffer.getvalue()):
+    files = [many_names_for_one_storage(100), many_names_for_one_storage(100, folder="DATA"), buffer.getvalue()]
+    for data in files:
         assert len(data) < 100_000
         with pytest.raises(SubjectFileError, match="it would unpack into more than"):
             read_pickle(data, "dog")
-    assert fuzz(lambda data: read_pickle(data, "dog"), iter([data])) == {"subject": 0, "error": 1}
+    assert fuzz(lambda data: read_pickle(data, "dog"), iter(files)) == {"subject": 0, "error": 3}
+    assert len(torch.load(io.BytesIO(many_names_for_one_storage(10)))) == 10, "the attack is none"
+
+
+def test_subjects_that_share_a_storage():
+    buffer, matrix = io.BytesIO(), torch.randn(256, 1024)
+    torch.save({f"s{index}": matrix[index] for index in range(100)}, buffer)
+    assert len(read_pickle(buffer.getvalue(), "dog")) == 100

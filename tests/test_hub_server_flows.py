@@ -52,6 +52,11 @@ def subject(value: float = 0.0, phrase: str = "person", dim: int = 8, **metadata
     return ResidualEmbedding(phrase, {"text_encoder": torch.full((1, dim), value)}, metadata)
 
 
+def header_alone(text: str) -> bytes:
+    """A safetensors file with this header and some numbers."""
+    return len(text).to_bytes(8, "little") + text.encode() + bytes(6000)
+
+
 def value_of(subjects: dict[str, ResidualEmbedding], name: str) -> float:
     return float(subjects[name].delta[0, 0])
 
@@ -188,6 +193,9 @@ def test_two_files_of_one_name_hide_that_name_alone(hub, tmp_path):
         for name in (None, "dog"):
             with pytest.raises(ValueError, match=r"two files hold a subject 'dog', one is b[.]safetensors"):
                 read(tmp_path, name=name)
+    (tmp_path / "b.safetensors").write_bytes(write_safetensors({"dog": subject(2.0)}))
+    with pytest.raises(ValueError, match="two files hold a subject 'dog'"):  # and not any of them as the cat
+        load_subject(tmp_path, name="cat")
 
 
 @pytest.mark.parametrize("path", ["/api/repos/create", "/tag/"])
@@ -392,12 +400,15 @@ def test_of_other_peoples_adapters_only_the_header_is_downloaded(hub, monkeypatc
     assert len(ours) > 5000
     hub.create(
         "user/mixed",
-        files={"dog.safetensors": save({"lora": torch.zeros(200_000)}), "cat.safetensors": ours, "x.pt": bytes(6000)},
+        files={
+            "dog.safetensors": save({"lora": torch.zeros(200_000)}),
+            "cat.safetensors": ours,
+            **{f"{i}.safetensors": header_alone(text) for i, text in enumerate(("[]", '{"a": 5}', "[" * 5000))},
+        },
     )
     assert [*load_subject("user/mixed")] == ["cat"]
     push_subject_to_hub(subject(1.0, dim=2000), "user/mixed", name="bird")
     assert 0 < max(request.sent for request in hub.served("GET", "dog.safetensors")) <= 100_001
-    assert not hub.served("GET", "x.pt")
 
 
 def test_a_repository_of_too_many_files_is_not_looked_through(hub, monkeypatch):

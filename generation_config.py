@@ -228,6 +228,11 @@ class GenerationTask:
         regions = parse_layout(self.layout, height=height, width=width, color_context=self.config.color_context)
         return tuple(replace(region, subject=names.get(region.subject, region.subject)) for region in regions)
 
+    @property
+    def residuals(self) -> dict[str, ResidualEmbedding]:
+        """Name -> what was read of the subject."""
+        return {name: subject.residual for name, subject in self.subjects.items()}
+
     def marked(self, text: str) -> str:
         """A negative prompt with this task's subjects under the names that the pipeline knows them by."""
         for name, subject in self.subjects.items():
@@ -236,9 +241,8 @@ class GenerationTask:
 
     def check_negative_prompt(self, text: str, tokenizer: Any) -> None:
         """Raises `ConfigError` for a `<name>` that is no subject of the task's prompt."""
-        subjects = {name: subject.residual for name, subject in self.subjects.items()}
         try:
-            parse_prompt(tokenizer, self.marked(text), subjects, by_phrase=False)
+            parse_prompt(tokenizer, self.marked(text), self.residuals, by_phrase=False)
         except ValueError:
             named = ", ".join(f"<{subject.key}>" for subject in self.subjects.values()) or "none"
             raise ConfigError(
@@ -406,8 +410,7 @@ def _plan(
     with _collect(report, index, "layout"):
         regions = task.regions()
     with _collect(report, index, "prompt"):
-        residuals = {name: subject.residual for name, subject in subjects.items()}
-        parsed = parse_prompt(base.tokenizer, prompt, residuals)
+        parsed = parse_prompt(base.tokenizer, prompt, task.residuals)
         for region in regions:
             with _collect(report, index, "color_context" if config.color_context else "layout"):
                 parsed.find_span(region.subject, region.occurrence)

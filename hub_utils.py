@@ -658,12 +658,13 @@ def push_subject_to_hub(
         subjects = {key: _with_license(key, value, license) for key, value in subjects.items()}
 
     files = {f"{key}.safetensors": write_safetensors({key: value}) for key, value in sorted(subjects.items())}
-    pushed = {key: parse_subjects(*parse_header(files[f"{key}.safetensors"]))[key][0] for key in subjects}
+    pushed = {
+        key: {**parse_subjects(*parse_header(files[file]))[key][0], "file": file}
+        for key, file in ((key, f"{key}.safetensors") for key in subjects)
+    }
     prompts = {key: [prompt for prompt, _ in samples] for key in subjects} if samples else {}
     for key in prompts:
         files |= {sample_path(key, index): _png(image) for index, (_, image) in enumerate(samples)}
-
-    pushed = {key: {**info, "file": f"{key}.safetensors"} for key, info in pushed.items()}
 
     def prepare(repo: _RepoState) -> dict[str, bytes | None]:
         present = repo.subjects()

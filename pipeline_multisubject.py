@@ -189,8 +189,10 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
         if self.tokenizer is None or self.text_encoder is None:
             raise ValueError("The pipeline has no tokenizer or no text encoder, which subjects need; load both.")
         loaded = load_subject(source, name=name, class_phrase=class_phrase, **hub_options)
-        for index, (new_name, subject) in enumerate(loaded.items()):
-            self._check_subject(new_name, subject, [*loaded][:index])
+        accepted = [*self.subjects]
+        for new_name, subject in loaded.items():
+            self._check_subject(new_name, subject, accepted)
+            accepted.append(new_name)
         self.subjects.update(loaded)
         return list(loaded)
 
@@ -236,8 +238,8 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
         if missing := [name for name in names if name not in self.subjects]:
             raise ValueError(f"Subjects {missing} are not loaded; the loaded ones are {self.get_list_subjects()}.")
 
-    def _check_subject(self, name: str, subject: ResidualEmbedding, others: Sequence[str]) -> None:
-        for taken in (*self.subjects, *others):  # prompts name subjects in any case
+    def _check_subject(self, name: str, subject: ResidualEmbedding, names: Sequence[str]) -> None:
+        for taken in names:  # prompts name subjects in any case
             if name.casefold() == taken.casefold():
                 raise ValueError(
                     f"A subject {taken!r} is loaded already. Pass another `name`, or `unload_subject({taken!r})` first."

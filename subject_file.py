@@ -444,7 +444,7 @@ def check_pickle(data: bytes) -> dict[str, int]:
             "which could run a stranger's code. Ask its author for a .safetensors file."
         )
     prefix = pickles[0].removesuffix("data.pkl") + "data/"
-    storages = {name: size.file_size for name, size in members.items() if name.casefold().startswith(prefix.casefold())}
+    storages = {name: part.file_size for name, part in members.items() if name.casefold().startswith(prefix.casefold())}
     # The archive finds a storage under its name in any case, torch remembers it under each name: once for each of them.
     sizes = {name.casefold(): size for name, size in storages.items()}
     mentions = {(type(argument), argument) for _, argument in opcodes if isinstance(argument, (str, int))}

@@ -69,8 +69,8 @@ def contact_sheet(
 def draw_regions(image: Image.Image, regions: Sequence[Region]) -> Image.Image:
     """Outline each region on a copy of `image` and write its subject in its corner.
 
-    The outline follows the mask at one half, so it shows what guidance sees after overlaps are resolved. A subject has
-    the same colour in every picture and every run. Tiny images come back enlarged (see `READABLE_WIDTH`).
+    The outline follows the mask at half its peak, so it shows what guidance sees after overlaps are resolved. A subject
+    has the same colour in every picture and every run. Tiny images come back enlarged (see `READABLE_WIDTH`).
     """
     canvas = _readable(image)
     names = region_names(regions)

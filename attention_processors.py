@@ -272,9 +272,9 @@ class RegionAttnProcessor(AttnProcessor2_0):
         # 3. Attend
         if is_cross and regions.recorder is not None:
             # In float32: fused attention scales before it multiplies, this product would overflow float16.
-            logits = query.float() @ key.float().transpose(-1, -2) * attn.scale
-            logits = logits if bias is None else logits + bias
-            regions.recorder.add(logits[-regions.batch :], regions.sizes[query.shape[2]])
+            logits = query[-regions.batch :].float() @ key[-regions.batch :].float().transpose(-1, -2) * attn.scale
+            logits = logits if bias is None else logits + bias[-regions.batch :]
+            regions.recorder.add(logits, regions.sizes[query.shape[2]])
         output = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=attn.scale)
 
         # 4. Project back

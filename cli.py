@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--class-phrase", help="the words it replaces in a prompt; a .pt does not say (default: NAME)")
     command.add_argument("--base-model", help="Hub id of the base that it was trained on; a .pt does not say")
     command.add_argument("--license", help="the subject's licence, e.g. cc-by-4.0")
+    _add_overwrite(command)
 
     command = _add(commands, "push", _push, "publish a subject, with its card and sample pictures, in one commit")
     command.add_argument("source", metavar="FILE")
@@ -94,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--output", type=Path, default=Path(), help="folder to write to (default: this folder)")
     command.add_argument("--force-download", action="store_true", help="ignore what the cache has")
     command.add_argument("--local-files-only", action="store_true", help="read the cache, make no network call")
+    _add_overwrite(command)
 
     command = _add(commands, "push-pipeline", _push_pipeline, 'publish the pipeline for custom_pipeline="USER/REPO"')
     command.add_argument("repo_id", metavar="USER/REPO")
@@ -105,6 +107,15 @@ def _add(commands: Any, name: str, run: Any, help: str) -> argparse.ArgumentPars
     command = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
     command.set_defaults(run=run)
     return command
+
+
+def _add_overwrite(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--overwrite", action="store_true", help="replace files that are there already")
+
+
+def _check_free(options: argparse.Namespace, paths: Iterable[Path]) -> None:
+    if not options.overwrite and (taken := [str(path) for path in paths if path.exists()]):
+        raise ValueError(f"there already: {', '.join(taken)}. Write somewhere else, or pass --overwrite.")
 
 
 def _add_push_options(command: argparse.ArgumentParser) -> None:
@@ -154,6 +165,7 @@ def _verify(options: argparse.Namespace) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
+    _check_free(options, [options.output])
     given = {"base_model": options.base_model, "license": options.license}
     metadata = {key: value for key, value in given.items() if value is not None}
     arguments = {"name": options.name, "class_phrase": options.class_phrase, **metadata}
@@ -186,8 +198,10 @@ def _pull(options: argparse.Namespace) -> None:
         force_download=options.force_download,
         local_files_only=options.local_files_only,
     )
+    paths = {name: options.output / f"{name}.safetensors" for name in subjects}
+    _check_free(options, paths.values())
     for name, subject in subjects.items():
-        print(save_subject({name: subject}, options.output / f"{name}.safetensors"))
+        print(save_subject({name: subject}, paths[name]))
 
 
 def _push_pipeline(options: argparse.Namespace) -> None:

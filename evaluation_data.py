@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 from .generate_images import CONTACT_SHEET, read_settings
-from .generation_config import resolve_paths
+from .generation_config import resolve_paths, subject_name
 from .layout import Box, Region, layout_checksum, parse_layout
 from .pictures import PICTURE_ERRORS, open_picture, split_alpha
 from .subject_file import default_name, make_writable_folder, printable
@@ -210,7 +210,8 @@ def find_pictures(argument: str, folder: str, notes: Notes, *, recursive: bool) 
     files = Path(folder).rglob("*") if recursive else Path(folder).iterdir()
     paths = sorted(path for path in files if is_picture(path))
     attention = {path.with_name(f"{path.stem}_attention.png") for path in paths}
-    paths = [p for p in paths if p.name != CONTACT_SHEET and p not in attention and not _is_evaluation_sheet(p)]
+    sheets = {path for path in paths if path.suffix == ".png" and _is_evaluation(path.with_suffix(".json"))}
+    paths = [path for path in paths if path.name != CONTACT_SHEET and path not in attention | sheets]
     readable = []
     for path in paths:
         try:
@@ -227,22 +228,21 @@ def find_pictures(argument: str, folder: str, notes: Notes, *, recursive: bool) 
     return readable
 
 
-def _is_evaluation_sheet(path: Path) -> bool:
-    with_scores = path.with_suffix(".json")
-    return (
-        path.suffix == ".png" and with_scores.is_file() and b'"multisubject-evaluate"' in with_scores.read_bytes()[:99]
-    )
+def _is_evaluation(scores: Path) -> bool:
+    if not scores.is_file():
+        return False
+    with scores.open("rb") as file:
+        return b'"multisubject-evaluate"' in file.read(99)
 
 
 def check_output(output: Path) -> None:
-    """Raise `EvaluationError` for a file that cannot be written, or whose contact sheet would replace a picture."""
-    sheet = output.with_suffix(".png")
+    """Raise `EvaluationError` for a file that cannot be written, or that would replace what is no evaluation."""
     try:
-        if output.is_dir() or (sheet.exists() and not _is_evaluation_sheet(sheet)):
+        taken = [path for path in (output, output.with_suffix(".png")) if path.exists()]
+        if taken and not _is_evaluation(output):
             raise EvaluationError(
-                f"--output is {str(output)!r}, and there is already {str(output if output.is_dir() else sheet)!r}, no "
-                "contact sheet of an evaluation; expected a name that is free, also with .png for the contact sheet. "
-                "Give another, or move that away."
+                f"--output is {str(output)!r}, and there is already {str(taken[0])!r}, which is not of an evaluation; "
+                "expected a name that is free, also with .png for the contact sheet. Give another, or move that away."
             )
         make_writable_folder(output.parent)
     except OSError as error:
@@ -327,16 +327,15 @@ def _fill_in(prompt: str, targets: Mapping[str, Target]) -> str:
     return re.sub(r"<([^<>]+)>", lambda name: targets[name[1]].phrase if name[1] in targets else name[1], prompt)
 
 
-def _slug(subject: str) -> str:
-    return re.sub(r"[^\w-]+", "-", subject)  # what generate_images calls a subject in the prompt
-
-
 def _subject_of(region: Region, prompt: str, targets: Mapping[str, Target]) -> str:
-    """The subject that a region is about, which it may address by its class phrase: `dog`, occurrence 2."""
-    if _slug(region.subject) in targets:
-        return _slug(region.subject)
-    hits = [hit.strip("<>") for hit in re.findall(rf"<[^<>]+>|\b{re.escape(region.subject)}\b", prompt)]
-    hits = [hit for hit in hits if region.subject in (hit, targets[hit].phrase if hit in targets else hit)]
+    """The subject that a region is about, in any case; it may address it by its class phrase: `dog`, occurrence 2."""
+    names = {name.casefold(): name for name in targets}
+    if (name := subject_name(region.subject).casefold()) in names:
+        return names[name]
+    wanted = region.subject.casefold()
+    found = re.findall(rf"<[^<>]+>|\b{re.escape(region.subject)}\b", prompt, re.IGNORECASE)
+    hits = [names.get(hit.strip("<>").casefold(), hit.strip("<>")) for hit in found]
+    hits = [hit for hit in hits if wanted in (hit.casefold(), hit in targets and targets[hit].phrase.casefold())]
     return dict(enumerate(hits, 1)).get(region.occurrence or 1, region.subject)
 
 
@@ -349,12 +348,14 @@ def _read_regions(settings: Mapping[str, Any], path: Path, args: EvaluateArgumen
     try:
         layout = resolve_paths(settings["layout"], Path(args.generation_config or path))
         regions = parse_layout(layout, height=height, width=width, color_context=settings.get("color_context"))
-    except (OSError, TypeError, ValueError, AttributeError) as error:
+    except (OSError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # `~nobody`, too deep a JSON
         notes.warn(
             f"no layout scores in {path.parent}: {error} Go to another working folder, or use --generation_config."
         )
         return ()
-    names = [slug if (slug := _slug(region.subject)) in settings["subjects"] else region.subject for region in regions]
+    names = [
+        name if (name := subject_name(region.subject)) in settings["subjects"] else region.subject for region in regions
+    ]
     checksum = layout_checksum(replace(region, subject=name) for region, name in zip(regions, names, strict=True))
     size_is_kept = (settings.get("height"), settings.get("width")) == (height, width)
     if size_is_kept and settings.get("layout_sha256") != checksum:

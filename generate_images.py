@@ -111,9 +111,9 @@ class GenerateArguments:
         if not math.isfinite(self.guidance_scale) or self.guidance_scale < 0:
             raise ValueError(f"--guidance_scale is {self.guidance_scale}; expected 0 or more, 7.5 is usual.")
         try:
-            torch.device(self.device or "cpu")
-        except RuntimeError as error:
-            raise ValueError(f"--device is {self.device!r}; expected cpu, cuda, cuda:1, mps, …") from error
+            torch.empty(0, device=self.device or "cpu")
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"--device is {self.device!r}; expected cpu or what this machine has. {error}") from error
         self.size()
 
     def size(self) -> tuple[int, int] | None:
@@ -236,6 +236,7 @@ def make_picture(
         output_attention_maps=_wants_attention(task, args),
     )
     path = picture_path(task, index, args)
+    _attention_path(path).unlink(missing_ok=True)  # of the picture that is replaced
     if output.attention_maps is not None:
         sheet = attention_sheet(output.images[0], output.attention_maps[0], regions)
         save_picture(sheet, _attention_path(path), settings)
@@ -303,6 +304,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with state.split_between_processes(work) as share:
         if share:
             pipe = _load_pipeline(_model_name(args), device, dtype, show_progress=state.is_main_process)
+            for task in tasks:  # before the first picture: does every subject fit the model?
+                load_subjects(pipe, task)
         current = None
         for task, index, wanted in tqdm(share, unit="picture", disable=not state.is_main_process):
             if task is not current:
@@ -387,7 +390,10 @@ def _is_done(task: GenerationTask, index: int, settings: Mapping[str, Any], args
 def _load_pipeline(model: str, device: torch.device, dtype: torch.dtype, show_progress: bool) -> MultiSubjectPipeline:
     from multisubject.pipeline_multisubject import MultiSubjectPipeline
 
-    pipe = MultiSubjectPipeline.from_pretrained(model, dtype=dtype).to(device)
+    try:
+        pipe = MultiSubjectPipeline.from_pretrained(model, dtype=dtype).to(device)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: base model {model!r} cannot be loaded: {error}")
     pipe.set_progress_bar_config(disable=not show_progress, leave=False)
     return pipe
 

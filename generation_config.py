@@ -64,8 +64,8 @@ class GenerationConfig:
     seed: int | None = None
 
 
-# Passed on to the pipeline where the entry gives them.
 MOST_SEED = 2**62  # torch takes 2 ** 63 - 1; the pictures of an entry count on from its seed
+# Passed on to the pipeline where the entry gives them.
 GUIDANCE_KEYS = ("guidance_steps", "guidance_weight", "weight_negative", "guidance_method", "recurrence")
 
 
@@ -146,14 +146,19 @@ class BaseModel:
                 unet, vae, text_encoder = (_read_json(name, part) for part in ("unet", "vae", "text_encoder"))
                 tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer")
                 version = _version(_config_file(name, "unet").parent.parent)
+                size, blocks, embed_dim = unet["sample_size"], vae["block_out_channels"], text_encoder["hidden_size"]
         except (OSError, ValueError) as error:
             raise ConfigError(f"base model {name!r} cannot be read: {error}") from error
-        if problem := unsuitable_base(unet, text_encoder["hidden_size"]):
+        except KeyError as error:
+            raise ConfigError(
+                f"base model {name!r} cannot be read: {error} is missing in its unet/config.json, vae/config.json or "
+                "text_encoder/config.json; expected the folder or Hub id of a Stable Diffusion model."
+            ) from None
+        if problem := unsuitable_base(unet, embed_dim):
             raise ConfigError(f"base model {name!r} cannot be used: its UNet {problem}")
-        size = unet["sample_size"]
         height, width = (size, size) if isinstance(size, int) else size
-        scale = 2 ** (len(vae["block_out_channels"]) - 1)
-        return cls(name, tokenizer, (height * scale, width * scale), text_encoder["hidden_size"], version)
+        scale = 2 ** (len(blocks) - 1)
+        return cls(name, tokenizer, (height * scale, width * scale), embed_dim, version)
 
 
 def _config_file(model: str, component: str) -> Path:
@@ -400,10 +405,9 @@ def _plan(
                 report.warn(f"{error} The prompt does not use it.", index, "residual_dict", key)
 
     layout = None
-    if config.layout is not None:
+    if config.layout is not None and config.guidance_steps != 0:
         with _collect(report, index, "layout"):
             layout = resolve_paths(config.layout, report.path)
-            layout = None if config.guidance_steps == 0 else layout
     folder = _folder([subject.key for subject in subjects.values()], config.prompt)
     task = GenerationTask(config, prompt, subjects, layout, size, folder)
     regions: tuple[Region, ...] = ()
@@ -452,7 +456,7 @@ def _mark_subjects(
         for position, (key, number) in enumerate(config.subject_list):
             with _collect(report, index, "subject_list"):
                 place = _find_place(config, base.tokenizer, key, number)
-                if place in places:
+                if any(_overlap(place, other) for other in places):
                     raise ValueError(
                         f"pair {position + 1} names the same word as another pair; expected each word once."
                     )
@@ -460,7 +464,7 @@ def _mark_subjects(
     found = {key: list(_find_phrase(config.prompt, key)) for key in config.residual_dict}
     names_of: dict[str, str] = {}
     for key in (key for key, hits in found.items() if hits):
-        other = names_of.setdefault(_subject_name(key).casefold(), key)
+        other = names_of.setdefault(subject_name(key).casefold(), key)
         if other != key:
             report.problem(
                 f"{other!r} and {key!r} mean the same name in a prompt, where case and spaces do not count; expected "
@@ -470,6 +474,14 @@ def _mark_subjects(
                 key,
             )
     marked = {place: key for key, hits in found.items() for place in hits if config.prompt[place[0]] == "<"}
+    for place in [place for place in places if place not in marked and any(_overlap(place, mark) for mark in marked)]:
+        word, (start, end) = places.pop(place), next(mark for mark in marked if _overlap(place, mark))
+        report.problem(
+            f"{word!r} is a part of {config.prompt[start:end]!r}, which the prompt marks as a subject of its own; "
+            "expected one of both.",
+            index,
+            "subject_list",
+        )
     places |= marked
     if config.subject_list is None and not marked:
         for key in sorted(found, key=len, reverse=True):  # `red dog` before `dog`
@@ -482,14 +494,15 @@ def _mark_subjects(
     prompt = config.prompt
     names: dict[str, tuple[str, str | None]] = {}
     for (start, end), key in sorted(places.items(), reverse=True):
-        name = _subject_name(key)
+        name = subject_name(key)
         prompt = f"{prompt[:start]}<{name}>{prompt[end:]}"
         if name not in names or (start, end) not in marked:
             names[name] = (key, None if (start, end) in marked else key)
     return prompt, dict(sorted(names.items()))
 
 
-def _subject_name(key: str) -> str:
+def subject_name(key: str) -> str:
+    """What the prompt calls the subject of a key of `residual_dict`."""
     return re.sub(r"[^\w-]+", "-", key)  # names have no spaces, phrases may
 
 

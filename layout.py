@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor, UnidentifiedImageError
+from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
 __multisubject_version__ = "0.1.0"
 
@@ -339,8 +339,8 @@ def _as_array(value: Any, place: str) -> np.ndarray:
     if isinstance(value, str | os.PathLike):
         try:
             with Image.open(value) as image:
-                image.load()
-                value = image
+                value = ImageOps.exif_transpose(image)  # as viewers show it
+                value.load()
         except FileNotFoundError:
             raise ValueError(
                 f"{place}: file {os.fspath(value)!r} does not exist. Check the path and working folder."

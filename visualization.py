@@ -69,8 +69,8 @@ def contact_sheet(
 def draw_regions(image: Image.Image, regions: Sequence[Region]) -> Image.Image:
     """Outline each region on a copy of `image` and write its subject in its corner.
 
-    The outline follows the mask at half its peak, so it shows what guidance sees after overlaps are resolved. A subject
-    has the same colour in every picture and every run. Tiny images come back enlarged (see `READABLE_WIDTH`).
+    The outline follows the mask at half its peak, so it shows what guidance sees after overlaps are resolved. The same
+    subjects have the same colours in every picture and run. Tiny images come back enlarged (see `READABLE_WIDTH`).
     """
     canvas = _readable(image)
     names = region_names(regions)
@@ -158,7 +158,7 @@ def _rgb(hue: float, saturation: float, value: float) -> RGB:
 
 def _readable(image: Image.Image) -> Image.Image:
     """An RGB copy, enlarged by a whole factor where it is narrower than READABLE_WIDTH."""
-    factor = max(1, -(-READABLE_WIDTH // image.width)) if image.width < READABLE_WIDTH else 1
+    factor = -(-READABLE_WIDTH // image.width)
     return image.convert("RGB").resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 

@@ -31,6 +31,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from multisubject.benchmarks.layout_guidance import LayoutGuidance
+from multisubject.benchmarks.results import digest_of_weights, load_results
 from multisubject.benchmarks.speed import measure
 from multisubject.evaluate import bootstrap_interval
 from multisubject.guidance_methods import (
@@ -43,7 +44,7 @@ from multisubject.guidance_methods import (
 )
 from multisubject.pipeline_multisubject import MultiSubjectPipeline
 from multisubject.subject_file import write_atomically
-from multisubject.tiny_world.judge import Judge, Verdict
+from multisubject.tiny_world.judge import CHECKPOINT, Judge, Verdict
 from multisubject.tiny_world.scenes import (
     Box,
     Look,
@@ -390,25 +391,16 @@ def plot(results: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
-def load_results(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Earlier results made with the same settings; empty ones where there is no file. ValueError for other settings."""
-    if not path.exists():
-        return {"settings": settings, "cells": {}}
-    results: dict[str, Any] = json.loads(path.read_text())
-    if results["settings"] != settings:
-        raise ValueError(f"{path} was made with {results['settings']}, not {settings}; choose another --results.")
-    return results
-
-
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Draw and score what the results file does not hold yet."""
     settings = {
+        "models": digest_of_weights(BASE, ROOT / "embeddings", CHECKPOINT),
         "seed": options.seed,
         "num_inference_steps": options.num_inference_steps,
         "guidance_scale": options.guidance_scale,
         "dtype": options.dtype,
     }
-    results = load_results(options.results, settings)
+    results = load_results(options.results, settings, "--results")
     judge, world = Judge.load(), World()
     pipe = MultiSubjectPipeline.from_pretrained(str(BASE), dtype=getattr(torch, options.dtype)).to(options.device)
     pipe.set_progress_bar_config(disable=True)

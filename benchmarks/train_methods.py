@@ -13,7 +13,6 @@ its time and its peak memory are its own.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import random
@@ -30,6 +29,7 @@ import yaml
 from PIL import Image
 from tqdm.auto import tqdm
 
+from multisubject.benchmarks.results import digest_of_weights, load_results
 from multisubject.subject_file import write_atomically
 from multisubject.tiny_world.judge import Judge
 from multisubject.tiny_world.scenes import World, article, is_visible
@@ -415,16 +415,16 @@ def random_sd21() -> None:
 
 def measure_memory(results: dict[str, Any], options: argparse.Namespace) -> None:
     """Peak memory of two steps of each method on random models of SD 2.1's size, in `results["sd21"]`."""
-    subject = SUBJECTS[options.subjects[0]]
+    subject, peaks = SUBJECTS[options.subjects[0]], results.setdefault("sd21", {})
     for method in (progress := tqdm(options.methods, unit="method")):
         progress.set_description(f"Stable Diffusion 2.1's shape, {method}")
-        if method in results["sd21"]:
+        if method in peaks:
             continue
         output = options.output_dir / "trained" / f"sd21-{method}" / subject.name
         flags = [*train_flags(Run(method, 2), subject, output, options), f"--resolution={SD21_RESOLUTION}"]
         cost = in_process_of_its_own(SD21_TRAINING, flags, output.with_suffix(".log"))
         shutil.rmtree(output)  # checkpoints of gigabytes
-        results["sd21"][method] = cost["peak_bytes"]
+        peaks[method] = cost["peak_bytes"]
         write_atomically(options.output_dir / "results.json", json.dumps(results, indent=1).encode())
 
 
@@ -442,31 +442,13 @@ def report_memory(peaks: dict[str, float], methods: Sequence[str]) -> tuple[str,
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
-def load_results(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Earlier results made with the same settings; empty ones where there is no file. ValueError for other settings."""
-    if not path.exists():
-        return {"settings": settings, "cells": {}, "sd21": {}}
-    results: dict[str, Any] = json.loads(path.read_text())
-    if differing := [key for key in settings if results["settings"].get(key) != settings[key]]:
-        raise ValueError(f"{path} was made with other settings ({', '.join(differing)}); choose another --output_dir.")
-    return results
-
-
-def digest_of_base(folder: Path) -> str:
-    """The same for the same weights."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.safetensors")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
 def run(options: argparse.Namespace) -> int:
     """Measure what is missing, print the tables and the verdict; 0 if all that was promised holds."""
     folders = [options.data_dir / name for name in options.subjects] if options.data_dir else []
     if lacking := [str(folder) for folder in folders if not folder.is_dir()]:
         raise ValueError(f"--data_dir: no folders {lacking}; expected one per subject, or leave it out to draw them.")
     settings = {
-        "base": digest_of_base(options.base),
+        "base": digest_of_weights(options.base),
         "seed": options.seed,
         "num_inference_steps": options.num_inference_steps,
         "guidance_scale": options.guidance_scale,
@@ -475,7 +457,7 @@ def run(options: argparse.Namespace) -> int:
         "config": yaml.safe_load(CONFIG.read_text()),
         "data_dir": str(options.data_dir) if options.data_dir else None,
     }
-    results = load_results(options.output_dir / "results.json", settings)
+    results = load_results(options.output_dir / "results.json", settings, "--output_dir")
     if options.data_dir is None:
         options.data_dir = options.output_dir / "data"
         save_training_pictures(options.data_dir, World())

@@ -269,6 +269,13 @@ def test_a_region_may_call_its_subject_by_the_class_phrase():
     assert _subject_of(Region("red ball", mask), prompt, targets) == "red ball"
 
 
+def test_a_region_may_write_its_subject_in_any_case():
+    mask, targets = np.ones((2, 2), np.float32), {"rex": Target("rex", "dog", "rex")}
+    assert _subject_of(Region("Rex", mask), "a photo of <rex>", targets) == "rex"
+    assert _subject_of(Region("Dog", mask), "a photo of <REX>", targets) == "rex"
+    assert _subject_of(Region("Dog", mask, occurrence=2), "a dog and <rex>", targets) == "rex"
+
+
 def test_bootstrap_interval_narrows_with_more_pictures():
     few, many = (bootstrap_interval(np.tile([0.0, 1.0], count)) for count in (10, 1000))
     assert few[0] < many[0] < 0.5 < many[1] < few[1]
@@ -410,6 +417,9 @@ def test_pictures_of_generate_images_say_what_they_were_to_show(tmp_path, models
     run(*command)
     result = read(tmp_path / "results" / "evaluation.json")
     assert "layout.png" in result["warnings"][0] and "--generation_config" in result["warnings"][0]
+    save_picture(drawing(0, (64, 64)), folder / "0000.png", made | {"layout": "~nobody-here/x.png"})  # a stranger's
+    run(*command)
+    assert any("home directory" in warning for warning in read(tmp_path / "results" / "evaluation.json")["warnings"])
 
 
 def test_a_detector_of_fixed_classes(tmp_path, models, plain, capsys):
@@ -503,6 +513,14 @@ def test_the_contact_sheet_never_replaces_a_picture(plain, capsys):
     message = refused(capsys, *plain, "--dino_model", "never/loaded", "--output", picture.with_suffix(".json"))
     assert "--output is" in message and f"there is already {str(picture)!r}" in message
     assert picture.read_bytes() == before and not picture.with_suffix(".json").exists()
+
+
+def test_scores_never_replace_a_file_of_another_kind(plain, tmp_path, capsys):
+    config = tmp_path / "config.json"
+    config.write_text('[{"prompt": "a dog"}]')
+    message = refused(capsys, *plain, "--dino_model", "never/loaded", "--output", config)
+    assert "--output is" in message and "not of an evaluation" in message
+    assert config.read_text() == '[{"prompt": "a dog"}]'
 
 
 def test_dino_without_references_is_refused(tmp_path, capsys):

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw, PngImagePlugin
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from multisubject import generate_images, generation_config
 from multisubject.generate_images import CONTACT_SHEET, EMBEDDED_BASE, main, read_settings
 from multisubject.generation_config import BaseModel, ConfigError, load_tasks
 from multisubject.hub_utils import save_subject
 from multisubject.residual_embeddings import ResidualEmbedding
+from multisubject.subject_file import fingerprint_text_encoder
 
 ROOT = Path(__file__).parent.parent
 SUBJECTS = {"petrucci": "person", "majesty": "guitar", "biscuit": "dog", "sunrise": "mug", "comet": "ball"}
@@ -28,6 +30,14 @@ SEED_ENTRY: dict[str, Any] = {
     "weight_negative": -1e8,
     "layout": "layouts/guitar.png",
     "subject_list": [["person", 4], ["guitar", 6]],
+}
+
+
+RED_DOG: dict[str, Any] = {
+    "prompt": "a photo of a red dog",
+    "residual_dict": {"dog": "embeddings/biscuit.pt", "red dog": "embeddings/biscuit.pt"},
+    "color_context": None,
+    "layout": None,
 }
 
 
@@ -98,6 +108,11 @@ def test_shipped_configs_are_sound(name, base):
 def test_guidance_steps_0_means_no_layout(check):
     (task,), _ = check(changed(guidance_steps=0))
     assert task.layout is None and task.regions() == ()
+
+
+def test_a_layout_that_is_not_followed_is_not_read(check):
+    (task,), _ = check(changed(guidance_steps=0, layout="not/there.png"))
+    assert task.layout is None
 
 
 def test_a_missing_file_of_a_subject_that_is_not_used_only_warns(check):
@@ -289,6 +304,11 @@ def test_one_report_names_every_problem_with_its_place(base, workshop, tmp_path)
         ({"color_context": None, "layout": {"person": [0, 0, 2, 2]}}, "from 0 to 1"),
         ({"subject_list": [["cat", 4]]}, "'cat' has no file in residual_dict"),
         ({"subject_list": [["person", 4], ["person", 4]]}, "the same word as another pair"),
+        (RED_DOG | {"subject_list": [["dog", 6], ["red dog", 5]]}, "pair 2 names the same word as another pair"),
+        (
+            RED_DOG | {"prompt": "a photo of a <red dog>", "subject_list": [["dog", 6]]},
+            "'dog' is a part of '<red dog>', which the prompt marks",
+        ),
         (
             {"prompt": "a guitar", "subject_list": [["person", 1]]},
             "'person' is not in the prompt, whose words are 1 'a'",
@@ -371,6 +391,20 @@ def test_a_base_that_is_none_is_refused(workshop, capsys):
     assert "has no unet/config.json; expected the folder or Hub id" in capsys.readouterr().err
 
 
+def test_a_base_with_a_setting_or_weights_missing_is_refused(config_file, tmp_path, capsys):
+    model = Path(shutil.copytree(EMBEDDED_BASE, tmp_path / "model"))
+    flags = ["--generation_config", str(config_file), "--output_dir", str(tmp_path / "out"), *QUICK]
+    for weights in (model / "unet").glob("*.safetensors"):
+        weights.unlink()
+    with pytest.raises(SystemExit, match=r"base model .* cannot be loaded: "):
+        main([*flags, "--pretrained_model_name", str(model)])
+    config = model / "text_encoder" / "config.json"
+    config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "hidden_size"}))
+    with pytest.raises(SystemExit):
+        main([*flags, "--pretrained_model_name", str(model)])
+    assert "'hidden_size' is missing in its" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -380,7 +414,8 @@ def test_a_base_that_is_none_is_refused(workshop, capsys):
         (["--seed", "-1"], "expected 0 to"),
         (["--seed", str(2**63)], "expected 0 to"),
         (["--guidance_scale", "nan"], "0 or more"),
-        (["--device", "gpu"], "expected cpu, cuda"),
+        (["--device", "gpu"], "expected cpu or what this machine has"),
+        *[(["--device", "cuda"], "expected cpu or what this machine has")] * (not torch.cuda.is_available()),
         (["--colour", "red"], "--colour"),
     ],
 )
@@ -499,6 +534,63 @@ def test_resume_makes_anew_what_another_model_made(config_file, tmp_path, capsys
     main(flags)
     there = [line[0] for line in capsys.readouterr().out.splitlines() if line.endswith("pictures are there already.")]
     assert there == ["0", "2", "0", "0"]
+
+
+def test_a_new_picture_takes_the_old_ones_attention_sheet_away(gallery, config_file, tmp_path):
+    folder = shutil.copytree(gallery, tmp_path / "results") / FOLDER
+    main(["--generation_config", str(config_file), "--output_dir", str(tmp_path / "results"), *QUICK, "--seed", "5"])
+    assert settings_of(folder / "0000.png")["seed"] == 5
+    assert not list(folder.glob("*_attention.png"))
+
+
+def test_resume_makes_a_missing_attention_sheet(gallery, config_file, tmp_path, capsys):
+    folder = shutil.copytree(gallery, tmp_path / "results") / FOLDER
+    (folder / "0001_attention.png").unlink()
+    flags = ["--generation_config", str(config_file), "--output_dir", str(tmp_path / "results"), *QUICK, "--resume"]
+    main([*flags, "--save_attention_maps"])
+    assert "3 of 4 pictures are there already" in capsys.readouterr().out
+    assert (folder / "0001_attention.png").exists()
+
+
+def test_an_entry_without_subjects_is_drawn_without_those_of_the_entry_before(gallery):
+    from multisubject.pipeline_multisubject import MultiSubjectPipeline
+
+    pipe = MultiSubjectPipeline.from_pretrained(str(EMBEDDED_BASE), dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    for index in range(2):  # the entry has a seed of its own, 7
+        image = pipe(
+            "a photo of a dog",
+            negative_prompt="a mug",
+            num_inference_steps=2,
+            generator=torch.Generator().manual_seed(7 + index),
+        ).images[0]
+        assert np.array_equal(
+            np.asarray(image), pixels(gallery / "no_subject" / "a_photo_of_a_dog" / f"000{index}.png")
+        )
+
+
+def test_subjects_of_the_entry_before_are_gone(check):
+    from multisubject.generate_images import load_subjects
+    from multisubject.pipeline_multisubject import MultiSubjectPipeline
+
+    pipe = MultiSubjectPipeline.from_pretrained(str(EMBEDDED_BASE), dtype=torch.float32)
+    tasks, _ = check(SEED_ENTRY, {"prompt": "a dog", "residual_dict": {"dog": "embeddings/biscuit.pt"}})
+    for task in tasks:
+        load_subjects(pipe, task)
+        assert sorted(pipe.get_list_subjects()) == sorted(task.subjects)
+
+
+def test_a_subject_of_another_base_of_the_same_width_is_found_before_the_first_picture(base, tmp_path):
+    size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    fingerprint = fingerprint_text_encoder(CLIPTextModel(CLIPTextConfig(vocab_size=9, **size)))
+    delta = {"text_encoder": torch.ones(1, base.embed_dim)}
+    stranger = ResidualEmbedding("dog", delta, {"text_encoder_fingerprint": fingerprint})
+    save_subject(stranger, tmp_path / "rex.safetensors")
+    entries = [{"prompt": "a mug"}, {"prompt": "a <rex>", "residual_dict": {"rex": str(tmp_path / "rex.safetensors")}}]
+    (tmp_path / "config.json").write_text(json.dumps(entries))
+    with pytest.raises(SystemExit, match="rex"):
+        main(["--generation_config", str(tmp_path / "config.json"), "--output_dir", str(tmp_path / "out"), *QUICK])
+    assert not list((tmp_path / "out").rglob("*.png"))
 
 
 def test_settings_of_a_strangers_picture_are_none(tmp_path):

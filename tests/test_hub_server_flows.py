@@ -535,9 +535,16 @@ def test_the_command_line_pushes_lists_and_pulls(hub, tmp_path, capsys):
     assert cli.main(["list", "user/band"]) == 0
     assert "petrucci  person" in capsys.readouterr().out
     assert cli.main(["pull", "user/band@v1", "--output", str(tmp_path / "out")]) == 0
-    assert value_of(load_subject(tmp_path / "out" / "petrucci.safetensors"), "petrucci") == 1.0
+    pulled = tmp_path / "out" / "petrucci.safetensors"
+    assert value_of(load_subject(pulled), "petrucci") == 1.0
     assert cli.main(["pull", "user/nothing"]) == 1
     assert "multisubject pull: " in capsys.readouterr().err
+    save_subject(subject(2.0), pulled)  # a day's training
+    assert cli.main(["pull", "user/band", "--output", str(tmp_path / "out")]) == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert value_of(load_subject(pulled), "petrucci") == 2.0
+    assert cli.main(["pull", "user/band", "--output", str(tmp_path / "out"), "--overwrite"]) == 0
+    assert value_of(load_subject(pulled), "petrucci") == 1.0
 
 
 # --- the pipeline -----------------------------------------------------------------------------------------------------

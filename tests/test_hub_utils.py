@@ -708,6 +708,12 @@ def test_convert_goes_both_ways(tmp_path, capsys):
     assert loaded.metadata == {"base_model": "user/base", "license": "mit"}
     assert cli.main(["convert", str(converted), str(tmp_path / "residual.pt")]) == 0
     assert torch.equal(torch.load(tmp_path / "residual.pt", weights_only=True), loaded.delta)
+    before = converted.read_bytes()
+    assert cli.main(["convert", str(FIXTURES / "cones2_residual.pt"), str(converted)]) == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert converted.read_bytes() == before
+    assert cli.main(["convert", str(FIXTURES / "cones2_residual.pt"), str(converted), "--overwrite"]) == 0
+    assert load_subject(converted)["petrucci"].class_phrase == "petrucci"
 
 
 def test_list_and_verify(tmp_path, capsys):

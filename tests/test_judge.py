@@ -307,6 +307,14 @@ def test_command_trains_measures_and_saves(tmp_path, capsys):
     assert set(judge.metadata["held_out"]) >= {"rendered, tight", "rendered, detection", "as if decoded, setting"}
     assert "rendered, tight" in capsys.readouterr().out
 
+    before = output.read_bytes()
+    recipe.write_text(
+        yaml.safe_dump({"data": mix, "training": {**schedule, "steps": 9}, "held_out": {"scenes": 5, "seed": 2}})
+    )
+    assert train_judge.main([*arguments, "--measure_only"]) == 0
+    assert output.read_bytes() == before  # what it was trained with is not what it was measured with
+    assert "rendered, tight" in capsys.readouterr().out
+
 
 def test_unknown_setting_in_the_recipe_is_refused(tmp_path):
     world = CHECKPOINT.with_name("recipe.yaml")
@@ -314,6 +322,9 @@ def test_unknown_setting_in_the_recipe_is_refused(tmp_path):
     sections = yaml.safe_load(CHECKPOINT.with_name("judge.yaml").read_text())
     recipe.write_text(yaml.safe_dump({**sections, "training": {**sections["training"], "speed": 9}}))
     with pytest.raises(ValueError, match="speed"):
+        JudgeRecipe.load(recipe, world)
+    recipe.write_text(yaml.safe_dump({**sections, "held_out": {"scene": 3}}))
+    with pytest.raises(ValueError, match="held_out"):
         JudgeRecipe.load(recipe, world)
     recipe.write_text(yaml.safe_dump({**sections, "extra": {}}))
     with pytest.raises(ValueError, match="extra"):

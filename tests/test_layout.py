@@ -146,6 +146,14 @@ def test_mask_file_is_read_from_its_path(tmp_path):
     np.testing.assert_array_equal(region.mask, half(np.float32))
 
 
+def test_mask_file_is_seen_as_viewers_show_it(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 3  # turned upside down
+    Image.fromarray(half(np.uint8, 255)).save(tmp_path / "dog.png", exif=exif)
+    (region,) = parse({"dog": tmp_path / "dog.png"}, height=4, width=6)
+    np.testing.assert_array_equal(region.mask, half(np.float32)[::-1, ::-1])
+
+
 def test_soft_mask_keeps_its_values():
     soft = np.linspace(0, 0.6, 24, dtype=np.float32).reshape(4, 6)
     (region,) = parse({"dog": soft}, height=4, width=6)

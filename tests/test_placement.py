@@ -1,5 +1,6 @@
 import argparse
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,14 +13,14 @@ from multisubject.benchmarks.placement import (
     claims,
     draw_tasks,
     ellipse,
-    load_results,
     plot,
     run,
     score_picture,
     table,
 )
+from multisubject.benchmarks.results import digest_of_weights, load_results
 from multisubject.tiny_world.judge import Judge
-from multisubject.tiny_world.scenes import Scene, SceneObject, World, is_visible, render
+from multisubject.tiny_world.scenes import Look, Scene, SceneObject, World, is_visible, render
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -61,6 +62,26 @@ def test_scores_see_right_and_exchanged_pictures():
     assert right["setting"]
     exchanged = score_picture(Judge.load(), task, drawn(second.look, first.look))
     assert (exchanged["category"], exchanged["look"], exchanged["leaked"]) == (2, 0, 2)
+
+
+def test_scores_see_a_wrong_second_colour_and_an_object_nobody_asked_for():
+    task = next(
+        task
+        for task in draw_tasks("subjects 1", 50, 1, World())
+        if task.targets[0].look.second_colour is not None and task.targets[0].box[0] > 0.4
+    )
+    (target,) = task.targets
+    other = next(c for c in World().colours if c not in (target.look.colour, target.look.second_colour, "black"))
+
+    def scores(look, *more):
+        items = (SceneObject(target.category, look, target.box), *more)
+        return score_picture(Judge.load(), task, render(Scene(task.setting, items, 0), 64).image)
+
+    assert scores(target.look)["look"] == scores(target.look)["identity"] == 1
+    wrong = scores(replace(target.look, second_colour=other))
+    assert (wrong["category"], wrong["look"], wrong["identity"]) == (1, 0, 0)
+    extra = scores(target.look, SceneObject("mug", Look("green", "plain"), (0.05, 0.4, 0.4, 0.9)))
+    assert (extra["look"], extra["extras"]) == (1, 1)
 
 
 @pytest.fixture
@@ -109,9 +130,23 @@ def test_claims_and_plot_come_from_the_results(options, tmp_path):
 
 
 def test_results_of_other_settings_are_not_mixed(options):
-    options.results.write_text(json.dumps({"settings": {"seed": 0}, "cells": {}}))
-    with pytest.raises(ValueError, match="choose another --results"):
-        load_results(options.results, {"seed": 1})
+    options.results.write_text(json.dumps({"settings": {"seed": 1, "models": "old"}, "cells": {}}))
+    assert load_results(options.results, {"seed": 1}, "--results")["cells"] == {}
+    with pytest.raises(ValueError, match=r"other settings \(models\); choose another --results"):
+        load_results(options.results, {"seed": 1, "models": "new"}, "--results")
+    with pytest.raises(ValueError, match=r"\(models, seed"):
+        run(argparse.Namespace(**{**vars(options), "seed": 2}))
+
+
+def test_weights_have_a_digest(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "a.safetensors").write_bytes(b"1")
+    (tmp_path / "judge.safetensors").write_bytes(b"2")
+    before = digest_of_weights(tmp_path / "base", tmp_path / "judge.safetensors")
+    (tmp_path / "base" / "README.md").write_text("says nothing about weights")
+    assert digest_of_weights(tmp_path / "base", tmp_path / "judge.safetensors") == before
+    (tmp_path / "judge.safetensors").write_bytes(b"3")
+    assert digest_of_weights(tmp_path / "base", tmp_path / "judge.safetensors") != before
 
 
 def test_every_named_method_is_measured():

@@ -178,9 +178,40 @@ def test_unknown_settings_in_the_recipe_are_refused(tmp_path):
     recipe.write_text(yaml.safe_dump({**SMALL, "world": {"image_sise": 32}}))
     with pytest.raises(ValueError, match="image_sise"):
         main(["vae", "--recipe", str(recipe), "--runs", str(tmp_path)])
+    for section, wrong in (("diffusion", "ema_deacy"), ("data", "seeed"), ("text_encoder", "warmup_step")):
+        recipe.write_text(yaml.safe_dump({**SMALL, section: {**SMALL[section], wrong: 1}}))
+        with pytest.raises(ValueError, match=wrong):
+            main(["vae", "--recipe", str(recipe), "--runs", str(tmp_path)])
+    recipe.write_text(yaml.safe_dump({**SMALL, "vae": {"steps": 3}}))
+    with pytest.raises(ValueError, match=r"vae lacks the settings \['batch_size', "):
+        main(["vae", "--recipe", str(recipe), "--runs", str(tmp_path)])
     recipe.write_text(yaml.safe_dump({"world": {}}))
     with pytest.raises(ValueError, match="diffusion"):
         main(["vae", "--recipe", str(recipe), "--runs", str(tmp_path)])
+
+
+def test_scenes_of_another_recipe_are_not_taken(small_base, tmp_path):
+    from multisubject.tiny_world.train_base import main
+
+    for section, change in (("world", {"image_size": 64}), ("data", {"seed": 2})):
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(yaml.safe_dump({**SMALL, section: {**SMALL[section], **change}}))
+        with pytest.raises(ValueError, match="another recipe"):
+            main(["text_encoder", "--recipe", str(recipe), "--runs", str(small_base / "runs")])
+
+
+def test_export_replaces_models_only(small_base, tmp_path):
+    from multisubject.tiny_world.train_base import main
+
+    arguments = ["export", "--recipe", str(small_base / "recipe.yaml"), "--runs", str(small_base / "runs")]
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match="model_index"):
+        main([*arguments, "--output", str(tmp_path)])
+    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
+    for _ in range(2):
+        main([*arguments, "--output", str(tmp_path / "model")])
+    assert (tmp_path / "model" / "model_index.json").is_file()
 
 
 def test_nouns_know_what_their_adjectives_say():

@@ -15,7 +15,6 @@ from multisubject.benchmarks.train_methods import (
     Run,
     Summary,
     draw_prompts,
-    load_results,
     main,
     parse_rate,
     report_memory,
@@ -121,13 +120,6 @@ def test_memory_is_reported_with_what_is_saved() -> None:
     assert "| residual | 6.00 GB |" in text
     assert holds
     assert "5.00 GB less" in sentence
-
-
-def test_results_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
-    path = tmp_path / "results.json"
-    path.write_text(json.dumps({"settings": {"base": "old", "seed": 0}, "cells": {}, "sd21": {}}))
-    with pytest.raises(ValueError, match=r"other settings \(base\); choose another --output_dir"):
-        load_results(path, {"base": "new", "seed": 0})
 
 
 def test_rates_are_the_trainers_unless_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from multisubject.subject_file import write_atomically
 from multisubject.tiny_world.scenes import SCALES, Box, World, iou
 from multisubject.tiny_world.subjects import SUBJECTS
 
@@ -215,9 +216,7 @@ class Judge:
         """Write weights (half precision), labels and metadata into one file; an old one stays until it is whole."""
         state = {key: value.detach().half().contiguous() for key, value in self.network.state_dict().items()}
         header = {key: json.dumps(value) for key, value in {**self.metadata, "labels": self.labels}.items()}
-        partial = Path(path).with_suffix(".partial")
-        partial.write_bytes(save(state, header))
-        partial.replace(path)
+        write_atomically(Path(path), save(state, header))
 
     # --- questions ---
 

@@ -59,6 +59,13 @@ ATTRIBUTES = {  # what a noun's adjectives may say; class 0 is "not said"
     "scale": tuple(SCALES),
     "accessory": tuple(COLOURS),
 }
+# What a stage's section of the recipe holds besides the loop's settings, all of it needed.
+OWN_SETTINGS = {
+    "data": {"scenes", "captions_per_scene", "seed"},
+    "vae": {"compile", "edge_weight", "kl_weight", "network"},
+    "text_encoder": {"network"},
+    "diffusion": {"compile", "caption_dropout", "condensed_captions", "snr_gamma", "unet"},
+}
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}
 
 
@@ -79,9 +86,18 @@ class Recipe:
         expected = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(sections, dict) or set(sections) != expected:
             raise ValueError(f"{path}: sections {sorted(sections)}; expected {sorted(expected)}.")
-        known = {field.name for field in dataclasses.fields(World)}
-        if unknown := set(sections["world"]) - known:
-            raise ValueError(f"{path}: world has unknown settings {sorted(unknown)}; expected some of {sorted(known)}.")
+        loop = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(Schedule)}
+        settings = {"world": {field.name: False for field in dataclasses.fields(World)}}  # setting -> is it needed?
+        for section, own in OWN_SETTINGS.items():
+            settings[section] = dict.fromkeys(own, True) | ({} if section == "data" else loop)
+        for section, known in settings.items():
+            given = set(sections[section])
+            if unknown := given - set(known):
+                raise ValueError(
+                    f"{path}: {section} has unknown settings {sorted(unknown)}; expected some of {sorted(known)}."
+                )
+            if missing := {name for name, needed in known.items() if needed} - given:
+                raise ValueError(f"{path}: {section} lacks the settings {sorted(missing)}.")
         return cls(**{**sections, "world": World(**sections["world"])})
 
 
@@ -110,8 +126,12 @@ def _draw_scene(job: tuple[int, int, int, World]) -> tuple[np.ndarray, list[str]
 
 
 def scene_data(recipe: Recipe, folder: Path) -> tuple[torch.Tensor, list[list[str]]]:
-    """Pictures `(scenes, 3, size, size)` uint8 and captions per picture; drawn once, then read from `folder`."""
+    """Pictures `(scenes, 3, size, size)` uint8 and captions per picture; drawn once, then read from `folder`.
+
+    Raises ValueError where those in `folder` were drawn for another world or from other settings.
+    """
     pixels, words = folder / "scenes.npy", folder / "captions.json"
+    drawn_from = json.loads(json.dumps({"world": dataclasses.asdict(recipe.world), "data": recipe.data}))
     with process_state().main_process_first():
         if not (pixels.exists() and words.exists()):
             folder.mkdir(parents=True, exist_ok=True)
@@ -122,9 +142,15 @@ def scene_data(recipe: Recipe, folder: Path) -> tuple[torch.Tensor, list[list[st
             with multiprocessing.get_context("spawn").Pool() as pool:
                 drawn = list(tqdm(pool.imap(_draw_scene, jobs, chunksize=64), total=len(jobs), desc="scenes"))
             np.save(pixels, np.stack([picture for picture, _ in drawn]))
-            words.write_text(json.dumps([captions for _, captions in drawn]))
+            words.write_text(json.dumps({"drawn_from": drawn_from, "captions": [captions for _, captions in drawn]}))
+    found = json.loads(words.read_text())
+    if not isinstance(found, dict) or found["drawn_from"] != drawn_from:
+        raise ValueError(
+            f"{folder} holds the scenes of another recipe (its `world` or `data` differ); choose another --runs, or "
+            "delete that folder."
+        )
     pictures = torch.from_numpy(np.load(pixels, mmap_mode="c"))
-    return pictures.permute(0, 3, 1, 2), json.loads(words.read_text())
+    return pictures.permute(0, 3, 1, 2), found["captions"]
 
 
 def make_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -508,7 +534,12 @@ def train_diffusion(recipe: Recipe, runs: Path, earlier: Path | None = None) -> 
 
 
 def export(recipe: Recipe, runs: Path, output: Path) -> None:
-    """Put the trained parts together as a Stable Diffusion folder in half precision."""
+    """Put the trained parts together as a Stable Diffusion folder in half precision; replaces an earlier one.
+
+    Raises FileExistsError where `output` is something else, which would be lost.
+    """
+    if output.exists() and not (output / "model_index.json").is_file() and (output.is_file() or any(output.iterdir())):
+        raise FileExistsError(f"--output {output} holds no earlier model (no model_index.json); choose another.")
     pipeline = StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(runs / "vae"),
         text_encoder=CLIPTextModel.from_pretrained(runs / "text_encoder"),

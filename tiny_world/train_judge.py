@@ -86,6 +86,8 @@ class JudgeRecipe:
         sections = yaml.safe_load(path.read_text())
         if set(sections) != {"data", "training", "held_out"}:
             raise ValueError(f"{path}: sections {sorted(sections)}; expected data, held_out, training.")
+        if set(sections["held_out"]) != {"scenes", "seed"}:
+            raise ValueError(f"{path}: held_out has {sorted(sections['held_out'])}; expected scenes and seed.")
         try:
             return cls(
                 World(**yaml.safe_load(world_path.read_text())["world"]),
@@ -492,22 +494,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs/judge"), help="checkpoint (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=CHECKPOINT, help="the judge's file (default: %(default)s)")
     parser.add_argument(
-        "--measure_only", action="store_true", help="no training: measure the judge in `--output` again"
+        "--measure_only", action="store_true", help="no training: measure the judge in `--output`, change nothing"
     )
     options = parser.parse_args(arguments)
     recipe = JudgeRecipe.load(options.recipe, options.world)
-    judge = Judge.load(options.output) if options.measure_only else train_judge(recipe, options.runs)
-    if judge is None:
-        return 130
-    judge.save(options.output)
+    if not options.measure_only:
+        judge = train_judge(recipe, options.runs)
+        if judge is None:
+            return 130
+        judge.metadata["recipe"] = dataclasses.asdict(recipe)
+        judge.save(options.output)
     judge = Judge.load(options.output)  # what is measured is what ships: half precision
     held_out = draw_scenes(recipe.world, recipe.data, judge.labels, **recipe.held_out)
-    judge.metadata |= {
-        "held_out": measure(judge, held_out, recipe.held_out["seed"]),
-        "recipe": dataclasses.asdict(recipe),
-    }
-    judge.save(options.output)
-    print(format_table(judge.metadata["held_out"]))
+    table = measure(judge, held_out, recipe.held_out["seed"])
+    if not options.measure_only:
+        judge.metadata["held_out"] = table
+        judge.save(options.output)
+    print(format_table(table))
     print(f"{options.output}: {options.output.stat().st_size / 2**20:.2f} MiB")
     return 0
 

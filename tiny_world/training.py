@@ -7,19 +7,20 @@ process with the whole batch computes, up to the order of floating-point sums.
 
 from __future__ import annotations
 
+import io
 import math
-import os
 import signal
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 from tqdm.auto import tqdm
+
+from multisubject.subject_file import write_atomically
 
 Batch = dict[str, torch.Tensor]
 
@@ -55,17 +56,6 @@ class Schedule:
 def step_generator(seed: int, step: int) -> torch.Generator:
     """The source of all randomness of one step."""
     return torch.Generator().manual_seed((seed << 32) + step)
-
-
-def save_atomically(state: Any, path: Path) -> None:
-    """`torch.save` that leaves either the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(path.suffix + ".partial")
-    with open(partial, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 @contextmanager
@@ -127,7 +117,10 @@ def train(
     def save(step: int) -> None:
         if accelerator.is_main_process:
             state = {"step": step, "model": model.state_dict(), "average": average, "optimizer": optimizer.state_dict()}
-            save_atomically(state, checkpoint)
+            whole = io.BytesIO()
+            torch.save(state, whole)
+            checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(checkpoint, whole.getvalue())
 
     share = schedule.batch_size // accelerator.num_processes
     mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)

@@ -586,7 +586,8 @@ class _RegionHook:
         """Whether this call is guided, decided on the host without waiting for the device where that is possible."""
         if self.regions is None or self.guidance_steps == 0:
             return False
-        if self.guidance_steps is None:
+        steps = getattr(self.scheduler, "num_inference_steps", None)
+        if self.guidance_steps is None or (steps is not None and self.guidance_steps >= steps):
             return True
         if hasattr(self.scheduler, "step_index"):
             return _step_index(self.scheduler) < self.guidance_steps

@@ -301,17 +301,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     state.wait_for_everyone()  # no process may look for pictures while another one makes them
 
     # 3. Make them
-    with state.split_between_processes(work) as share:
-        if share:
-            pipe = _load_pipeline(_model_name(args), device, dtype, show_progress=state.is_main_process)
-            for task in tasks:  # before the first picture: does every subject fit the model?
-                load_subjects(pipe, task)
-        current = None
-        for task, index, wanted in tqdm(share, unit="picture", disable=not state.is_main_process):
-            if task is not current:
-                load_subjects(pipe, task)
-                current = task
-            make_picture(pipe, task, index, args, wanted)
+    try:
+        with state.split_between_processes(work) as share:
+            if share:
+                pipe = _load_pipeline(_model_name(args), device, dtype, show_progress=state.is_main_process)
+                for task in tasks:  # before the first picture: does every subject fit the model?
+                    load_subjects(pipe, task)
+            current = None
+            for task, index, wanted in tqdm(share, unit="picture", disable=not state.is_main_process):
+                if task is not current:
+                    load_subjects(pipe, task)
+                    current = task
+                make_picture(pipe, task, index, args, wanted)
+    except KeyboardInterrupt:
+        print(
+            "stopped; the pictures that are there are whole. The same command with --resume goes on.", file=sys.stderr
+        )
+        sys.exit(130)
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:  # what only the model or the scheduler can tell
+        sys.exit(f"error: {error}")
     state.wait_for_everyone()
 
     # 4. Lay them out
@@ -390,10 +398,7 @@ def _is_done(task: GenerationTask, index: int, settings: Mapping[str, Any], args
 def _load_pipeline(model: str, device: torch.device, dtype: torch.dtype, show_progress: bool) -> MultiSubjectPipeline:
     from multisubject.pipeline_multisubject import MultiSubjectPipeline
 
-    try:
-        pipe = MultiSubjectPipeline.from_pretrained(model, dtype=dtype).to(device)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: base model {model!r} cannot be loaded: {error}")
+    pipe = MultiSubjectPipeline.from_pretrained(model, dtype=dtype).to(device)
     pipe.set_progress_bar_config(disable=not show_progress, leave=False)
     return pipe
 

@@ -414,6 +414,7 @@ def _plan(
     with _collect(report, index, "layout"):
         regions = task.regions()
     with _collect(report, index, "prompt"):
+        _check_names(config, prompt, subjects, base)
         parsed = parse_prompt(base.tokenizer, prompt, task.residuals)
         for region in regions:
             with _collect(report, index, "color_context" if config.color_context else "layout"):
@@ -423,6 +424,18 @@ def _plan(
     if not subjects:
         task = replace(task, folder=_folder([region.subject for region in regions], config.prompt))
     return task
+
+
+def _check_names(config: GenerationConfig, prompt: str, subjects: Mapping[str, Any], base: BaseModel) -> None:
+    """Every `<name>` of the marked prompt is a subject, or a learned token of the base's."""
+    known = {f"<{name}>".casefold() for name in subjects} | {*map(str.casefold, base.tokenizer.get_added_vocab())}
+    for word in re.findall(r"<\s*([^<>]+?)\s*>", prompt):
+        if f"<{word}>".casefold() not in known:
+            close = difflib.get_close_matches(word, config.residual_dict, 1)
+            remedy = f"did you mean '<{close[0]}>'?" if close else "add its file there, or leave the brackets out."
+            raise ValueError(
+                f"{f'<{word}>'!r} has no file in residual_dict, which has {list(config.residual_dict)}; {remedy}"
+            )
 
 
 def _shorten(value: Any, limit: int = 80) -> str:
@@ -548,10 +561,19 @@ def _read_subject(source: str, name: str, class_phrase: str | None, base: BaseMo
     subject = load_subject(source, name=name, class_phrase=class_phrase)[name]
     num_tokens = len(base.tokenizer.tokenize(subject.class_phrase))
     if tuple(subject.delta.shape) != (num_tokens, base.embed_dim):
+        remedy = "Use the base model and the phrase that the subject was trained with."
+        if subject.delta.shape[1] == base.embed_dim:
+            own = load_subject(source, name=name)[name].class_phrase
+            if class_phrase is not None and own not in (name, class_phrase):
+                remedy = f"It was trained as {own!r}: write `<{name}>` in the prompt, which stands for that."
+            elif own == name:
+                remedy = (
+                    "The file does not say which words it was trained with: write these in the prompt, and as its key "
+                    "in residual_dict, or put them into the file with `multisubject convert --class-phrase`."
+                )
         raise ValueError(
             f"{source} has shape {tuple(subject.delta.shape)}, but the phrase {subject.class_phrase!r} takes "
-            f"({num_tokens} tokens, width {base.embed_dim}) in {base.name}: use the base model and the phrase that the "
-            "subject was trained with."
+            f"({num_tokens} tokens, width {base.embed_dim}) in {base.name}. {remedy}"
         )
     return subject
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import json
 import math
 import numbers
@@ -62,7 +63,14 @@ try:
     from .layout import __multisubject_version__ as _layout_version
     from .model_card import __multisubject_version__ as _model_card_version
     from .pictures import __multisubject_version__ as _pictures_version
-    from .residual_embeddings import ParsedPrompt, ResidualEmbedding, add_residuals, find_token_spans, parse_prompt
+    from .residual_embeddings import (
+        ParsedPrompt,
+        Place,
+        ResidualEmbedding,
+        add_residuals,
+        find_token_spans,
+        parse_prompt,
+    )
     from .residual_embeddings import __multisubject_version__ as _residual_embeddings_version
     from .subject_file import __multisubject_version__ as _subject_file_version
 except ImportError as error:
@@ -216,6 +224,10 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
         Raises:
             ValueError, TypeError: a subject that is not loaded or stands twice; a weight that is no finite number.
         """
+        if not isinstance(names, (str, Sequence)):
+            raise TypeError(
+                f"`names` is {names!r}, expected a subject's name or a list of names; factors go to `weights`."
+            )
         names = [names] if isinstance(names, str) else list(names)
         if isinstance(weights, (np.ndarray, torch.Tensor)):
             weights = weights.tolist()
@@ -362,10 +374,13 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
                 _per_prompt(layout, prompt, "layout"), _per_prompt(color_context, prompt, "color_context"), strict=True
             )
         ]
-        spans = [
-            [text.find_span(region.subject, region.occurrence) for region in found]
+        places = [
+            [text.find(region.subject, region.occurrence) for region in found]
             for text, found in zip(parsed, regions, strict=True)
         ]
+        spans = [[place.span for place in of_prompt] for of_prompt in places]
+        for text, found in zip(parsed, regions, strict=True):
+            self._check_subjects_are_named(text, found)
 
         # 3. Encode the prompts and add the subjects' residuals
         device = self._execution_device
@@ -410,7 +425,7 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
                 with _text_model_found(self.text_encoder):
                     region_prompts = self.encode_region_prompts(
                         parsed,
-                        spans,
+                        places,
                         device=device,
                         padded=appended,
                         lora_scale=(cross_attention_kwargs or {}).get("scale"),
@@ -509,7 +524,7 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
     def encode_region_prompts(
         self,
         parsed: Sequence[ParsedPrompt],
-        spans: Sequence[Sequence[range]],
+        places: Sequence[Sequence[Place]],
         *,
         device: torch.device | None = None,
         padded: bool = True,
@@ -523,18 +538,16 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
 
         Args:
             parsed: B prompts.
-            spans: for each region of each prompt, the tokens that it places.
+            places: for each region of each prompt, what it places.
             device: where to encode; None: where the pipeline runs.
             padded: to the tokenizer's full length. Padding changes none of the words before it, and takes time.
             lora_scale, clip_skip: as for `encode_prompt`.
         """
         texts, own_spans = [], []
         start = len(self.tokenizer(_REGION_PROMPT).input_ids) - 1  # the end of the text is not part of it
-        for text, of_prompt in zip(parsed, spans, strict=True):
-            input_ids = self._input_ids(text)
-            for span in of_prompt:
-                texts.append(f"{_REGION_PROMPT} {self._decode(input_ids[span.start : span.stop])}")
-                own_spans.append(range(start, start + len(span)))
+        for words, span in itertools.chain(*places):
+            texts.append(f"{_REGION_PROMPT} {words}")
+            own_spans.append(range(start, start + len(span)))
         full_length = self.tokenizer.model_max_length
         longest = max(own_span.stop for own_span in own_spans) + 1  # and the end of the text
         if longest > full_length:
@@ -550,13 +563,13 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
             encoded, _ = self.encode_prompt(texts, device, 1, False, lora_scale=lora_scale, clip_skip=clip_skip)
         finally:
             self.tokenizer.model_max_length = full_length
-        shape = (len(parsed), max(map(len, spans)), encoded.shape[1])
+        shape = (len(parsed), max(map(len, places)), encoded.shape[1])
         embeds = encoded.new_zeros(*shape, encoded.shape[2])
         tokens = torch.zeros(shape, dtype=torch.bool)
         kinds = torch.full(shape, int(TokenKind.PADDING))
         rows = iter(zip(own_spans, encoded, strict=True))
-        for image, (text, of_prompt) in enumerate(zip(parsed, spans, strict=True)):
-            for column, span in enumerate(of_prompt):
+        for image, (text, of_prompt) in enumerate(zip(parsed, places, strict=True)):
+            for column, (_, span) in enumerate(of_prompt):
                 own_span, own_embeds = next(rows)
                 residuals = [
                     (self.subjects[mention.subject], _shifted(mention.span, own_span.start - span.start), weight)
@@ -573,18 +586,6 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
     def _input_ids(self, text: ParsedPrompt) -> list[int]:
         return self.tokenizer(self.maybe_convert_prompt(text.text, self.tokenizer)).input_ids
 
-    def _decode(self, input_ids: Sequence[int]) -> str:
-        """Words that `encode_prompt` reads as these tokens: it writes learned tokens of several vectors out again."""
-        added = self.tokenizer.get_added_vocab()
-        kept: list[int] = []
-        token, vectors = "", 0
-        for input_id, found in zip(input_ids, self.tokenizer.convert_ids_to_tokens(input_ids), strict=True):
-            vectors += 1
-            if token not in added or found != f"{token}_{vectors}":
-                kept.append(input_id)
-                token, vectors = found, 0
-        return self.tokenizer.decode(kept)
-
     def _default_size(self) -> tuple[int, int]:
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
@@ -597,6 +598,18 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
             for name, subject in self.subjects.items()
             if self._subject_weights.get(name, 1.0) or f"<{name}>".casefold() in text.casefold()
         }
+
+    def _check_subjects_are_named(self, text: ParsedPrompt, regions: Sequence[Region]) -> None:
+        """A layout that says `petrucci` where the prompt says so without brackets means the subject, not the word."""
+        mentioned = {mention.subject for mention in text.mentions}
+        for region in regions:
+            for name in self.subjects.keys() - mentioned:
+                word = region.subject.strip().casefold()
+                if word == name.casefold() != self.subjects[name].class_phrase.casefold():
+                    raise ValueError(
+                        f"`layout` places the subject {region.subject!r}, but the prompt {text.text!r} has it as a"
+                        f" plain word, which draws no subject. Write `<{name}>` there, or load it under another name."
+                    )
 
     def _add_subjects(self, prompt_embeds: torch.Tensor, text: ParsedPrompt) -> torch.Tensor:
         residuals = [
@@ -759,9 +772,9 @@ def _text_model_found(text_encoder: Any) -> Iterator[None]:
 
 def _check_arguments(kwargs: Mapping[str, Any], guidance_steps: int | None, recurrence: int) -> None:
     known = {*inspect.signature(StableDiffusionPipeline.__call__).parameters, "callback", "callback_steps"}
-    known -= {"self", "kwargs"}
     if unknown := sorted(set(kwargs) - known):
-        raise TypeError(f"Unknown arguments {unknown}; those of StableDiffusionPipeline are {sorted(known)}.")
+        expected = sorted({*known, *inspect.signature(MultiSubjectPipeline.__call__).parameters} - {"self", "kwargs"})
+        raise TypeError(f"Unknown arguments {unknown}; expected some of {expected}.")
     if guidance_steps is not None and (not _is_whole(guidance_steps) or guidance_steps < 0):
         raise ValueError(
             f"`guidance_steps` is {guidance_steps!r}, expected a whole number of at least 0, or None for all steps."

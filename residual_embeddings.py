@@ -9,7 +9,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -55,6 +55,13 @@ class Mention:
     span: range
 
 
+class Place(NamedTuple):
+    """Where a phrase stands in a prompt: the words as they are written there, and their token indices."""
+
+    words: str
+    span: range
+
+
 @dataclass(frozen=True)
 class ParsedPrompt:
     """A prompt whose subjects have been found.
@@ -70,7 +77,11 @@ class ParsedPrompt:
     tokenizer: Any = field(repr=False, compare=False)
 
     def find_span(self, phrase: str, occurrence: int | None = None) -> range:
-        """Token indices of what a layout addresses: a subject's name, with or without `<>`, or words of the prompt.
+        """The token indices of `find`."""
+        return self.find(phrase, occurrence).span
+
+    def find(self, phrase: str, occurrence: int | None = None) -> Place:
+        """Where that stands which a layout addresses: a subject's name, with or without `<>`, or words of the prompt.
 
         In `<rex> and a dog`, read as `dog and a dog`, `rex` is the first dog and `dog` is the other one: without
         `occurrence`, words that a subject stands for count only if there are no others.
@@ -83,32 +94,32 @@ class ParsedPrompt:
             ValueError: the phrase is missing, ambiguous without `occurrence`, or cut off by the tokenizer's limit.
         """
         name = phrase.strip().removeprefix("<").removesuffix(">").strip()
-        named = [mention.span for mention in self.mentions if mention.subject.casefold() == name.casefold()]
+        mentions = {Place(mention.phrase, mention.span): mention.subject for mention in self.mentions}
+        named = [place for place, subject in mentions.items() if subject.casefold() == name.casefold()]
         if not named and f"<{name}>".casefold() in map(str.casefold, self.tokenizer.get_added_vocab()):
             # of a textual inversion
-            named = list(_iterate_spans(self.tokenizer, self.text, f"<{name}>"))
-        words = list(_iterate_spans(self.tokenizer, self.text, name))
+            named = list(_iterate_places(self.tokenizer, self.text, f"<{name}>"))
+        words = list(_iterate_places(self.tokenizer, self.text, name))
         if not named and not words:
             raise ValueError(_missing(phrase, self.text, [mention.subject for mention in self.mentions]))
         if occurrence is None:
-            taken = {mention.span for mention in self.mentions}
-            spans = named or [span for span in words if span not in taken] or words
-            if len(spans) > 1:
+            places = named or [place for place in words if place not in mentions] or words
+            if len(places) > 1:
                 raise ValueError(
-                    f"phrase {phrase!r} is ambiguous: it stands {len(spans)} times in the prompt {self.text!r}. Say "
+                    f"phrase {phrase!r} is ambiguous: it stands {len(places)} times in the prompt {self.text!r}. Say "
                     f"which one with `occurrence` (1 to {len(named or words)}) in a list layout, or give each its own "
                     "subject `<name>`."
                 )
         else:
-            spans = words if set(named) <= set(words) else named
-        if occurrence is not None and not 1 <= occurrence <= len(spans):
+            places = words if set(named) <= set(words) else named
+        if occurrence is not None and not 1 <= occurrence <= len(places):
             raise ValueError(
-                f"occurrence {occurrence} of phrase {phrase!r} does not exist: it stands {len(spans)} time(s) in the "
+                f"occurrence {occurrence} of phrase {phrase!r} does not exist: it stands {len(places)} time(s) in the "
                 f"prompt {self.text!r}, counted from 1."
             )
-        span = spans[(occurrence or 1) - 1]
-        _check_not_cut(self.tokenizer, self.text, phrase, span)
-        return span
+        place = places[(occurrence or 1) - 1]
+        _check_not_cut(self.tokenizer, self.text, phrase, place.span)
+        return place
 
 
 def parse_prompt(
@@ -185,7 +196,7 @@ def find_token_spans(tokenizer: Any, prompt: str, phrase: str) -> list[range]:
         ValueError: the phrase is not in the prompt, or an occurrence is cut off by the tokenizer's limit.
     """
     text = _normalize(prompt)
-    spans = list(_iterate_spans(tokenizer, text, phrase))
+    spans = [place.span for place in _iterate_places(tokenizer, text, phrase)]
     if not spans:
         raise ValueError(_missing(phrase, prompt))
     for span in spans:
@@ -282,12 +293,12 @@ def _iterate_words(text: str, phrase: str) -> Iterator[tuple[int, int]]:
         yield match.start(), match.end()
 
 
-def _iterate_spans(tokenizer: Any, text: str, phrase: str) -> Iterator[range]:
-    """Token indices of every occurrence of a phrase, cut off or not."""
+def _iterate_places(tokenizer: Any, text: str, phrase: str) -> Iterator[Place]:
+    """Every occurrence of a phrase, cut off or not."""
     for start, end in _iterate_words(text, phrase):
         span = _token_span(tokenizer, text, start, end)
         if span is not None:
-            yield span
+            yield Place(text[start:end], span)
 
 
 def _token_span(tokenizer: Any, text: str, start: int, end: int) -> range | None:

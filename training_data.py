@@ -27,6 +27,8 @@ PICTURE_SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", 
 PLUGIN_SUFFIXES = frozenset({".heic", ".heif", ".jxl"})
 MASK_ENDING = "_mask"
 METADATA_FILE = "metadata.jsonl"
+# The channels of a grey pixel differ by no more than this, even in a JPEG.
+GREY_SPREAD = 24
 # A random crop keeps at least this share of each side.
 SMALLEST_CROP = 0.8
 
@@ -55,7 +57,8 @@ def load_pictures(folder: str | Path, *, strict: bool = False) -> list[Picture]:
 
     Raises:
         FileNotFoundError: `folder` does not exist.
-        ValueError: it holds no readable picture, a damaged one and `strict`, or a broken `metadata.jsonl`.
+        ValueError: it holds no readable picture, a damaged one and `strict`, a broken `metadata.jsonl`, or folders of
+            pictures and at most one picture itself.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -63,6 +66,12 @@ def load_pictures(folder: str | Path, *, strict: bool = False) -> list[Picture]:
     captions = _read_metadata(folder)
     files = sorted(folder.iterdir())
     paths = [path for path in files if is_picture(path)]
+    inner = [path for path in files if path.is_dir() and any(map(is_picture, path.iterdir()))]
+    if len(paths) <= 1 and inner:
+        raise ValueError(
+            f"instance_data_dir: {str(folder)!r} holds {len(paths)} picture(s) and folders of pictures; expected the "
+            f"folder of one subject, such as {str(inner[0])!r} (subfolders are not searched)."
+        )
     masks = {path.stem.removesuffix(MASK_ENDING): path for path in files if _is_mask(path)}
     if unknown := sorted(set(captions) - {path.name for path in paths}):
         raise ValueError(f"{folder / METADATA_FILE}: names {unknown}, which are not pictures of {str(folder)!r}.")
@@ -77,7 +86,7 @@ def load_pictures(folder: str | Path, *, strict: bool = False) -> list[Picture]:
         try:
             pictures.append(_load_picture(path, masks.get(path.stem), captions.get(path.name)))
         except PICTURE_ERRORS as error:
-            skip(f"{path}: cannot be read as a picture ({error})", error)
+            skip(f"{path}: cannot be used: {error}", error)
     for stem in masks.keys() - {path.stem for path in paths}:
         skip(f"{masks[stem]}: is the mask of no picture; one of a subject that is a mask needs another name")
     if not pictures:
@@ -133,6 +142,9 @@ def _open_mask(path: Path) -> Image.Image:
     """A mask file as grey. What is transparent is outside; a black cut-out counts by its transparency alone."""
     mask = open_picture(path)
     if not mask.has_transparency_data:
+        channels = np.asarray(mask.convert("RGB"), dtype=np.int16)
+        if np.ptp(channels, axis=-1).max() > GREY_SPREAD:
+            raise ValueError(f"{path.name} is a colour picture; expected a mask, white where the subject is")
         return mask.convert("L")
     mask = mask.convert("RGBA")
     grey = Image.alpha_composite(Image.new("RGBA", mask.size, "black"), mask).convert("L")

@@ -527,6 +527,17 @@ def test_guidance_steps_count_the_schedulers_steps(unet, scheduler, scheduler_cl
     assert guided_calls == [True] * expected + [False] * (len(scheduler.timesteps) - expected)
 
 
+def test_as_many_guidance_steps_as_there_are_guide_all_calls(unet):
+    scheduler = PNDMScheduler(skip_prk_steps=False)  # whose first steps are four calls each, some at the same time
+    scheduler.set_timesteps(8)
+    calls = []
+    with guided(unet, two_regions(), scheduler, guidance_steps=8, guidance_method=lambda layer: calls.append(1)):
+        for timestep in scheduler.timesteps:
+            before = len(calls)
+            call(unet, *inputs(), timestep)
+            assert len(calls) > before
+
+
 def test_guidance_steps_count_from_where_image_to_image_begins(unet, scheduler):
     with guided(unet, two_regions(), scheduler, guidance_steps=2):
         outputs = [call(unet, *inputs(), timestep) for timestep in scheduler.timesteps[5:]]

@@ -314,7 +314,28 @@ def test_one_report_names_every_problem_with_its_place(base, workshop, tmp_path)
             "'person' is not in the prompt, whose words are 1 'a'",
         ),
         ({"prompt": "dog " * 90 + "person", "subject_list": [["person", 91]]}, "cut off"),
-        ({"prompt": "person <nobody>"}, "nobody.*not loaded"),
+        ({"prompt": "person <nobody>"}, "'<nobody>' has no file in residual_dict.*leave the brackets out"),
+        ({"prompt": "<persona> and guitar", "subject_list": None}, r"did you mean '<person>'\?"),
+        (
+            {
+                "prompt": "a photo of petrucci",
+                "residual_dict": {"petrucci": "embeddings/petrucci.safetensors"},
+                "subject_list": None,
+                "color_context": None,
+                "layout": None,
+            },
+            "trained as 'person': write `<petrucci>`",
+        ),
+        (
+            {
+                "prompt": "a photo of <petrucci>",
+                "residual_dict": {"petrucci": "embeddings/petrucci.pt"},
+                "subject_list": None,
+                "color_context": None,
+                "layout": None,
+            },
+            "does not say which words it was trained with.*multisubject convert",
+        ),
         ({"negative_prompt": "<majesty>"}, "entry 1, negative_prompt: the negative prompt '<majesty>' names.*<person>"),
         (
             {
@@ -396,7 +417,7 @@ def test_a_base_with_a_setting_or_weights_missing_is_refused(config_file, tmp_pa
     flags = ["--generation_config", str(config_file), "--output_dir", str(tmp_path / "out"), *QUICK]
     for weights in (model / "unet").glob("*.safetensors"):
         weights.unlink()
-    with pytest.raises(SystemExit, match=r"base model .* cannot be loaded: "):
+    with pytest.raises(SystemExit, match=r"error: .*diffusion_pytorch_model"):
         main([*flags, "--pretrained_model_name", str(model)])
     config = model / "text_encoder" / "config.json"
     config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "hidden_size"}))
@@ -591,6 +612,22 @@ def test_a_subject_of_another_base_of_the_same_width_is_found_before_the_first_p
     with pytest.raises(SystemExit, match="rex"):
         main(["--generation_config", str(tmp_path / "config.json"), "--output_dir", str(tmp_path / "out"), *QUICK])
     assert not list((tmp_path / "out").rglob("*.png"))
+
+
+def test_ctrl_c_says_how_to_go_on(config_file, tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate_images, "make_picture", interrupted)
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--generation_config", str(config_file), "--output_dir", str(tmp_path), *QUICK])
+    assert exit_info.value.code == 130 and "with --resume goes on" in capsys.readouterr().err
+
+
+def test_what_the_scheduler_refuses_is_no_traceback(config_file, tmp_path):
+    flags = ["--generation_config", str(config_file), "--output_dir", str(tmp_path), *QUICK]
+    with pytest.raises(SystemExit, match=r"error: .*num_inference_steps.*2000"):
+        main([*flags, "--num_inference_steps", "2000"])
 
 
 def test_settings_of_a_strangers_picture_are_none(tmp_path):

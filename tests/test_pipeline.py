@@ -39,7 +39,7 @@ import multisubject.pipeline_multisubject as pipeline_module
 from multisubject.guidance_methods import GUIDANCE_METHODS, uses_region_prompts
 from multisubject.hub_utils import PIPELINE_SOURCES, save_subject
 from multisubject.pipeline_multisubject import MultiSubjectPipeline, RecurrentScheduler
-from multisubject.residual_embeddings import ResidualEmbedding, parse_prompt
+from multisubject.residual_embeddings import Place, ResidualEmbedding, parse_prompt
 
 PROMPT = "a photo of a red dog and a blue ball"
 LAYOUT = {"red dog": (0.0, 0.0, 0.5, 1.0), "blue ball": (0.5, 0.0, 1.0, 1.0)}
@@ -276,7 +276,8 @@ def test_region_prompts_stand_alone_and_carry_their_residual(pipe):
     arguments = {"layout": layout, "guidance_method": method, "num_inference_steps": 1}
     sample(pipe, "a red dog and <rex>", **arguments)
     prompts = pipe.encode_region_prompts(
-        [parse_prompt(pipe.tokenizer, "a red dog and <rex>", pipe.subjects)], [[range(2, 4), range(5, 6)]]
+        [parse_prompt(pipe.tokenizer, "a red dog and <rex>", pipe.subjects)],
+        [[Place("red dog", range(2, 4)), Place("dog", range(5, 6))]],
     )
     alone = [pipe.encode_prompt(text, "cpu", 1, False)[0][0] for text in ("a photo of red dog", "a photo of dog")]
     torch.testing.assert_close(prompts.embeds[0, 0], alone[0])
@@ -367,6 +368,8 @@ def test_weights_scale_a_subject_and_inactive_ones_become_their_class(pipe):
         pipe.set_subjects(["rex", "tom"], [1.0])
     with pytest.raises(ValueError, match=r"\['max'\] are not loaded; the loaded ones are \['rex', 'tom'\]"):
         pipe.set_subjects(["max"])
+    with pytest.raises(TypeError, match="factors go to `weights`"):
+        pipe.set_subjects({"rex": 0.5})
 
 
 def test_two_dogs_have_their_own_tokens_and_regions(pipe):
@@ -676,6 +679,25 @@ def test_textual_inversion_can_be_placed(tokenizer, tmp_path, token, vectors, me
     with pytest.raises(ValueError, match="learned token '<cat>' already"):
         pipe.tokenizer.add_tokens("<cat>")
         pipe.load_subject(save_subject({"cat": subject()}, tmp_path / "cat.safetensors"), name="cat")
+
+
+def test_words_are_placed_as_they_stand_in_the_prompt(pipe, monkeypatch):
+    """Not as a tokenizer decodes them: that of a fast one is broken after `unload_textual_inversion`."""
+    guided = sample(pipe, "a Red  dog's ball", layout={"red dog": (0, 0, 0.5, 1)})
+    monkeypatch.setattr(type(pipe.tokenizer), "decode", lambda *args, **kwargs: "nonsense")
+    assert torch.equal(sample(pipe, "a Red  dog's ball", layout={"red dog": (0, 0, 0.5, 1)}), guided)
+
+
+def test_a_placed_subject_without_brackets_is_refused(pipe):
+    pipe.subjects |= {"rex": subject("dog"), "ball": subject("ball")}
+    with pytest.raises(ValueError, match=r"places the subject 'Rex', but the prompt .* plain word.*Write `<rex>`"):
+        sample(pipe, "a photo of rex on the beach", layout={"Rex": (0, 0, 0.5, 1)})
+    sample(pipe, "a <rex> and a ball", layout={"ball": (0, 0, 0.5, 1)})  # whose class phrase is its name: a plain ball
+
+
+def test_a_wrong_argument_is_answered_with_all_there_are(pipe):
+    with pytest.raises(TypeError, match=r"Unknown arguments \['layouts'\]; expected some of .*'eta'.*'layout'"):
+        sample(pipe, layouts={})
 
 
 # --- loading and saving ----------------------------------------------------------------------------------------------

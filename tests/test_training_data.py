@@ -191,6 +191,25 @@ def test_mask_files_may_have_any_format(tmp_path: Path, suffix: str) -> None:
     assert load_pictures(tmp_path)[0].mask is not None
 
 
+def test_colour_picture_is_no_mask(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save(tmp_path / "a.png")
+    save(tmp_path / "b.png")
+    save(tmp_path / "b_mask.png", colour="red")
+    assert [picture.path.name for picture in load_pictures(tmp_path)] == ["a.png"]
+    assert "b.png: cannot be used: b_mask.png is a colour picture; expected a mask, white where" in caplog.text
+
+
+def test_folder_of_subjects_is_not_taken_for_one(tmp_path: Path) -> None:
+    save(tmp_path / "subjects.png")
+    (tmp_path / "rex").mkdir()
+    (tmp_path / "empty").mkdir()
+    save(tmp_path / "rex" / "a.png")
+    with pytest.raises(ValueError, match=r"1 picture\(s\) and folders of pictures.*such as '.*rex'"):
+        load_pictures(tmp_path)
+    save(tmp_path / "another.png")
+    assert len(load_pictures(tmp_path)) == 2
+
+
 def test_mask_of_no_picture_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save(tmp_path / "a.png")
     save(tmp_path / "carnival_mask.png")

@@ -211,10 +211,11 @@ def test_projections_that_do_more_than_their_weights_are_not_kept(unet, schedule
     if late == "forward":
         layer.forward = lambda x: forward(x) * scale
     try:
+        sample, prompt_embeds = inputs()  # the same tensors, for which keys could be kept
         with guided(unet, two_regions(), scheduler):
-            before = call(unet, *inputs())
+            before = call(unet, sample, prompt_embeds)
             scale = 3.0
-            assert not torch.equal(call(unet, *inputs()), before)
+            assert not torch.equal(call(unet, sample, prompt_embeds), before)
     finally:
         if handle:
             handle.remove()
@@ -355,6 +356,8 @@ def test_self_attention_is_guided_in_both_halves_where_a_method_says_so(unet, sc
     torch.testing.assert_close(conditional[0], stock[0], atol=1e-5, rtol=1e-5)
     assert (both[0] - stock[0]).abs().max() > 1e-3
     torch.testing.assert_close(both[1], conditional[1], atol=1e-5, rtol=1e-5)
+    with guided(unet, two_regions(), scheduler, guidance_method="bounded_attention"):
+        torch.testing.assert_close(call(unet, sample, prompt_embeds, 981)[0], both[0], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["attention_couple", "regional_prompts"])

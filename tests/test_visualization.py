@@ -76,7 +76,7 @@ def test_regions_are_outlined_where_their_masks_are_and_the_picture_is_left_alon
 
 def test_a_subject_keeps_its_colour_in_other_pictures():
     alone = draw_regions(grey(), [region("guitar", half("right"))])
-    together = draw_regions(grey(), [region("guitar", half("right")), region("person", half("left"))])
+    together = draw_regions(grey(), [region("person", half("left")), region("guitar", half("right"))])
     corner = (alone.width - 1, alone.height - 1)
     assert alone.getpixel(corner) == together.getpixel(corner) != (128, 128, 128)
 
@@ -95,7 +95,11 @@ def test_every_one_of_eight_subjects_has_its_own_colour():
 def test_an_empty_or_tiny_region_does_not_fail():
     tiny = np.zeros((64, 64), np.float32)
     tiny[63, 63] = 1
-    draw_regions(grey(), [region("nothing", np.zeros((64, 64), np.float32)), region("speck", tiny)])
+    nothing = region("nothing", np.zeros((64, 64), np.float32))
+    plain = np.asarray(draw_regions(grey(), []))
+    assert np.array_equal(draw_regions(grey(), [nothing]), plain)
+    drawn = np.asarray(draw_regions(grey(), [nothing, region("speck", tiny)]))
+    assert (drawn[-1, -1] != plain[-1, -1]).any() and np.array_equal(drawn[: len(drawn) // 2], plain[: len(plain) // 2])
 
 
 def test_equal_subjects_are_told_apart_by_occurrence():

@@ -216,6 +216,7 @@ class RegionCall:
         recorder: collects attention maps, if wanted.
         kept_keys: what earlier calls computed from the prompt alone.
         kept_biases: of this call, of methods that are `same_in_every_layer`.
+        frames: of earlier calls, what surrounds a method's bias in the whole batch's; see `_framed`.
     """
 
     batch: int
@@ -227,6 +228,7 @@ class RegionCall:
     recorder: AttentionRecorder | None = None
     kept_keys: PromptKeys = field(default_factory=PromptKeys)
     kept_biases: dict[tuple[int, bool], torch.Tensor | None] = field(default_factory=dict)
+    frames: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
 
 
 class RegionAttnProcessor(AttnProcessor2_0):
@@ -366,16 +368,40 @@ def _region_bias(
             f" keys) = ({batch}, 1 or {heads}, {query.shape[2]}, {num_tokens})."
         )
     # -1e8 is infinite in float16, and an infinite logit turns a fully masked row into NaN.
-    limit = torch.finfo(query.dtype).max / 2
-    bias = bias.float().clamp(-limit, limit).to(query.dtype)
-    if not is_cross:
-        if getattr(regions.method, "guides_all_self_attention", False):
-            return bias.repeat(query.shape[0] // batch, 1, 1, 1)
-        return F.pad(bias, (0, 0) * 3 + (rest, 0))
-    bias = F.pad(bias, (0, num_fillers, 0, 0, 0, 0, rest, 0), value=-torch.inf)
+    limit = min(torch.finfo(query.dtype).max, torch.finfo(torch.float32).max) / 2
+    bias = bias.float().clamp(-limit, limit)
+    if is_cross:
+        return _framed(bias, query, keys, regions)
+    bias = bias.to(query.dtype)
+    if getattr(regions.method, "guides_all_self_attention", False):
+        return bias.repeat(query.shape[0] // batch, 1, 1, 1)
+    return F.pad(bias, (0, 0) * 3 + (rest, 0))
+
+
+def _framed(bias: torch.Tensor, query: torch.Tensor, keys: LayerKeys, regions: RegionCall) -> torch.Tensor:
+    """A bias of cross-attention `(B, 1 or heads, Q, num_tokens)` as part of the whole batch's, in the queries' dtype.
+
+    What surrounds it is the same at every call and kept where possible, since on a GPU each operation that is not
+    called for costs more than its arithmetic.
+    """
+    shape = (query.shape[0], *bias.shape[1:3], keys.key.shape[2])
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        frame = _make_frame(shape, query, keys, regions)
+    else:
+        kind = (shape, query.dtype, query.device, torch.is_inference_mode_enabled())
+        if kind not in regions.frames:
+            regions.frames[kind] = _make_frame(shape, query, keys, regions)
+        frame = regions.frames[kind]
+    frame[-regions.batch :, ..., : keys.num_tokens] = bias
+    return frame
+
+
+def _make_frame(shape: tuple[int, ...], query: torch.Tensor, keys: LayerKeys, regions: RegionCall) -> torch.Tensor:
+    """Zero in the unconditional half, but -inf at the regions' own tokens and at fillers."""
     own_tokens = 0 if regions.region_prompts is None else regions.region_prompts.shape[1]
-    bias[:rest, ..., : num_tokens - own_tokens] = 0  # what the regions add is for the conditional samples alone
-    return bias
+    frame = query.new_full(shape, -torch.inf)
+    frame[: -regions.batch, ..., : keys.num_tokens - own_tokens] = 0
+    return frame
 
 
 @contextmanager
@@ -510,6 +536,7 @@ class _RegionHook:
         self.first_timestep: torch.Tensor | None = None
         self.last_timestep: torch.Tensor | None = None
         self.kept_keys = PromptKeys()
+        self.frames: dict[tuple[Any, ...], torch.Tensor] = {}
         self.maps_by_shape: dict[tuple[torch.Size, torch.device], dict[int, RegionMaps]] = {}
 
     @torch.compiler.disable
@@ -580,7 +607,9 @@ class _RegionHook:
         prompts = self.regions.prompts if self.appended else None
         more = None if prompts is None else prompts.embeds.flatten(1, 2).to(sample.device)
         maps, step = self.maps_by_shape[key], self._step(timestep)
-        return RegionCall(batch, sizes, self.method, maps, step, more, self.recorder, self.kept_keys)
+        return RegionCall(
+            batch, sizes, self.method, maps, step, more, self.recorder, self.kept_keys, frames=self.frames
+        )
 
     def _is_guided(self, timestep: torch.Tensor) -> bool:
         """Whether this call is guided, decided on the host without waiting for the device where that is possible."""
@@ -632,8 +661,9 @@ class _RegionHook:
         if self.appended:
             assert regions.prompts is not None
             num_regions, length = regions.prompts.tokens.shape[1:]
-            own = torch.arange(num_regions, device=device).repeat_interleave(length)  # [R * L]
-            own_tokens = regions.prompts.tokens.to(device).flatten(1)[:, None] & (own == own.unique()[:, None])
+            numbers = torch.arange(num_regions, device=device)
+            own = numbers.repeat_interleave(length)  # [R * L]
+            own_tokens = regions.prompts.tokens.to(device).flatten(1)[:, None] & (own == numbers[:, None])
             tokens = torch.cat([tokens, own_tokens], dim=2)
             kinds = torch.cat([kinds, regions.prompts.token_kinds.to(device).flatten(1)], dim=1)
             owners = torch.cat([owners, own])
@@ -652,7 +682,10 @@ class _RegionHook:
         inside_weights = signed_weights.where(anywhere, 0)
         summary = (kinds >= TokenKind.END) & (owners < 0)  # [B, K]
         hidden_summary = HIDDEN * (anywhere & summary[:, None, :])
-        biases = (maps[:, None] for maps in (signed_weights, inside_weights, hidden_summary))
+        covered = masks.amax(dim=1).mean(dim=1)  # [B]
+        least = HIDDEN * (covered <= 2 / 3) - 2.0
+        held_back_summary = hidden_summary.maximum(least[:, None, None])
+        biases = (maps[:, None] for maps in (signed_weights, inside_weights, hidden_summary, held_back_summary))
         return RegionMaps(masks, inside, tokens, kinds, owners, *biases)
 
 

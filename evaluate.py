@@ -15,12 +15,12 @@ of random weights: it has never been run with released weights, nor on a GPU.**
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,9 @@ from multisubject.evaluation_data import (
     read_pictures,
 )
 from multisubject.evaluation_models import Detection, Detector, Encoder, Runtime, best_detections, box_iou
+from multisubject.generate_images import parse_arguments
 from multisubject.layout import Box, Region
+from multisubject.pictures import png_bytes
 from multisubject.subject_file import printable, write_atomically
 from multisubject.visualization import contact_sheet, draw_regions
 
@@ -100,17 +102,17 @@ def match(scores: np.ndarray) -> list[int | None]:
     return columns
 
 
-def bootstrap_interval(values: np.ndarray, draws: int = 2000) -> tuple[float, float]:
-    """95 % percentile interval of the mean; the same every time."""
-    means = values[np.random.default_rng(0).integers(len(values), size=(draws, len(values)))].mean(axis=1)
+def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
+    """95 % percentile interval of the mean of `values` `(n,)`, from 2,000 resamples; the same every time."""
+    means = values[np.random.default_rng(0).integers(len(values), size=(2000, len(values)))].mean(axis=1)
     low, high = np.percentile(means, (2.5, 97.5))
     return float(low), float(high)
 
 
-def summarize(values: Iterable[float], draws: int = 2000) -> dict[str, Any]:
+def summarize(values: Iterable[float]) -> dict[str, Any]:
     """Mean, count, and 95 % bootstrap interval of the mean (`low`, `high`; None for a single value)."""
     array = np.asarray(list(values))
-    low, high = bootstrap_interval(array, draws) if len(array) > 1 else (None, None)
+    low, high = bootstrap_interval(array) if len(array) > 1 else (None, None)
     return {"mean": float(array.mean()), "low": low, "high": high, "count": len(array)}
 
 
@@ -170,12 +172,15 @@ def evaluate(
     def similarity(metric: str, crop: Crop, others: Sequence[Crop]) -> float:
         return float((torch.stack([vectors[metric][other] for other in others]) @ vectors[metric][crop]).mean())
 
+    def likeness(metric: str, crop: Crop, name: str) -> float:
+        return similarity(metric, crop, examples[name])
+
     # 3. Put them together
+    looks_like = partial(likeness, next(iter(vectors))) if vectors else None
     records = []
     for picture in pictures:
         rows: list[dict[str, Any]] = []
-        looks_like = {m: lambda crop, name, m=m: similarity(m, crop, examples[name]) for m in vectors}
-        detections = _assign(picture, found, next(iter(looks_like.values()), None))
+        detections = _assign(picture, found, looks_like)
         for target, detection in zip(picture.targets, detections, strict=True):
             scores: dict[str, float] = {}
             others = {other.reference for other in picture.targets} - {target.reference, None}
@@ -183,10 +188,11 @@ def evaluate(
                 whole = [Crop(path) for path in references[str(target.reference)]]
                 scores[metric] = similarity(metric, Crop(picture.path), whole)
                 if detection:
-                    like = {name: looks_like[metric](Crop(picture.path, detection.box), name) for name in examples}
-                    scores[f"{metric}_own"] = like[str(target.reference)]
+                    crop = Crop(picture.path, detection.box)
+                    scores[f"{metric}_own"] = likeness(metric, crop, str(target.reference))
                     if others:
-                        scores[f"{metric}_leak"] = float(np.mean([like[str(name)] for name in others]))
+                        leaks = [likeness(metric, crop, str(name)) for name in others]
+                        scores[f"{metric}_leak"] = float(np.mean(leaks))
             if args.detector:
                 scores["found"] = float(detection is not None)
             if target.region is not None:
@@ -208,17 +214,12 @@ def evaluate(
     return records
 
 
-def _candidates(picture: Picture, phrase: str, found: Mapping[tuple[Path, str], list[Detection]]) -> list[Detection]:
-    """As many of the best detections of a phrase as there are targets in the picture."""
-    return found.get((picture.path, phrase), [])[: len(picture.targets)]
-
-
 def _choices(
     picture: Picture, found: Mapping[tuple[Path, str], list[Detection]]
 ) -> list[tuple[dict[int, Detection], bool]]:
     """What each target may be given: thing -> its detection, best first; and whether it and its rivals have regions."""
     targets = picture.targets
-    candidates = [_candidates(picture, target.phrase, found) for target in targets]
+    candidates = [found.get((picture.path, target.phrase), [])[: len(targets)] for target in targets]
     things = best_detections(itertools.chain(*candidates))
     claims: list[dict[int, Detection]] = [{} for _ in targets]
     for claim, detections in zip(claims, candidates, strict=True):
@@ -336,7 +337,8 @@ def evaluation_sheet(pictures: Sequence[Picture], records: Sequence[Mapping[str,
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line. Exits with status 2 and one message where arguments, pictures or models are wrong."""
-    args, notes = _parse_arguments(argv), Notes()
+    args: EvaluateArguments = parse_arguments(_parser(), argv)
+    notes = Notes()
     try:
         # 1. Read what there is to compare, before anything heavy
         references = {
@@ -363,11 +365,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     # 4. Write
     about = {"made_by": "multisubject-evaluate", "version": multisubject.__version__, "arguments": asdict(args)}
     result = {**about, "damaged": notes.damaged, "warnings": notes.warnings, **summary, "pictures": records}
-    buffer = io.BytesIO()
     try:
         write_atomically(output, json.dumps(result, indent=1, allow_nan=False).encode())
-        evaluation_sheet(pictures, records).save(buffer, "PNG")
-        write_atomically(output.with_suffix(".png"), buffer.getvalue())
+        write_atomically(output.with_suffix(".png"), png_bytes(evaluation_sheet(pictures, records)))
     except OSError as error:
         message = (
             f"--output is {str(output)!r}; writing it and its contact sheet failed: {error}. Expected a folder with "
@@ -382,8 +382,8 @@ def _error(error: Exception) -> int:
     return 2
 
 
-def _parse_arguments(argv: Sequence[str] | None) -> EvaluateArguments:
-    parser = HfArgumentParser(
+def _parser() -> HfArgumentParser:
+    return HfArgumentParser(
         EvaluateArguments,
         prog="multisubject-evaluate",
         description="Scores for folders of generated pictures: prompt (CLIP-T), subjects (CLIP-I, DINO), each subject "
@@ -393,11 +393,6 @@ def _parse_arguments(argv: Sequence[str] | None) -> EvaluateArguments:
         "petrucci=data/petrucci --class_phrases petrucci=person. Tested with tiny models of random weights only, never "
         "with released ones.",
     )
-    try:
-        return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
-    except ValueError as error:
-        parser.print_usage(sys.stderr)
-        sys.exit(_error(error))
 
 
 if __name__ == "__main__":

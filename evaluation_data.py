@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
-from .generate_images import CONTACT_SHEET, read_settings
+from .generate_images import CONTACT_SHEET, check_device, read_settings
 from .generation_config import resolve_paths, subject_name
 from .layout import Box, Region, layout_checksum, parse_layout
 from .pictures import PICTURE_ERRORS, open_picture, split_alpha
@@ -116,10 +116,7 @@ class EvaluateArguments:
         if self.device is None:
             best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
             self.device = best.type if best else "cpu"
-        try:
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"--device is {self.device!r}; expected cpu or what this machine has. {error}") from error
+        check_device(self.device)
 
 
 # --- pictures and what they were to show ---------------------------------------------------------------------------

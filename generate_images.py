@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import io
 import json
 import math
 import os
@@ -32,7 +31,6 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 import multisubject
-from multisubject import tiny_world
 from multisubject.generation_config import (
     GUIDANCE_KEYS,
     MOST_SEED,
@@ -42,13 +40,14 @@ from multisubject.generation_config import (
     load_tasks,
 )
 from multisubject.layout import layout_checksum
+from multisubject.pictures import png_bytes
 from multisubject.subject_file import make_writable_folder, write_atomically
+from multisubject.tiny_world import EMBEDDED_BASE
 from multisubject.visualization import attention_sheet, contact_sheet, draw_regions
 
 if TYPE_CHECKING:
     from multisubject.pipeline_multisubject import MultiSubjectPipeline
 
-EMBEDDED_BASE = Path(tiny_world.__file__).parent / "base"
 CONTACT_SHEET = "contact_sheet.png"
 PNG_KEY = "multisubject"
 
@@ -110,10 +109,7 @@ class GenerateArguments:
             raise ValueError(f"--seed is {self.seed}; expected 0 to {MOST_SEED}.")
         if not math.isfinite(self.guidance_scale) or self.guidance_scale < 0:
             raise ValueError(f"--guidance_scale is {self.guidance_scale}; expected 0 or more, 7.5 is usual.")
-        try:
-            torch.empty(0, device=self.device or "cpu")
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"--device is {self.device!r}; expected cpu or what this machine has. {error}") from error
+        check_device(self.device or "cpu")
         self.size()
 
     def size(self) -> tuple[int, int] | None:
@@ -128,6 +124,24 @@ class GenerateArguments:
                 "such as 768 or 512x768."
             )
         return height, width
+
+
+def check_device(device: str) -> None:
+    """Raise `ValueError` for a `--device` that this machine does not have."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device is {device!r}; expected cpu or what this machine has. {error}") from error
+
+
+def parse_arguments(parser: HfArgumentParser, argv: Sequence[str] | None) -> Any:
+    """The dataclass that the parser was made for. Wrong arguments end the program with status 2 and one message."""
+    try:
+        return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
+    except ValueError as error:
+        parser.print_usage(sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 # --- from tasks to pictures ----------------------------------------------------------------------------------------
@@ -193,9 +207,7 @@ def save_picture(image: Image.Image, path: Path, settings: Mapping[str, Any]) ->
     versions = {module.__name__: module.__version__ for module in (multisubject, torch, transformers)}
     info = PngImagePlugin.PngInfo()
     info.add_itxt(PNG_KEY, json.dumps({"settings": settings, "versions": versions}, ensure_ascii=False))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", pnginfo=info)
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, png_bytes(image, info))
 
 
 def read_settings(path: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -269,9 +281,7 @@ def save_contact_sheet(task: GenerationTask, args: GenerateArguments) -> Path:
             captions.append("layout")
     columns = math.ceil(math.sqrt(args.num_images)) * (2 if regions else 1)
     path = Path(args.output_dir) / task.folder / CONTACT_SHEET
-    buffer = io.BytesIO()
-    contact_sheet(cells, columns=columns, captions=captions).save(buffer, "PNG")
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, png_bytes(contact_sheet(cells, columns=columns, captions=captions)))
     return path
 
 
@@ -281,7 +291,7 @@ def save_contact_sheet(task: GenerationTask, args: GenerateArguments) -> Path:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line. Exits with status 2 and one report where the arguments or the config are wrong."""
     # 1. Read the arguments and check the whole config, before anything heavy
-    args = _parse_arguments(argv)
+    args: GenerateArguments = parse_arguments(_parser(), argv)
     state = PartialState(cpu=args.device == "cpu" or not torch.accelerator.is_available())
     tasks, base = _check(args, state)
     device, dtype = _device_and_dtype(args, state)
@@ -328,20 +338,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"contact sheet: {save_contact_sheet(task, args)}")
 
 
-def _parse_arguments(argv: Sequence[str] | None) -> GenerateArguments:
-    parser = HfArgumentParser(
+def _parser() -> HfArgumentParser:
+    return HfArgumentParser(
         GenerateArguments,
         prog="multisubject-generate",
         description="Pictures from a generation config: prompts, personal subjects and where they stand.",
         epilog="Several GPUs: accelerate launch --multi_gpu generate_images.py … Several CPU processes: the same with "
         "--num_processes 2 and, behind the script, --device cpu. The pictures are those of one process.",
     )
-    try:
-        return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
-    except ValueError as error:
-        parser.print_usage(sys.stderr)
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def _check(args: GenerateArguments, state: PartialState) -> tuple[list[GenerationTask], BaseModel]:

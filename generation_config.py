@@ -22,6 +22,7 @@ from typing import Any
 from transformers import CLIPTokenizer
 from transformers.utils import cached_file
 
+from .guidance_methods import resolve_guidance_method
 from .hub_utils import base_model_errors, load_subject, unsuitable_base
 from .layout import Region, parse_layout
 from .residual_embeddings import ResidualEmbedding, parse_prompt
@@ -380,9 +381,6 @@ def _plan(
 ) -> GenerationTask:
     """Everything about an entry that needs the files it names and the tokenizer."""
     if config.guidance_method is not None:
-        # Imported where it is needed: diffusers takes seconds, and a report on a config should not.
-        from .guidance_methods import resolve_guidance_method
-
         with _collect(report, index, "guidance_method"):
             resolve_guidance_method(config.guidance_method)
     prompt, places = _mark_subjects(config, index, report, base)
@@ -418,7 +416,7 @@ def _plan(
         parsed = parse_prompt(base.tokenizer, prompt, task.residuals)
         for region in regions:
             with _collect(report, index, "color_context" if config.color_context else "layout"):
-                parsed.find_span(region.subject, region.occurrence)
+                parsed.find(region.subject, region.occurrence)
     with _collect(report, index, "negative_prompt"):
         task.check_negative_prompt(config.negative_prompt or "", base.tokenizer)
     if not subjects:
@@ -438,9 +436,9 @@ def _check_names(config: GenerationConfig, prompt: str, subjects: Mapping[str, A
             )
 
 
-def _shorten(value: Any, limit: int = 80) -> str:
+def _shorten(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= limit else f"{text[:limit]}…"
+    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 @contextmanager

@@ -46,6 +46,9 @@ class RegionMaps:
         inside_weights: `signed_weights` with 0 at places that lie in no region.
         hidden_summary: `(B, 1, Q, K)` float32, `HIDDEN` where the query lies in a region and the key is the prompt's
             end of text or padding, else 0.
+        held_back_summary: `hidden_summary` with -2 in place of `HIDDEN` in pictures with less than a third outside all
+            regions. The setting is painted there, and by what regions hear of the prompt as a whole: with little room
+            outside them and the summary hidden, it gets lost.
     """
 
     masks: torch.Tensor
@@ -56,6 +59,7 @@ class RegionMaps:
     signed_weights: torch.Tensor
     inside_weights: torch.Tensor
     hidden_summary: torch.Tensor
+    held_back_summary: torch.Tensor
 
     def inside_owner(self) -> torch.Tensor:
         """`(B, Q, K)` bool: the query lies in the region whose own prompt the key is of; False for shared keys."""
@@ -289,20 +293,21 @@ def bounded_attention(layer: AttentionLayer) -> torch.Tensor | None:
 @same_in_every_layer
 @uses_own_words
 def multisubject(layer: AttentionLayer) -> torch.Tensor | None:
-    """The default, `cones2_padding_hidden` with three changes.
+    """The default, `cones2_padding_hidden` with four changes.
 
     In the whole prompt a causal text encoder lets every word hear of the words before it, so that the second of two
     dogs knows the first one's colour: here a region's words are embedded by themselves (`uses_own_words`). In the
     second half of the steps, when it is settled who stands where, places outside all regions may attend to everything:
-    what reaches over a region's edge, such as a hat, can then be painted with its subject's words. And the pull is the
+    what reaches over a region's edge, such as a hat, can then be painted with its subject's words. The pull is the
     same in every layer, `strength * 3` logits for each unit of weight, where Cones 2 measures the spread of each
-    layer's logits: that costs more, and where logits spread wide it pulls too hard.
+    layer's logits: that costs more, and where logits spread wide it pulls too hard. And where regions cover most of the
+    picture, the prompt's summary is held back but not hidden (`RegionMaps.held_back_summary`).
     """
     if not layer.is_cross:
         return None
     maps = layer.maps
     weights = torch.where(layer.step.progress < 0.5, maps.signed_weights, maps.inside_weights)
-    return torch.addcmul(maps.hidden_summary, weights, layer.step.strength, value=3)
+    return torch.addcmul(maps.held_back_summary, weights, layer.step.strength, value=3)
 
 
 GUIDANCE_METHODS: dict[str, GuidanceMethod] = {

@@ -11,7 +11,6 @@ why a stranger's file can be opened safely, is in `subject_file.py`.
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import random
 import re
@@ -31,7 +30,6 @@ from .subject_file import (
     check_subject_fits,
     check_subject_name,
     default_name,
-    fingerprint_text_encoder,
     parse_header,
     parse_subjects,
     read_bytes,
@@ -48,28 +46,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from .residual_embeddings import ResidualEmbedding
-
-__all__ = [
-    "BASE_MODEL_MIRRORS",
-    "PIPELINE_SOURCES",
-    "SubjectFileError",
-    "base_model_errors",
-    "check_subject_fits",
-    "check_subject_name",
-    "convert_subject",
-    "copy_pipeline_sources",
-    "fingerprint_text_encoder",
-    "inspect_subject",
-    "load_saved_subjects",
-    "load_subject",
-    "pull_subject",
-    "push_pipeline_to_hub",
-    "push_subject_to_hub",
-    "save_subject",
-    "save_subjects_with_pipeline",
-    "unsuitable_base",
-    "verify_subject",
-]
 
 __multisubject_version__ = "0.1.0"
 
@@ -152,14 +128,26 @@ def save_subject(
 def _load_file(path: Path, name: str | None) -> dict[str, ResidualEmbedding]:
     """The subjects in one file."""
     data = read_bytes(path)
-    try:
+    with _naming(path):
         if path.suffix == ".safetensors":
             return read_safetensors(data)
         if path.suffix == ".pt":
             return read_pickle(data, default_name(path) if name is None else name)
+        raise SubjectFileError("a subject file ends in .safetensors or .pt.")
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors about the bytes of a file say which file it is."""
+    try:
+        yield
     except SubjectFileError as error:
         raise SubjectFileError(f"{path}: {error}") from None
-    raise SubjectFileError(f"{path}: a subject file ends in .safetensors or .pt.")
+
+
+def _header_entries(data: bytes, **common: Any) -> dict[str, dict[str, Any]]:
+    """Name -> JSON entry of the subjects in the bytes of a `.safetensors` file, with what is `common` added to each."""
+    return {name: {**info, **common} for name, (info, _) in parse_subjects(*parse_header(data)).items()}
 
 
 def _is_subject_file(path: Path) -> bool:
@@ -270,13 +258,10 @@ def inspect_subject(
 def _inspect_file(path: Path) -> dict[str, dict[str, Any]]:
     data = read_bytes(path)
     common = {"file": str(path), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    try:
+    with _naming(path):
         if path.suffix == ".safetensors":
-            found = parse_subjects(*parse_header(data))
-            return {name: {**info, **common} for name, (info, _) in found.items()}
+            return _header_entries(data, **common)
         return {default_name(path): {"storage_bytes": sum(check_pickle(data).values()), **common}}
-    except SubjectFileError as error:
-        raise SubjectFileError(f"{path}: {error}") from None
 
 
 def convert_subject(
@@ -356,10 +341,9 @@ def load_saved_subjects(tokenizer: Any) -> dict[str, ResidualEmbedding]:
     path = Path(folder, _SAVED_SUBJECTS)
     if not folder or not path.is_file():
         return {}
-    try:
-        return read_safetensors(read_bytes(path))
-    except SubjectFileError as error:
-        raise SubjectFileError(f"{path}: {error}") from None
+    data = read_bytes(path)
+    with _naming(path):
+        return read_safetensors(data)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -658,10 +642,9 @@ def push_subject_to_hub(
         subjects = {key: _with_license(key, value, license) for key, value in subjects.items()}
 
     files = {f"{key}.safetensors": write_safetensors({key: value}) for key, value in sorted(subjects.items())}
-    pushed = {
-        key: {**parse_subjects(*parse_header(files[file]))[key][0], "file": file}
-        for key, file in ((key, f"{key}.safetensors") for key in subjects)
-    }
+    pushed: dict[str, dict[str, Any]] = {}
+    for file, data in files.items():
+        pushed |= _header_entries(data, file=file)
     prompts = {key: [prompt for prompt, _ in samples] for key in subjects} if samples else {}
     for key in prompts:
         files |= {sample_path(key, index): _png(image) for index, (_, image) in enumerate(samples)}
@@ -757,8 +740,7 @@ class _RepoState:
                 continue
             if _may_be_subject(self.api, self.repo_id, path, size, self.commit):
                 with suppress(SubjectFileError):  # somebody else's file
-                    found = parse_subjects(*parse_header(read_bytes(self.read(path))))
-                    infos |= {name: {**info, "file": path} for name, (info, _) in found.items()}
+                    infos |= _header_entries(read_bytes(self.read(path)), file=path)
         return infos
 
 
@@ -858,10 +840,8 @@ def _with_license(name: str, subject: ResidualEmbedding, license: str) -> Residu
 
 def _png(image: Image.Image | str | os.PathLike[str]) -> bytes:
     """A picture as PNG bytes, without the metadata that it may carry (settings, camera, place)."""
-    from .pictures import open_picture, split_alpha, upright
+    from .pictures import open_picture, png_bytes, split_alpha, upright
 
     picture, _ = split_alpha(open_picture(Path(image)) if isinstance(image, (str, os.PathLike)) else upright(image))
     picture.info = {}
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    return buffer.getvalue()
+    return png_bytes(picture)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 __multisubject_version__ = "0.1.0"
 
@@ -39,3 +41,10 @@ def split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     alpha = image.getchannel("A")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image, alpha if any(alpha.histogram()[:255]) else None
+
+
+def png_bytes(image: Image.Image, texts: PngInfo | None = None) -> bytes:
+    """The bytes of a PNG file, for `write_atomically`; with `texts` inside."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", pnginfo=texts)
+    return buffer.getvalue()

@@ -52,7 +52,6 @@ try:
     from .hub_utils import __multisubject_version__ as _hub_utils_version
     from .hub_utils import (
         base_model_errors,
-        check_subject_fits,
         copy_pipeline_sources,
         load_saved_subjects,
         load_subject,
@@ -73,6 +72,7 @@ try:
     )
     from .residual_embeddings import __multisubject_version__ as _residual_embeddings_version
     from .subject_file import __multisubject_version__ as _subject_file_version
+    from .subject_file import check_subject_fits
 except ImportError as error:
     raise ImportError(
         f"{__name__} found a file beside it that is not of multisubject {__multisubject_version__}: {error}. Another"

@@ -76,10 +76,6 @@ class ParsedPrompt:
     mentions: tuple[Mention, ...]
     tokenizer: Any = field(repr=False, compare=False)
 
-    def find_span(self, phrase: str, occurrence: int | None = None) -> range:
-        """The token indices of `find`."""
-        return self.find(phrase, occurrence).span
-
     def find(self, phrase: str, occurrence: int | None = None) -> Place:
         """Where that stands which a layout addresses: a subject's name, with or without `<>`, or words of the prompt.
 

@@ -52,8 +52,10 @@ from multisubject.hub_utils import (
     save_subject,
 )
 from multisubject.model_card import sample_path, subject_card
+from multisubject.pictures import png_bytes
 from multisubject.residual_embeddings import ResidualEmbedding, find_token_spans
 from multisubject.subject_file import check_class_phrase, fingerprint_text_encoder, write_atomically
+from multisubject.tiny_world import EMBEDDED_BASE
 from multisubject.training_checkpoints import (
     Interrupted,
     Progress,
@@ -72,7 +74,6 @@ from multisubject.visualization import contact_sheet
 
 logger = logging.getLogger("train_residual")
 
-EMBEDDED_BASE = Path(__file__).resolve().parent / "tiny_world" / "base"
 # Sentences that say nothing about place, colour or manner: whatever those words would say, the pictures do not.
 TEMPLATES = (
     "a photo of a {}",
@@ -138,6 +139,7 @@ def load_encoders(config: TrainConfig, accelerator: Accelerator) -> Models:
             source,
             revision=config.revision,
             variant=config.variant,
+            dtype={"vae": dtype, "default": torch.float32},
             unet=None,
             safety_checker=None,
             requires_safety_checker=False,
@@ -173,7 +175,7 @@ def load_unet(config: TrainConfig, models: Models) -> UNet2DConditionModel:
     source = base_path(config)
     with base_model_errors(source):
         unet = UNet2DConditionModel.from_pretrained(
-            source, subfolder="unet", revision=config.revision, variant=config.variant
+            source, subfolder="unet", revision=config.revision, variant=config.variant, dtype=models.dtype
         )
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -930,9 +932,7 @@ def save_validation_sheet(pictures: list[Image.Image], step: int, output: Path) 
 
 def save_png(image: Image.Image, path: Path) -> None:
     """Write a picture whole or not at all."""
-    data = io.BytesIO()
-    image.save(data, format="PNG")
-    write_atomically(path, data.getvalue())
+    write_atomically(path, png_bytes(image))
 
 
 def save_loss_curve(progress: Progress, folder: Path) -> None:

@@ -26,6 +26,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from tqdm.auto import tqdm
 
+from multisubject.tiny_world import EMBEDDED_BASE
 from multisubject.tiny_world.judge import Detection, Judge
 from multisubject.tiny_world.scenes import (
     Look,
@@ -41,7 +42,6 @@ from multisubject.tiny_world.scenes import (
 from multisubject.tiny_world.subjects import subject_sheet
 from multisubject.visualization import contact_sheet
 
-BASE = Path(__file__).parents[1] / "tiny_world" / "base"
 SHEET_PICTURES = 24
 
 
@@ -86,9 +86,9 @@ class Asked:
     objects: tuple[tuple[str, Look], ...]  # category and look
 
 
-def wilson_interval(successes: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's score interval of a share; 95 % by default."""
-    share = successes / total
+def wilson_interval(successes: int, total: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a share."""
+    share, z = successes / total, 1.96
     centre = share + z * z / (2 * total)
     spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
     scale = 1 + z * z / total
@@ -284,7 +284,7 @@ def write_sheets(
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default=str(BASE), help="diffusers folder (default: %(default)s)")
+    parser.add_argument("--base", default=str(EMBEDDED_BASE), help="diffusers folder (default: %(default)s)")
     parser.add_argument("--num_prompts", type=int, default=200, help="prompts of each kind, and scenes for the VAE")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance_scale", type=float, default=5.0)

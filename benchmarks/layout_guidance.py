@@ -16,6 +16,18 @@ import torch
 from multisubject.guidance_methods import AttentionLayer
 
 
+def layout_energy(layer: AttentionLayer) -> torch.Tensor:
+    """Per image, the mean over heads and placed tokens of `(1 - share inside) ** 2`: `(B,)` float32."""
+    logits = layer.query.float() @ layer.key.float().transpose(-1, -2) * layer.scale  # [B, heads, Q, T]
+    # A token's attention over its sum over all places; by logarithms, because a token may get none anywhere.
+    shares = logits.log_softmax(dim=-1).softmax(dim=2)
+    inside = torch.einsum("bhqt,brq->bhrt", shares, layer.maps.inside.to(shares.dtype))
+    energy = (1 - inside).square().mean(dim=1)  # [B, R, T]
+    tokens = layer.maps.tokens.to(energy.dtype)
+    per_region = (energy * tokens).sum(dim=2) / tokens.sum(dim=2).clamp(min=1)
+    return per_region.sum(dim=1) / tokens.any(dim=2).sum(dim=1)
+
+
 class LayoutGuidance:
     """A guidance method for `MultiSubjectPipeline`, to be used inside `attached(pipe)`, with DDIM.
 
@@ -40,18 +52,9 @@ class LayoutGuidance:
         self._energies: list[tuple[int, torch.Tensor]] | None = None
 
     def __call__(self, layer: AttentionLayer) -> None:
-        """Note the layer's energy: per image, the mean over heads and placed tokens of `(1 - share inside) ** 2`."""
-        if self._energies is None or not layer.is_cross:
-            return
-        logits = layer.query.float() @ layer.key.float().transpose(-1, -2) * layer.scale  # [B, heads, Q, T]
-        # A token's attention over its sum over all places; by logarithms, because a token may get none anywhere.
-        shares = logits.log_softmax(dim=-1).softmax(dim=2)
-        inside = torch.einsum("bhqt,brq->bhrt", shares, layer.maps.inside.to(shares.dtype))
-        energy = (1 - inside).square().mean(dim=1)  # [B, R, T]
-        tokens = layer.maps.tokens.to(energy.dtype)
-        per_region = (energy * tokens).sum(dim=2) / tokens.sum(dim=2).clamp(min=1)
-        regions = tokens.any(dim=2).sum(dim=1)
-        self._energies.append((layer.query.shape[2], per_region.sum(dim=1) / regions))
+        """Note the energy of a layer of cross-attention."""
+        if self._energies is not None and layer.is_cross:
+            self._energies.append((layer.query.shape[2], layout_energy(layer)))
 
     @contextmanager
     def attached(self, pipe: Any) -> Iterator[None]:

@@ -1,9 +1,10 @@
-"""Published code of three of the methods on the embedded base, beside this package's functions for them.
+"""Published code of four of the methods on the embedded base, beside this package's functions for them.
 
-    python benchmarks/peers.py --cones2 DIR --dense_diffusion DIR --bounded_attention DIR      # or any of them
+    python benchmarks/peers.py --cones2 DIR --dense_diffusion DIR --bounded_attention DIR --layout_guidance DIR
 
-Each folder is a clone of the authors' repository: ali-vilab/Cones-V2 (447c194), naver-ai/DenseDiffusion (54a2ea6) and
-omer11a/bounded-attention (aeb6580; wants `pip install einops`). Their functions and classes run as they are, except
+Each folder is a clone of the authors' repository: ali-vilab/Cones-V2 (447c194), naver-ai/DenseDiffusion (54a2ea6),
+omer11a/bounded-attention (aeb6580; wants `pip install einops`) and silent-chen/layout-guidance (50fcf75). Their
+functions and classes run as they are, except
 that sizes of Stable Diffusion which stand in them are replaced by this base's, and that they are given what newer
 libraries no longer have. The first table compares logits and attention on the same queries, keys and regions; the
 second one compares pictures from the same noise:
@@ -13,6 +14,9 @@ second one compares pictures from the same noise:
 - Bounded Attention: its masks of the boxes alone. The gradients, the hiding of function words and the clusters that
   take the boxes' place in later steps are off, as `bounded_attention` has none of them; what stays different is that
   its code also masks the self-attention of the unconditional half.
+- Layout guidance: it changes latents instead of attention, so that its energy is compared; with steps of the length
+  that suits this base. Its code samples with LMS, ours with DDIM, and looks at the middle and one block after it, ours
+  at all layers of the two coarsest levels.
 """
 
 from __future__ import annotations
@@ -25,7 +29,8 @@ import math
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,16 +42,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import LMSDiscreteScheduler, StableDiffusionPipeline
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, AttnProcessor
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from PIL import Image
 from torch.overrides import TorchFunctionMode
 
-from multisubject.benchmarks.placement import BASE, ROOT, Task, draw_tasks, score_picture
+from multisubject.benchmarks.layout_guidance import layout_energy
+from multisubject.benchmarks.placement import METHODS, ROOT, Task, draw_tasks, score_picture
 from multisubject.evaluate import bootstrap_interval
 from multisubject.guidance_methods import GUIDANCE_METHODS, AttentionLayer, GuidanceMethod
 from multisubject.pipeline_multisubject import MultiSubjectPipeline
 from multisubject.residual_embeddings import parse_prompt
+from multisubject.tiny_world import EMBEDDED_BASE
 from multisubject.tiny_world.judge import Judge
 from multisubject.tiny_world.scenes import Box, World
 from multisubject.tiny_world.subjects import SUBJECTS
@@ -136,6 +143,9 @@ class Agreement:
     logits: float
     attention: float
 
+    def __str__(self) -> str:
+        return f"{self.layers} | {self.effect:.2f} | {self.logits:.1e} | {self.attention:.1e}"
+
 
 def agreement(pairs: Sequence[tuple[Seen, AttentionLayer]], method: GuidanceMethod) -> Agreement:
     """Compare on their queries and keys, layer by layer, in a batch of one.
@@ -161,7 +171,7 @@ def agreement(pairs: Sequence[tuple[Seen, AttentionLayer]], method: GuidanceMeth
     return Agreement(len(pairs), *torch.tensor(differences).amax(dim=0).tolist())
 
 
-# --- the three -------------------------------------------------------------------------------------------------------
+# --- the four --------------------------------------------------------------------------------------------------------
 
 
 def box_mask(box: Box, size: int) -> np.ndarray:
@@ -170,6 +180,12 @@ def box_mask(box: Box, size: int) -> np.ndarray:
     mask = np.zeros((size, size), dtype=bool)
     mask[ymin:ymax, xmin:xmax] = True
     return mask
+
+
+def with_aligned_boxes(task: Task) -> Task:
+    """A task of two regions, with the boxes of `ALIGNED`."""
+    targets = tuple(replace(target, box=box) for target, box in zip(task.targets, ALIGNED, strict=True))
+    return replace(task, targets=targets)
 
 
 class Peer(ABC):
@@ -190,8 +206,8 @@ class Peer(ABC):
             if not (folder / file).is_file():
                 raise ValueError(f"--{self.method}: {folder} has no {file}; expected a clone of {self.title}'s code.")
         self.paths, self.guidance_scale = [folder / file for file in self.files], guidance_scale
-        self.pipe = MultiSubjectPipeline.from_pretrained(str(BASE), dtype=torch.float32)
-        self.plain = StableDiffusionPipeline.from_pretrained(str(BASE), dtype=torch.float32)
+        self.pipe = MultiSubjectPipeline.from_pretrained(str(EMBEDDED_BASE), dtype=torch.float32)
+        self.plain = StableDiffusionPipeline.from_pretrained(str(EMBEDDED_BASE), dtype=torch.float32)
         for pipe in (self.pipe, self.plain):
             pipe.set_progress_bar_config(disable=True)
         self.attentions = [module for module in self.plain.unet.modules() if isinstance(module, Attention)]
@@ -221,10 +237,9 @@ class Peer(ABC):
         """Of all that was seen, the softmaxes that decide about the conditional sample."""
         return seen
 
-    def check(self, task: Task) -> Iterator[tuple[str, Agreement]]:
+    def check(self, task: Task) -> Iterator[tuple[str, Agreement | str]]:
         """Kind of attention and how it agrees, for the kinds that their code changes, on aligned boxes."""
-        targets = tuple(replace(target, box=box) for target, box in zip(task.targets, ALIGNED, strict=True))
-        task = replace(task, targets=targets)
+        task = with_aligned_boxes(task)
         with SoftmaxWatcher() as watcher:
             self.draw(task, CHECK_STEPS)
         layers: list[AttentionLayer] = []
@@ -365,7 +380,7 @@ class BoundedAttention(Peer):
         editor = self.code.BoundedAttention(
             [target.box for target in task.targets],
             [task.prompt],
-            [list(text.find_span(target.words)) for target in task.targets],
+            [list(text.find(target.words).span) for target in task.targets],
             cross_loss_layers=(),
             self_loss_layers=(),
             filter_token_indices=[],
@@ -385,7 +400,104 @@ class BoundedAttention(Peer):
         return seen[1::2]  # it computes the plain attention first
 
 
-PEERS: tuple[type[Peer], ...] = (Cones2, DenseDiffusion, BoundedAttention)
+class LayoutGuidance(Peer):
+    """Its sampling function and its energy, with a UNet that returns attention maps as its own does."""
+
+    title, method, files = "Layout guidance", "layout_guidance", ("utils.py", "inference.py")
+
+    def __init__(self, folder: Path, guidance_scale: float):
+        super().__init__(folder, guidance_scale)
+        self.code = load_code(
+            self.paths,
+            {64: self.latent_size, 0.18215: self.plain.vae.config.scaling_factor},
+            LMSDiscreteScheduler=partial(
+                LMSDiscreteScheduler, prediction_type=self.plain.scheduler.config.prediction_type
+            ),
+            tqdm=lambda steps: steps,
+            hydra=SimpleNamespace(main=lambda **_: lambda function: function),
+        )
+        self.plain.unet.set_attn_processor(AttnProcessor())  # fused attention has no maps to return
+        self.maps: dict[str, list[torch.Tensor]] = {}
+
+    def unet(self, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The prediction, and maps `(batch * heads, Q, K)` of cross-attention by up block, of the middle and below.
+
+        As in Stable Diffusion, whose coarsest level has none, the first up block is left out.
+        """
+        self.maps = {}
+        with ExitStack() as patches:
+            for name, attention in self.plain.unet.named_modules():
+                if isinstance(attention, Attention) and name.endswith("attn2"):
+                    block = name.split(".attentions")[0]
+                    patches.enter_context(
+                        patch.object(attention, "get_attention_scores", self.noting(attention, block))
+                    )
+            prediction = self.plain.unet(sample, *args, **kwargs)
+        return prediction, [self.maps["up_blocks.1"], self.maps["up_blocks.2"]], self.maps["mid_block"], []
+
+    def noting(self, attention: Attention, block: str) -> Callable[..., torch.Tensor]:
+        """`attention.get_attention_scores`, whose results are kept."""
+        compute = attention.get_attention_scores
+
+        def compute_and_note(*args: Any) -> torch.Tensor:
+            # Its energy divides by what a token gets, which must not be nothing.
+            self.maps.setdefault(block, []).append(compute(*args).clamp(min=1e-20))
+            return self.maps[block][-1]
+
+        return compute_and_note
+
+    def draw(self, task: Task, steps: int) -> Image.Image:
+        ours = METHODS["layout guidance"]["guidance_method"]
+        schedule = self.plain.scheduler.config
+        settings = SimpleNamespace(
+            inference=SimpleNamespace(
+                batch_size=1,
+                rand_seed=task.seed,
+                timesteps=steps,
+                loss_scale=ours.scale,
+                loss_threshold=ours.threshold,
+                max_iter=ours.max_iterations,
+                max_index_step=math.ceil(ours.guided_share * steps),
+                classifier_free_guidance=self.guidance_scale,
+            ),
+            noise_schedule=schedule,
+        )
+        (picture,) = self.code.inference(
+            torch.device("cpu"),
+            self.unet,
+            self.plain.vae,
+            self.plain.tokenizer,
+            self.plain.text_encoder,
+            task.prompt,
+            [[target.box] for target in task.targets],
+            "; ".join(target.words for target in task.targets),
+            settings,
+            SimpleNamespace(info=lambda text: None),
+        )
+        return picture
+
+    def draw_ours(self, tasks: Sequence[Task], steps: int, method: str | GuidanceMethod) -> list[Image.Image]:
+        guidance = METHODS["layout guidance"]["guidance_method"]
+        with guidance.attached(self.pipe):
+            return super().draw_ours(tasks, steps, guidance)
+
+    def check(self, task: Task) -> Iterator[tuple[str, Agreement | str]]:
+        task = with_aligned_boxes(task)
+        text = parse_prompt(self.pipe.tokenizer, task.prompt, {})
+        boxes = [[target.box] for target in task.targets]
+        tokens = [list(text.find(target.words).span) for target in task.targets]
+        layers: list[AttentionLayer] = []
+        super().draw_ours([task], CHECK_STEPS, layers.append)
+        apart = []
+        for layer in layers:
+            if layer.is_cross:
+                maps = (layer.query[0] @ layer.key[0].transpose(-1, -2) * layer.scale).softmax(dim=-1)
+                theirs = self.code.compute_ca_loss([maps], [[]], boxes, tokens)
+                apart.append(float((layout_energy(layer) - theirs).abs().max()))
+        yield "cross", f"{len(apart)} | – | energies: {max(apart):.1e} | –"
+
+
+PEERS: tuple[type[Peer], ...] = (Cones2, DenseDiffusion, BoundedAttention, LayoutGuidance)
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -397,10 +509,7 @@ def agreement_table(peers: Sequence[Peer], world: World, seed: int) -> Iterator[
     yield "|" + "---|" * 6
     for peer in peers:
         for kind, found in peer.check(draw_tasks(peer.cell, 1, seed, world)[0]):
-            yield (
-                f"| {peer.title} | {kind} | {found.layers} | {found.effect:.2f} | {found.logits:.1e} "
-                f"| {found.attention:.1e} |"
-            )
+            yield f"| {peer.title} | {kind} | {found} |"
 
 
 def score_table(peers: Sequence[Peer], world: World, options: argparse.Namespace) -> Iterator[str]:

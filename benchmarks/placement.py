@@ -44,6 +44,7 @@ from multisubject.guidance_methods import (
 )
 from multisubject.pipeline_multisubject import MultiSubjectPipeline
 from multisubject.subject_file import write_atomically
+from multisubject.tiny_world import EMBEDDED_BASE
 from multisubject.tiny_world.judge import CHECKPOINT, Judge, Verdict
 from multisubject.tiny_world.scenes import (
     Box,
@@ -59,7 +60,6 @@ from multisubject.tiny_world.subjects import SUBJECTS
 from multisubject.visualization import contact_sheet
 
 ROOT = Path(__file__).parents[1]
-BASE = ROOT / "tiny_world" / "base"
 
 CELLS = (
     *(f"described {count}" for count in (1, 2, 3, 4)),
@@ -98,7 +98,7 @@ def with_open_borders(layer: AttentionLayer) -> torch.Tensor | None:
         return None
     maps, step = layer.maps, layer.step
     weights = torch.where(step.progress < 0.5, maps.signed_weights, maps.inside_weights)
-    return torch.addcmul(maps.hidden_summary, weights, step.strength * layer.logit_std())
+    return torch.addcmul(maps.held_back_summary, weights, step.strength * layer.logit_std())
 
 
 def isolated(layer: AttentionLayer) -> torch.Tensor | None:
@@ -316,7 +316,7 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def claims(results: dict[str, Any], ours: str = OURS) -> str:
+def claims(results: dict[str, Any]) -> str:
     """Markdown: our method beside Cones 2 and beside the best of the others, paired by picture.
 
     "Best" is chosen with hindsight, cell by cell, among the methods of others: ours and its ingredients are left out.
@@ -327,21 +327,21 @@ def claims(results: dict[str, Any], ours: str = OURS) -> str:
         return np.array([row["look"] == row["regions"] for row in rows], dtype=float)
 
     def paired(cell: str, key: str) -> str:
-        pairs = zip(results["cells"][cell][ours]["pictures"], results["cells"][cell]["none"]["pictures"], strict=False)
+        pairs = zip(results["cells"][cell][OURS]["pictures"], results["cells"][cell]["none"]["pictures"], strict=False)
         difference = np.array([float(mine[key]) - float(plain[key]) for mine, plain in pairs])
         low, high = bootstrap_interval(difference)
         return f"{difference.mean():+.2f} ({low:+.2f} to {high:+.2f})"
 
     lines = [
-        f"| cell | {ours} | cones2 | ratio | cones2, recurrence 2 | ratio | best of the others | ratio "
+        f"| cell | {OURS} | cones2 | ratio | cones2, recurrence 2 | ratio | best of the others | ratio "
         "| setting obeyed, against none | sharpness, against none |",
         "|" + "---|" * 10,
     ]
     for cell, methods in results["cells"].items():
         others = [name for name in methods if name not in INGREDIENTS and not name.startswith(OURS)]
-        if ours not in methods or not others:
+        if OURS not in methods or not others:
             continue
-        mine = every(cell, ours).mean()
+        mine = every(cell, OURS).mean()
         best = max(others, key=lambda name, cell=cell: every(cell, name).mean())  # type: ignore[misc]
         columns = [f"| {cell} | {mine:.0%}"]
         for name in ("cones2", "cones2, recurrence 2", best):
@@ -394,7 +394,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Draw and score what the results file does not hold yet."""
     settings = {
-        "models": digest_of_weights(BASE, ROOT / "embeddings", CHECKPOINT),
+        "models": digest_of_weights(EMBEDDED_BASE, ROOT / "embeddings", CHECKPOINT),
         "seed": options.seed,
         "num_inference_steps": options.num_inference_steps,
         "guidance_scale": options.guidance_scale,
@@ -402,7 +402,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     }
     results = load_results(options.results, settings, "--results")
     judge, world = Judge.load(), World()
-    pipe = MultiSubjectPipeline.from_pretrained(str(BASE), dtype=getattr(torch, options.dtype)).to(options.device)
+    pipe = MultiSubjectPipeline.from_pretrained(str(EMBEDDED_BASE), dtype=getattr(torch, options.dtype)).to(
+        options.device
+    )
     pipe.set_progress_bar_config(disable=True)
     for name in SUBJECTS:
         pipe.load_subject(str(ROOT / "embeddings" / f"{name}.safetensors"), name=name)

@@ -3,11 +3,13 @@
     python benchmarks/train_methods.py                                     # everything; goes on where it stopped
     python benchmarks/train_methods.py --num_pictures 8 --subjects comet   # a first look
     python benchmarks/train_methods.py --parts sd21                        # peak memory alone
+    python benchmarks/train_methods.py --parts sd21 --sd21_resolution 768 --sd21_steps 25 \
+        --train_flags train_batch_size=1 mixed_precision=bf16              # the same as one would train it, on a GPU
 
 On the embedded base, every method learns every subject from the same pictures, and a judge looks at pictures from
 prompts that no training used; the row `base` is the same prompts and seeds with the plain class phrase. Then random
-models of Stable Diffusion 2.1's shape show each method's peak memory. Every training is a process of its own, so that
-its time and its peak memory are its own.
+models of Stable Diffusion 2.1's shape show each method's peak memory and the time of a step. Every training is a
+process of its own, so that its time and its peak memory are its own, and runs on a GPU if there is one.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from tqdm.auto import tqdm
 
 from multisubject.benchmarks.results import digest_of_weights, load_results
 from multisubject.subject_file import write_atomically
+from multisubject.tiny_world import EMBEDDED_BASE
 from multisubject.tiny_world.judge import Judge
 from multisubject.tiny_world.scenes import World, article, is_visible
 from multisubject.tiny_world.subjects import SUBJECTS, Subject, save_training_pictures
@@ -38,11 +41,9 @@ from multisubject.training_config import LEARNING_RATES
 from multisubject.visualization import contact_sheet
 
 ROOT = Path(__file__).parents[1]
-BASE = ROOT / "tiny_world" / "base"
 CONFIG = ROOT / "configs" / "train_tiny_world.yaml"
 METHODS = ("residual", "lora", "text_encoder")
 SHOWN = 8  # pictures of each run on a subject's sheet
-SD21_RESOLUTION = 64
 # stabilityai/stable-diffusion-2-1, from its config.json files.
 SD21_UNET = {
     "sample_size": 96,
@@ -147,23 +148,42 @@ def score_pictures(
 TIMED_TRAINING = """
 import json, sys, time
 from pathlib import Path
-from multisubject.train_residual import main
+from statistics import median
+import torch
+from multisubject import train_residual as trainer
+
+step_starts = []
+
+def note_the_time(*arguments, draw_batch=trainer.draw_batch):
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    step_starts.append(time.monotonic())
+    return draw_batch(*arguments)
+
+trainer.draw_batch = note_the_time
 start, cpu_start = time.monotonic(), time.process_time()
-assert main(json.loads(sys.argv[1])) == 0
+assert trainer.main(json.loads(sys.argv[1])) == 0
 seconds, cpu_seconds = time.monotonic() - start, time.process_time() - cpu_start
+steps = [after - before for before, after in zip(step_starts, step_starts[1:])]
 # Not getrusage: its maximum would begin with the memory of the process that started this one.
 (peak,) = [line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": int(peak) * 1024}))
+print(json.dumps({
+    "seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": int(peak) * 1024,
+    "step_seconds": median(steps) if len(steps) > 1 else None,
+    "gpu_peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+}))
 """
 
 
 def in_process_of_its_own(script: str, flags: list[str], log: Path) -> dict[str, float]:
-    """Run a training; its seconds, seconds of processor time (imports not counted) and peak memory in bytes.
+    """Run a training; its seconds and seconds of processor time (imports not counted), the median seconds of a step,
+    the process's peak memory and torch's on the GPU, in bytes.
 
     Raises RuntimeError with the end of what it printed, all of which is in `log`.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # for `benchmarks`
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # for `benchmarks`
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     with log.open("w") as errors:
         command = [sys.executable, "-c", script, json.dumps(flags)]
         answer = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
@@ -392,49 +412,63 @@ def random_sd21() -> None:
     import multisubject.train_residual as trainer
 
     def load_encoders(config: Any, accelerator: Any) -> trainer.Models:
-        tokenizer = CLIPTokenizer.from_pretrained(BASE / "tokenizer")
-        scheduler = DDIMScheduler.from_pretrained(BASE / "scheduler")
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+        tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED_BASE / "tokenizer")
+        scheduler = DDIMScheduler.from_pretrained(EMBEDDED_BASE / "scheduler")
         ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
         text_encoder = CLIPTextModel(CLIPTextConfig(**SD21_TEXT_ENCODER, **ids))
         return trainer.Models(
             tokenizer=tokenizer,
-            text_encoder=text_encoder.requires_grad_(False).eval(),
-            vae=AutoencoderKL(**SD21_VAE).requires_grad_(False).eval(),
+            text_encoder=trainer.frozen(text_encoder, accelerator.device, torch.float32),
+            vae=trainer.frozen(AutoencoderKL(**SD21_VAE), accelerator.device, dtype),
             unet=None,
             unet_config={"sample_size": 96, "block_out_channels": [320, 640, 1280, 1280]},
             noise_scheduler=DDPMScheduler.from_config(scheduler.config),
             sampling_scheduler=scheduler,
             device=accelerator.device,
-            dtype=torch.float32,
+            dtype=dtype,
             fingerprint=None,
         )
 
-    trainer.load_encoders = load_encoders
-    trainer.load_unet = lambda *_: UNet2DConditionModel(**SD21_UNET).requires_grad_(False).eval()
+    def load_unet(config: Any, models: trainer.Models) -> UNet2DConditionModel:
+        unet = UNet2DConditionModel(**SD21_UNET)
+        if config.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        return trainer.frozen(unet, models.device, models.dtype)
+
+    trainer.load_encoders, trainer.load_unet = load_encoders, load_unet
 
 
-def measure_memory(results: dict[str, Any], options: argparse.Namespace) -> None:
-    """Peak memory of two steps of each method on random models of SD 2.1's size, in `results["sd21"]`."""
-    subject, peaks = SUBJECTS[options.subjects[0]], results.setdefault("sd21", {})
+def measure_sd21(results: dict[str, Any], options: argparse.Namespace) -> None:
+    """What a few steps of each method cost on random models of SD 2.1's size, in `results["sd21"]`."""
+    subject, costs = SUBJECTS[options.subjects[0]], results.setdefault("sd21", {})
     for method in (progress := tqdm(options.methods, unit="method")):
         progress.set_description(f"Stable Diffusion 2.1's shape, {method}")
-        if method in peaks:
+        if method in costs:
             continue
         output = options.output_dir / "trained" / f"sd21-{method}" / subject.name
-        flags = [*train_flags(Run(method, 2), subject, output, options), f"--resolution={SD21_RESOLUTION}"]
-        cost = in_process_of_its_own(SD21_TRAINING, flags, output.with_suffix(".log"))
+        run = Run(method, options.sd21_steps)
+        flags = [*train_flags(run, subject, output, options), f"--resolution={options.sd21_resolution}"]
+        costs[method] = in_process_of_its_own(SD21_TRAINING, flags, output.with_suffix(".log"))
         shutil.rmtree(output)  # checkpoints of gigabytes
-        peaks[method] = cost["peak_bytes"]
         write_atomically(options.output_dir / "results.json", json.dumps(results, indent=1).encode())
 
 
-def report_memory(peaks: dict[str, float], methods: Sequence[str]) -> tuple[str, list[tuple[bool, str]]]:
-    """Markdown, and whether the first method saves 4 GB."""
-    lines = ["| method, Stable Diffusion 2.1's shape | peak memory |", "|---|---|"]
-    lines += [f"| {method} | {peaks[method] / 1e9:.2f} GB |" for method in methods]
+def report_sd21(costs: dict[str, dict[str, float]], methods: Sequence[str]) -> tuple[str, list[tuple[bool, str]]]:
+    """Markdown, and whether the first method saves 4 GB (of the GPU's memory, where the training was on one)."""
+    lines = [
+        "| method, Stable Diffusion 2.1's shape | peak memory | of the GPU | seconds a step |",
+        "|---|---|---|---|",
+    ]
+    for method in methods:
+        cost = costs[method]
+        on_gpu = f"{cost['gpu_peak_bytes'] / 1e9:.2f} GB" if cost["gpu_peak_bytes"] else "–"
+        step = f"{cost['step_seconds']:.3f}" if cost["step_seconds"] else "–"
+        lines.append(f"| {method} | {cost['peak_bytes'] / 1e9:.2f} GB | {on_gpu} | {step} |")
     answers = []
     if "text_encoder" in methods and methods[0] != "text_encoder":
-        saved = (peaks["text_encoder"] - peaks[methods[0]]) / 1e9
+        key = "gpu_peak_bytes" if costs[methods[0]]["gpu_peak_bytes"] else "peak_bytes"
+        saved = (costs["text_encoder"][key] - costs[methods[0]][key]) / 1e9
         answers = [(saved >= 4, f"{methods[0]} needs {saved:.2f} GB less than text_encoder (at least 4 wanted)")]
     return "\n".join(lines), answers
 
@@ -454,6 +488,7 @@ def run(options: argparse.Namespace) -> int:
         "guidance_scale": options.guidance_scale,
         "learning_rates": options.learning_rates,
         "train_flags": options.train_flags,
+        "sd21": [options.sd21_resolution, options.sd21_steps],
         "config": yaml.safe_load(CONFIG.read_text()),
         "data_dir": str(options.data_dir) if options.data_dir else None,
     }
@@ -469,8 +504,8 @@ def run(options: argparse.Namespace) -> int:
         print(tables(summaries), flush=True)
         answers += verdict(summaries, runs_of(options))
     if "sd21" in options.parts:
-        measure_memory(results, options)
-        text, saved = report_memory(results["sd21"], options.methods)
+        measure_sd21(results, options)
+        text, saved = report_sd21(results["sd21"], options.methods)
         print(f"\n{text}")
         answers += saved
     print()
@@ -493,7 +528,7 @@ def parse_rate(text: str) -> tuple[str, float]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=("embedded", "sd21"), default=["embedded", "sd21"])
-    parser.add_argument("--base", type=Path, default=BASE, help="folder of the embedded base")
+    parser.add_argument("--base", type=Path, default=EMBEDDED_BASE, help="folder of the embedded base")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="the first one is judged")
     parser.add_argument("--steps", nargs="+", type=int, default=[150], help="of every method; the first is judged")
     parser.add_argument("--encoder_steps", nargs="*", type=int, default=[300, 750], help="more runs of text_encoder")
@@ -502,6 +537,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--subjects", nargs="+", choices=sorted(SUBJECTS), default=list(SUBJECTS))
     parser.add_argument("--num_pictures", type=int, default=100, help="per subject and run; half of them alone")
+    parser.add_argument("--sd21_resolution", type=int, default=64, help="small, so that a CPU can do it")
+    parser.add_argument("--sd21_steps", type=int, default=2)
     parser.add_argument("--data_dir", type=Path, help="training pictures, a folder per subject; left out: drawn")
     parser.add_argument("--output_dir", type=Path, default=Path("output/train_methods"), help="results.json, sheets …")
     parser.add_argument("--num_inference_steps", type=int, default=20)
@@ -512,8 +549,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     options.train_flags = [f"--{flag.lstrip('-')}" for flag in options.train_flags]
     options.learning_rates = {**LEARNING_RATES, **dict(options.learning_rates)}
-    if min(options.num_pictures, options.batch_size, *options.steps, *options.encoder_steps) < 1:
-        parser.error("--num_pictures, --batch_size, --steps and --encoder_steps: expected at least 1.")
+    counts = (options.num_pictures, options.batch_size, options.sd21_steps, *options.steps, *options.encoder_steps)
+    if min(counts) < 1:
+        parser.error("--num_pictures, --batch_size, --steps, --encoder_steps and --sd21_steps: expected at least 1.")
     try:
         return run(options)
     except (ValueError, OSError, RuntimeError) as error:

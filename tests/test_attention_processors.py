@@ -30,6 +30,7 @@ from multisubject.attention_processors import (
 )
 from multisubject.guidance_methods import (
     GUIDANCE_METHODS,
+    HIDDEN,
     AttentionLayer,
     TokenKind,
     guides_all_self_attention,
@@ -416,6 +417,40 @@ def test_every_region_has_a_cell_at_every_resolution(unet, scheduler, size):
         assert (weights[:, LEFT] > 0).sum() == 1
         assert (weights[:, RIGHT] > 0).any()
         assert not weights[:, [t for t in range(T) if t not in (LEFT, RIGHT)]].any()
+
+
+@pytest.mark.parametrize(("narrowed", "expected"), [(0.6, HIDDEN), (0.7, -2.0)])
+def test_summary_is_hidden_unless_little_is_left_outside_the_regions(unet, scheduler, narrowed, expected):
+    """Of two pictures one leaves more than a third outside its regions, or less; the other always does."""
+    regions = two_regions(batch=2)
+    regions.token_kinds[:, -2:] = TokenKind.PADDING
+    regions.masks[0, ..., round(32 * narrowed) :, :] = 0
+    regions.masks[1, ..., 8:, :] = 0
+    for layer in seen_layers(unet, regions, scheduler, *inputs(2)):
+        inside = layer.maps.inside.any(dim=1)
+        for picture, bias in ((0, expected), (1, HIDDEN)):
+            held_back = layer.maps.held_back_summary[picture, 0]
+            assert inside[picture].any()
+            assert (held_back[inside[picture]][:, -2:] == bias).all()
+            assert not held_back[~inside[picture]].any()
+            assert not held_back[:, :-2].any()
+
+
+def test_frames_of_earlier_calls_fit_no_other_call(unet, scheduler):
+    """Calls with and without an unconditional half, in two precisions, are what they are in a context of their own."""
+    unet = copy.deepcopy(unet)
+    sample, prompt_embeds = inputs(2)
+    calls = [(sample, prompt_embeds), (sample[:1], prompt_embeds[:1])]
+    calls += [(sample.double(), prompt_embeds.double()), (sample + 1, prompt_embeds)]
+    alone = []
+    for arguments in calls:
+        unet.to(arguments[0].dtype)
+        with guided(unet, two_regions(), scheduler, guidance_method="multisubject"):
+            alone.append(call(unet, *arguments))
+    with guided(unet, two_regions(), scheduler, guidance_method="multisubject"):
+        for arguments, expected in zip(calls, alone, strict=True):
+            unet.to(arguments[0].dtype)
+            assert torch.equal(call(unet, *arguments), expected)
 
 
 def test_soft_mask_pulls_softly(unet, scheduler):

@@ -50,6 +50,7 @@ def make_layer(is_cross: bool = True, own_prompts: bool = False, progress: float
         signed_weights=signed[:, None],
         inside_weights=(signed * INSIDE.any(dim=0)[:, None])[:, None],
         hidden_summary=HIDDEN * (INSIDE.any(dim=0)[:, None] & end)[None, None],
+        held_back_summary=-2.0 * (INSIDE.any(dim=0)[:, None] & end)[None, None],
     )
     step = GuidanceStep(*(torch.tensor(value) for value in (2.0, 0.08 * math.log(5.0), progress, 0.9)))
     return AttentionLayer(query, key, DIM**-0.5, is_cross, maps, step)
@@ -145,13 +146,13 @@ def test_dense_diffusion_ends_after_thirty_percent_of_the_steps():
 
 
 @pytest.mark.parametrize("progress", [0.48, 0.5])
-def test_multisubject_pulls_by_logits_hides_the_summary_inside_regions_and_opens_borders_late(progress):
+def test_multisubject_pulls_by_logits_holds_the_summary_back_inside_regions_and_opens_borders_late(progress):
     layer = make_layer(progress=progress)
     bias = GUIDANCE_METHODS["multisubject"](layer)[0, 0]
     expected = 3 * layer.step.strength * layer.maps.signed_weights[0, 0]
     for place in range(QUERIES):
         if INSIDE[:, place].any():
-            expected[place, [3, 4]] = HIDDEN
+            expected[place, [3, 4]] = -2
         elif progress >= 0.5:
             expected[place] = 0
     torch.testing.assert_close(bias, expected, rtol=1e-6, atol=0)

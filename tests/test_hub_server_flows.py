@@ -33,7 +33,6 @@ from safetensors.torch import save
 
 from multisubject import cli, hub_utils
 from multisubject.hub_utils import (
-    SubjectFileError,
     inspect_subject,
     load_subject,
     pull_subject,
@@ -42,7 +41,7 @@ from multisubject.hub_utils import (
     save_subject,
 )
 from multisubject.residual_embeddings import ResidualEmbedding
-from multisubject.subject_file import MAX_FILE_BYTES, write_safetensors
+from multisubject.subject_file import MAX_FILE_BYTES, SubjectFileError, write_safetensors
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = ROOT / "tiny_world" / "base"

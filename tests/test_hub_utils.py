@@ -24,11 +24,8 @@ from safetensors.torch import save
 
 from multisubject import cli, hub_utils, subject_file
 from multisubject.hub_utils import (
-    SubjectFileError,
     base_model_errors,
-    check_subject_fits,
     copy_pipeline_sources,
-    fingerprint_text_encoder,
     inspect_subject,
     load_saved_subjects,
     load_subject,
@@ -37,7 +34,14 @@ from multisubject.hub_utils import (
 )
 from multisubject.model_card import END, START, pipeline_card, subject_card
 from multisubject.residual_embeddings import ResidualEmbedding
-from multisubject.subject_file import FORMAT_VERSION, fingerprint_distance, write_safetensors
+from multisubject.subject_file import (
+    FORMAT_VERSION,
+    SubjectFileError,
+    check_subject_fits,
+    fingerprint_distance,
+    fingerprint_text_encoder,
+    write_safetensors,
+)
 
 FIXTURES = Path(__file__).parent / "fixtures"
 METADATA: dict[str, Any] = {

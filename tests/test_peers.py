@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from multisubject.benchmarks import peers
+from multisubject.benchmarks.layout_guidance import layout_energy
 from multisubject.benchmarks.peers import Peer, Seen, SoftmaxWatcher, agreement, box_mask, load_code, main
 from multisubject.benchmarks.placement import draw_tasks
 from multisubject.guidance_methods import HIDDEN, cones2, masked
@@ -84,7 +85,7 @@ class Masks(Peer):
     title, method, files = "Masks", "masked", ("code.py",)
 
     def draw(self, task, steps):
-        spans = [parse_prompt(self.plain.tokenizer, task.prompt, {}).find_span(t.words) for t in task.targets]
+        spans = [parse_prompt(self.plain.tokenizer, task.prompt, {}).find(t.words).span for t in task.targets]
 
         def processor(attn, hidden_states, encoder_hidden_states=None, **_):
             context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
@@ -141,4 +142,57 @@ def test_a_folder_without_the_code_is_one_line_that_names_the_option(peer, tmp_p
 
 def test_no_folder_is_an_error(capsys):
     assert main([]) == 1
-    assert "--cones2, --dense_diffusion, --bounded_attention" in capsys.readouterr().err
+    assert "--cones2, --dense_diffusion, --bounded_attention, --layout_guidance" in capsys.readouterr().err
+
+
+LAYOUT_CODE = """
+def compute_ca_loss(attn_maps_mid, attn_maps_up, bboxes, object_positions):
+    total, count = 0.0, 0
+    for maps in [*attn_maps_mid, *attn_maps_up[0]]:
+        size = int(math.sqrt(maps.shape[1]))
+        cells = maps.unflatten(1, (size, size))
+        for ((left, top, right, bottom),), tokens in zip(bboxes, object_positions):
+            rows, columns = slice(int(top * size), int(bottom * size)), slice(int(left * size), int(right * size))
+            for token in tokens:
+                share = cells[:, rows, columns, token].sum(dim=(1, 2)) / cells[..., token].sum(dim=(1, 2))
+                total += ((1 - share) ** 2).mean() / len(tokens)
+        count += len(bboxes)
+    return total / count
+"""
+INFERENCE_CODE = """
+@hydra.main()
+def main(settings):
+    raise AssertionError
+
+
+def inference(device, unet, vae, tokenizer, text_encoder, prompt, bboxes, phrases, cfg, logger):
+    sampler = LMSDiscreteScheduler(num_train_timesteps=cfg.noise_schedule.num_train_timesteps)
+    sampler.set_timesteps(cfg.inference.timesteps)
+    assert sampler.config.prediction_type == cfg.noise_schedule.prediction_type
+    latents = torch.randn(1, 4, 64, 64, requires_grad=True)
+    embeds = text_encoder(tokenizer(prompt, return_tensors="pt").input_ids)[0]
+    prediction, up, middle, _ = unet(latents, sampler.timesteps[0], encoder_hidden_states=embeds)
+    words = phrases.replace(";", "").split()
+    energy = compute_ca_loss(middle, up, bboxes, [[1 + prompt.split().index(word)] for word in words][: len(bboxes)])
+    (gradient,) = torch.autograd.grad(energy, latents)
+    assert gradient.abs().max() > 0
+    assert prediction.sample.shape == latents.shape
+    return [(cfg.inference, [maps.shape[1] for maps in (*middle, *up[0], *up[1])])]
+"""
+
+
+def test_layout_guidance_gives_their_code_maps_to_differentiate_and_compares_energies(tmp_path, monkeypatch):
+    (tmp_path / "utils.py").write_text(LAYOUT_CODE)
+    (tmp_path / "inference.py").write_text(INFERENCE_CODE)
+    monkeypatch.setattr(peers, "CHECK_STEPS", 2)
+    peer = peers.LayoutGuidance(tmp_path, guidance_scale=5.0)
+    (task,) = draw_tasks("described 2", 1, 1, World())
+    settings, places = peer.draw(task, 25)
+    assert (settings.timesteps, settings.max_index_step, settings.rand_seed) == (25, 5, task.seed)
+    assert places == [4 * 4] + 2 * [8 * 8] + 2 * [16 * 16]
+
+    ((_, found),) = peer.check(task)
+    assert float(found.split("energies: ")[1].split(" |")[0]) < 1e-4
+    monkeypatch.setattr(peers, "layout_energy", lambda layer: layout_energy(layer) + 0.01)
+    ((_, found),) = peer.check(task)
+    assert float(found.split("energies: ")[1].split(" |")[0]) == pytest.approx(0.01, rel=0.05)

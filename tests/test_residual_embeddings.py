@@ -151,9 +151,9 @@ def test_phrase_that_the_token_limit_cuts_in_two_is_an_error(tokenizer):
 
 def test_occurrence_before_the_token_limit_is_usable(tokenizer):
     parsed = parse_prompt(tokenizer, "a cat and " + "a " * 80 + "cat", {})
-    assert parsed.find_span("cat", 1) == range(2, 3)
+    assert parsed.find("cat", 1).span == range(2, 3)
     with pytest.raises(ValueError, match="'cat' is cut off"):
-        parsed.find_span("cat", 2)
+        parsed.find("cat", 2)
 
 
 # --- Reading prompts
@@ -166,7 +166,7 @@ def test_two_dogs_get_a_span_each(tokenizer):
         ("rex", range(4, 5)),
         ("bella", range(6, 7)),
     ]
-    assert parsed.find_span("bella") == parsed.find_span("<bella>") == range(6, 7)
+    assert parsed.find("bella").span == parsed.find("<bella>").span == range(6, 7)
 
 
 def test_names_may_hold_spaces_and_any_case_and_stand_twice(tokenizer):
@@ -174,9 +174,9 @@ def test_names_may_hold_spaces_and_any_case_and_stand_twice(tokenizer):
     assert parsed.text == "red ball,dog,dog"
     assert [mention.subject for mention in parsed.mentions] == ["round one", "rex", "rex"]
     assert [mention.phrase for mention in parsed.mentions] == ["red ball", "dog", "dog"]
-    assert parsed.find_span("rex", occurrence=2) == range(6, 7)
+    assert parsed.find("rex", occurrence=2).span == range(6, 7)
     with pytest.raises(ValueError, match="'rex' is ambiguous: it stands 2 times"):
-        parsed.find_span("rex")
+        parsed.find("rex")
 
 
 def test_unknown_name_lists_the_loaded_ones(tokenizer):
@@ -202,7 +202,7 @@ def test_plain_class_phrases_mean_the_loaded_subjects(tokenizer):
         ("petrucci", range(4, 5)),
         ("majesty", range(6, 7)),
     ]
-    assert parsed.find_span("person") == parsed.find_span("petrucci") == range(4, 5)
+    assert parsed.find("person").span == parsed.find("petrucci").span == range(4, 5)
 
 
 def test_longest_plain_class_phrase_wins(tokenizer):
@@ -214,15 +214,15 @@ def test_longest_plain_class_phrase_wins(tokenizer):
 def test_words_are_plain_beside_a_named_subject(tokenizer):
     parsed = parse_prompt(tokenizer, "<rex> and a dog and a guitar", SUBJECTS)
     assert [mention.subject for mention in parsed.mentions] == ["rex"]
-    assert parsed.find_span("rex") == range(1, 2)
-    assert parsed.find_span("dog") == range(4, 5), "the dog that is not rex"
-    assert [parsed.find_span("dog", occurrence) for occurrence in (1, 2)] == [range(1, 2), range(4, 5)]
+    assert parsed.find("rex").span == range(1, 2)
+    assert parsed.find("dog").span == range(4, 5), "the dog that is not rex"
+    assert [parsed.find("dog", occurrence).span for occurrence in (1, 2)] == [range(1, 2), range(4, 5)]
 
 
 def test_subject_named_like_its_class_phrase_counts_words(tokenizer):
     parsed = parse_prompt(tokenizer, "<dog> and a dog", {"dog": subject("dog")})
-    assert parsed.find_span("dog") == range(1, 2)
-    assert parsed.find_span("dog", 2) == range(4, 5)
+    assert parsed.find("dog").span == range(1, 2)
+    assert parsed.find("dog", 2).span == range(4, 5)
 
 
 def test_plain_phrase_shared_by_two_subjects_is_ambiguous(tokenizer):
@@ -238,11 +238,11 @@ def test_plain_phrase_that_stands_twice_is_ambiguous(tokenizer):
 def test_region_of_an_ambiguous_or_missing_phrase_is_an_error(tokenizer):
     parsed = parse_prompt(tokenizer, "<rex>, a cat, a cat", SUBJECTS)
     with pytest.raises(ValueError, match=r"'cat' is ambiguous: .* `occurrence` \(1 to 2\)"):
-        parsed.find_span("cat")
+        parsed.find("cat")
     with pytest.raises(ValueError, match=r"occurrence 3 of phrase 'cat' does not exist: it stands 2 time\(s\)"):
-        parsed.find_span("cat", 3)
+        parsed.find("cat", 3)
     with pytest.raises(ValueError, match=r"'bella' is not in the prompt .* 'cat' and the subjects '<rex>'"):
-        parsed.find_span("bella")
+        parsed.find("bella")
 
 
 # --- Adding residuals

@@ -17,7 +17,7 @@ from multisubject.benchmarks.train_methods import (
     draw_prompts,
     main,
     parse_rate,
-    report_memory,
+    report_sd21,
     score_pictures,
     summarise,
     tables,
@@ -115,11 +115,19 @@ def test_tables_hold_every_run_and_subject() -> None:
     assert "| comet | 100% | 100% |" in text
 
 
-def test_memory_is_reported_with_what_is_saved() -> None:
-    text, ((holds, sentence),) = report_memory({"residual": 6e9, "text_encoder": 11e9}, ["residual", "text_encoder"])
-    assert "| residual | 6.00 GB |" in text
+def test_memory_and_steps_are_reported_with_what_is_saved() -> None:
+    cpu = {"gpu_peak_bytes": None, "step_seconds": None}
+    costs = {"residual": {"peak_bytes": 6e9, **cpu}, "text_encoder": {"peak_bytes": 11e9, **cpu}}
+    text, ((holds, sentence),) = report_sd21(costs, ["residual", "text_encoder"])
+    assert "| residual | 6.00 GB | – | – |" in text
     assert holds
     assert "5.00 GB less" in sentence
+    for cost, peak in zip(costs.values(), (3e9, 4e9), strict=True):
+        cost.update(gpu_peak_bytes=peak, step_seconds=0.25)
+    text, ((holds, sentence),) = report_sd21(costs, ["residual", "text_encoder"])
+    assert "| residual | 6.00 GB | 3.00 GB | 0.250 |" in text
+    assert not holds  # of the GPU's memory
+    assert "1.00 GB less" in sentence
 
 
 def test_rates_are_the_trainers_unless_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -147,7 +155,7 @@ def test_run_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path:
         save_subject(subject, Path(values["output_dir"]) / f"{values['name']}.safetensors")
         return {"seconds": 1.0, "cpu_seconds": 1.0, "peak_bytes": 1e9}
 
-    width = json.loads((benchmark.BASE / "text_encoder" / "config.json").read_text())["hidden_size"]
+    width = json.loads((benchmark.EMBEDDED_BASE / "text_encoder" / "config.json").read_text())["hidden_size"]
     monkeypatch.setattr(benchmark, "in_process_of_its_own", pretend)
     arguments = ["--parts", "embedded", "--subjects", "comet", "--num_pictures", "2", "--num_inference_steps", "1"]
     arguments += ["--encoder_steps", "--output_dir", str(tmp_path)]

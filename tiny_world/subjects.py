@@ -104,23 +104,20 @@ def subject_scenes(subject: Subject, world: World, *, count: int = 6, split: Spl
     return [subject_scene(subject, rng, settings[index % len(settings)]) for index in range(count)]
 
 
-def subject_pictures(
-    subject: Subject, world: World, *, count: int = 6, split: Split = "train", image_size: int | None = None
-) -> list[Image.Image]:
-    """`subject_scenes`, rendered at `image_size` (the world's when None)."""
-    scenes = subject_scenes(subject, world, count=count, split=split)
-    return [render(scene, image_size or world.image_size).image for scene in scenes]
+def subject_pictures(subject: Subject, world: World, *, count: int = 6, split: Split = "train") -> list[Image.Image]:
+    """`subject_scenes`, rendered at the world's size."""
+    return [render(scene, world.image_size).image for scene in subject_scenes(subject, world, count=count, split=split)]
 
 
 def save_training_pictures(
-    output_dir: Path, world: World, *, names: list[str] | None = None, count: int = 6, image_size: int | None = None
+    output_dir: Path, world: World, *, names: list[str] | None = None, count: int = 6
 ) -> list[Path]:
     """Write `output_dir/{name}/{index}.png` for every named subject (all when None); returns the folders."""
     folders = []
     for subject in map(get_subject, SUBJECTS if names is None else names):
         folder = output_dir / subject.name
         folder.mkdir(parents=True, exist_ok=True)
-        for index, picture in enumerate(subject_pictures(subject, world, count=count, image_size=image_size)):
+        for index, picture in enumerate(subject_pictures(subject, world, count=count)):
             picture.save(folder / f"{index}.png")
         folders.append(folder)
     return folders

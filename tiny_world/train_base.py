@@ -35,6 +35,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from multisubject.tiny_world import EMBEDDED_BASE
 from multisubject.tiny_world.scenes import (
     ADJECTIVES,
     CATEGORIES,
@@ -348,7 +349,7 @@ class DiffusionLoss(nn.Module):
 # --- stages ----------------------------------------------------------------------------------------------------------
 
 
-def train_vae(recipe: Recipe, runs: Path, earlier: Path | None = None) -> None:
+def train_vae(recipe: Recipe, runs: Path, earlier: Path | None) -> None:
     """AutoencoderKL on the pictures; ends with `runs/vae` and `runs/latents.npy`. An earlier model's is taken as is."""
     schedule, settings = split_schedule(recipe.vae)
     pictures, _ = scene_data(recipe, runs)
@@ -419,10 +420,8 @@ def make_text_encoder(recipe: Recipe, tokenizer: CLIPTokenizer, earlier: Path | 
         )
     )
     if earlier is not None:
-        weights, embedding = (
-            CLIPTextModel.from_pretrained(earlier / "text_encoder", dtype=torch.float32).state_dict(),
-            "embeddings.token_embedding.weight",
-        )
+        weights = CLIPTextModel.from_pretrained(earlier / "text_encoder", dtype=torch.float32).state_dict()
+        embedding = "embeddings.token_embedding.weight"
         vocabulary = CLIPTokenizer.from_pretrained(earlier / "tokenizer").get_vocab()
         rows = [(row, vocabulary[token]) for token, row in tokenizer.get_vocab().items() if token in vocabulary]
         words = text_encoder.state_dict()[embedding].clone()
@@ -437,7 +436,7 @@ def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> torch.Tensor:
     return tokens.input_ids.short()
 
 
-def train_text_encoder(recipe: Recipe, runs: Path, earlier: Path | None = None) -> None:
+def train_text_encoder(recipe: Recipe, runs: Path, earlier: Path | None) -> None:
     """CLIP's text encoder on the captions; ends with `runs/text_encoder`."""
     schedule, _ = split_schedule(recipe.text_encoder)
     _, groups = scene_data(recipe, runs)
@@ -484,7 +483,7 @@ def train_text_encoder(recipe: Recipe, runs: Path, earlier: Path | None = None) 
     text_encoder.save_pretrained(runs / "text_encoder")
 
 
-def train_diffusion(recipe: Recipe, runs: Path, earlier: Path | None = None) -> None:
+def train_diffusion(recipe: Recipe, runs: Path, earlier: Path | None) -> None:
     """UNet on the latents of `runs/vae` and the words of `runs/text_encoder`; ends with `runs/unet`."""
     for needed, stage in (("latents.npy", "vae"), ("text_encoder", "text_encoder")):
         if not (runs / needed).exists():
@@ -533,7 +532,7 @@ def train_diffusion(recipe: Recipe, runs: Path, earlier: Path | None = None) -> 
     unet.save_pretrained(runs / "unet")
 
 
-def export(recipe: Recipe, runs: Path, output: Path) -> None:
+def export(runs: Path, output: Path) -> None:
     """Put the trained parts together as a Stable Diffusion folder in half precision; replaces an earlier one.
 
     Raises FileExistsError where `output` is something else, which would be lost.
@@ -575,7 +574,7 @@ def main(argv: list[str] | None = None) -> int:
         "--runs", type=Path, default=Path("runs/base"), help="checkpoints and data (default: %(default)s)"
     )
     parser.add_argument(
-        "--output", type=Path, default=HERE / "base", help="`export` writes here (default: %(default)s)"
+        "--output", type=Path, default=EMBEDDED_BASE, help="`export` writes here (default: %(default)s)"
     )
     parser.add_argument(
         "--start_from",
@@ -585,14 +584,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     recipe = Recipe.load(arguments.recipe)
-    if arguments.stage == "vae":
-        train_vae(recipe, arguments.runs, arguments.start_from)
-    elif arguments.stage == "text_encoder":
-        train_text_encoder(recipe, arguments.runs, arguments.start_from)
-    elif arguments.stage == "diffusion":
-        train_diffusion(recipe, arguments.runs, arguments.start_from)
+    if arguments.stage == "export":
+        export(arguments.runs, arguments.output)
     else:
-        export(recipe, arguments.runs, arguments.output)
+        stages = {"vae": train_vae, "text_encoder": train_text_encoder, "diffusion": train_diffusion}
+        stages[arguments.stage](recipe, arguments.runs, arguments.start_from)
     return 0
 
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import io
 import math
-import signal
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from multisubject.subject_file import write_atomically
+from multisubject.training_checkpoints import StopRequest
 
 Batch = dict[str, torch.Tensor]
 
@@ -56,23 +55,6 @@ class Schedule:
 def step_generator(seed: int, step: int) -> torch.Generator:
     """The source of all randomness of one step."""
     return torch.Generator().manual_seed((seed << 32) + step)
-
-
-@contextmanager
-def stop_requests():
-    """Turns SIGINT and SIGTERM into a request that the loop honours after the current step; a second one kills."""
-    requested: list[int] = []
-
-    def remember(number: int, frame: object) -> None:
-        requested.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield requested
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def train(
@@ -134,7 +116,7 @@ def train(
         mininterval=1.0,
     )
     shown: dict[str, float] = {}
-    with stop_requests() as requested:
+    with StopRequest() as stop:
         for step in progress:
             for group in optimizer.param_groups:
                 group["lr"] = schedule.learning_rate_at(step)
@@ -153,8 +135,7 @@ def train(
             for key, value in measures.items():
                 shown[key] = 0.98 * shown.get(key, value.item()) + 0.02 * value.item()
             progress.set_postfix({key: f"{value:.4f}" for key, value in shown.items()}, refresh=False)
-            stop = torch.tensor(float(bool(requested)), device=accelerator.device)
-            interrupted = bool(accelerator.reduce(stop, "sum").item())
+            interrupted = bool(stop.agreed(accelerator))
             if interrupted or (step + 1) % schedule.checkpoint_every == 0 or step + 1 == schedule.steps:
                 save(step + 1)
             if interrupted:

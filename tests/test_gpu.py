@@ -1,0 +1,180 @@
+"""On a CUDA GPU, where there is one: half precision, offloading, and training, held against the CPU or the judge."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from multisubject.generate_images import read_settings
+from multisubject.guidance_methods import GUIDANCE_METHODS
+from multisubject.hub_utils import load_subject
+from multisubject.tiny_world.judge import Judge
+from multisubject.tiny_world.scenes import World
+from multisubject.tiny_world.subjects import SUBJECTS, save_training_pictures
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    pytest.mark.slow,
+]
+
+ROOT = Path(__file__).parents[1]
+PROMPT = "a photo of a <petrucci> and a <majesty> on the beach"
+LAYOUT = {"petrucci": (0.0, 0.1, 0.45, 1.0), "majesty": (0.5, 0.2, 1.0, 0.95)}
+
+
+def load(base_path: str, dtype: torch.dtype) -> Any:
+    """The embedded base with the two subjects of `PROMPT`, on the CPU."""
+    from multisubject.pipeline_multisubject import MultiSubjectPipeline
+
+    pipe = MultiSubjectPipeline.from_pretrained(base_path, dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    for name in LAYOUT:
+        pipe.load_subject(str(ROOT / "embeddings" / f"{name}.safetensors"), name=name)
+    return pipe
+
+
+def draw(pipe: Any, count: int = 1, **settings: Any) -> list[Image.Image]:
+    generators = [torch.Generator().manual_seed(seed) for seed in range(count)]
+    settings = {"layout": [LAYOUT] * count, "num_inference_steps": 25, "guidance_scale": 5.0, **settings}
+    return pipe([PROMPT] * count, generator=generators, **settings).images
+
+
+def difference(one: Image.Image, other: Image.Image) -> float:
+    """Mean absolute difference of two pictures, in grey levels of 255."""
+    return float(np.abs(np.asarray(one, dtype=float) - np.asarray(other, dtype=float)).mean())
+
+
+@pytest.mark.parametrize("method", sorted(GUIDANCE_METHODS))
+def test_pictures_of_the_gpu_are_those_of_the_cpu(base_path: str, method: str) -> None:
+    """The noise is given: diffusers draws it in the pipeline's precision, and so from one seed other noise in each."""
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    (expected,) = draw(load(base_path, torch.float32), guidance_method=method, latents=latents)
+    (plain,) = draw(load(base_path, torch.float32), guidance_steps=0, latents=latents)
+    changed = difference(expected, plain)
+    for dtype, most in ((torch.float32, 0.05), (torch.float16, 0.2), (torch.bfloat16, 0.6)):
+        (found,) = draw(load(base_path, dtype).to("cuda"), guidance_method=method, latents=latents.to(dtype))
+        assert difference(found, expected) < most * changed, dtype
+
+
+def test_half_precision_keeps_every_subject_in_its_place(base_path: str) -> None:
+    pictures = draw(load(base_path, torch.float16).to("cuda"), count=24)
+    judge = Judge.load()
+    for name, box in LAYOUT.items():
+        verdicts = judge.classify(pictures, [box] * len(pictures))
+        right = [verdict.category == SUBJECTS[name].category for verdict in verdicts]
+        assert sum(right) >= 20, (name, sum(right))
+
+
+@pytest.mark.parametrize("way", ["model", "sequential"])
+def test_offloaded_models_draw_the_same_picture(base_path: str, way: str) -> None:
+    (expected,) = draw(load(base_path, torch.float16).to("cuda"))
+    pipe = load(base_path, torch.float16)
+    {"model": pipe.enable_model_cpu_offload, "sequential": pipe.enable_sequential_cpu_offload}[way]()
+    (found,) = draw(pipe)
+    assert difference(found, expected) < 1.0
+
+
+def test_compiled_unet_draws_the_same_picture(base_path: str) -> None:
+    (expected,) = draw(load(base_path, torch.float32).to("cuda"))
+    pipe = load(base_path, torch.float32).to("cuda")
+    pipe.unet.compile(fullgraph=True)
+    (found,) = draw(pipe)
+    assert difference(found, expected) < 3.0
+    resets = torch._dynamo.utils.counters["frames"]["total"]
+    draw(pipe)
+    assert torch._dynamo.utils.counters["frames"]["total"] == resets  # nothing is compiled anew
+
+
+def train(folder: Path, *flags: str) -> dict[str, Any]:
+    """Learn comet in a process of its own, with the shipped configuration; its losses and its adapter."""
+    save_training_pictures(folder / "data", World())
+    command = [
+        *(sys.executable, "-m", "multisubject.train_residual"),
+        f"--config={ROOT / 'configs' / 'train_tiny_world.yaml'}",
+        f"--instance_data_dir={folder / 'data' / 'comet'}",
+        *("--instance_prompt=ball", "--name=comet", f"--output_dir={folder / 'comet'}"),
+        *("--validation_inference_steps=1", "--validation_prompts=a photo of a {}", *flags),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = (folder / "comet" / "loss.csv").read_text().split()[1:]
+    return {"losses": [float(row.split(",")[1]) for row in rows], "adapter": folder / "comet" / "comet.safetensors"}
+
+
+def recognised(base_path: str, adapter: Path) -> int:
+    """In how many of 24 pictures the judge sees comet."""
+    from multisubject.pipeline_multisubject import MultiSubjectPipeline
+
+    pipe = MultiSubjectPipeline.from_pretrained(base_path, dtype=torch.float16).to("cuda")
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_subject(str(adapter), name="comet")
+    generators = [torch.Generator().manual_seed(seed) for seed in range(24)]
+    pictures = pipe(
+        ["a picture of my <comet> in the snow"] * 24, generator=generators, num_inference_steps=20, guidance_scale=3.0
+    ).images
+    return sum(any(item.subject == "comet" for item in found) for found in Judge.load().detect(pictures))
+
+
+@pytest.mark.parametrize("precision", ["no", "fp16", "bf16"])
+def test_a_subject_is_learnt_in_every_precision(base_path: str, tmp_path: Path, precision: str) -> None:
+    run = train(tmp_path, f"--mixed_precision={precision}", "--max_train_steps=150")
+    assert recognised(base_path, run["adapter"]) >= 18
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--method=text_encoder", "--learning_rate=1e-3", "--mixed_precision=fp16"),
+        ("--method=text_encoder", "--learning_rate=1e-3", "--mixed_precision=bf16", "--gradient_checkpointing"),
+        ("--method=lora", "--learning_rate=3e-3", "--mixed_precision=fp16"),
+        ("--method=text_encoder", "--learning_rate=1e-3", "--optimizer=adamw8bit"),
+    ],
+    ids=" ".join,
+)
+def test_loss_falls_with_every_method(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    if "--optimizer=adamw8bit" in flags:
+        pytest.importorskip("bitsandbytes")
+    losses = train(tmp_path, *flags, "--max_train_steps=60")["losses"]
+    assert np.isfinite(losses).all()
+    assert np.mean(losses[-20:]) < np.mean(losses[:20])
+
+
+def test_prodigy_finds_its_rate(base_path: str, tmp_path: Path) -> None:
+    pytest.importorskip("prodigyopt")
+    flags = ("--optimizer=prodigy", "--learning_rate=1", "--lr_scheduler=constant", "--mixed_precision=bf16")
+    assert recognised(base_path, train(tmp_path, *flags, "--max_train_steps=300")["adapter"]) >= 18
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    flags = (
+        "--max_train_steps=20",
+        "--checkpointing_steps=10",
+        "--mixed_precision=fp16",
+    )
+    whole = train(tmp_path, *flags, "--overwrite_output_dir")
+    expected = load_subject(whole["adapter"])["comet"].delta
+    shutil.rmtree(tmp_path / "comet" / "checkpoint-20")
+    whole["adapter"].unlink()
+    resumed = train(tmp_path, *flags, "--resume_from_checkpoint=latest")
+    assert resumed["losses"][:10] == whole["losses"][:10]
+    # Convolutions of a GPU do not add up in a fixed order.
+    found = load_subject(resumed["adapter"])["comet"].delta
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * float(expected.std()))
+
+
+def test_commands_use_the_gpu(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "multisubject.generate_images", "--output_dir", str(tmp_path)]
+    command += ["--generation_config", str(ROOT / "configs" / "guidance_conf_two.json"), "--num_images", "2"]
+    done = subprocess.run([*command, "--num_inference_steps", "10"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    pictures = sorted(tmp_path.rglob("[0-9]*.png"))
+    assert len(pictures) == 2
+    assert all(read_settings(picture)["dtype"] == "float16" for picture in pictures)

@@ -240,11 +240,15 @@ def make_picture(
         {"subject": region.subject, "occurrence": region.occurrence, "mask": region.mask, "weight": region.weight}
         for region in regions
     ]
+    # On the CPU and in float32, so that a seed means the same noise on every device and in every precision.
+    generator = torch.Generator("cpu").manual_seed(picture_seed(task, index, args))
+    height, width = (side // pipe.vae_scale_factor for side in task.size)
+    noise = torch.randn(1, pipe.unet.config.in_channels, height, width, generator=generator)
     output: Any = pipe(
         **call_arguments(task, args),
         layout=layout or None,
-        # On the CPU, so that a seed means the same noise on every device.
-        generator=torch.Generator("cpu").manual_seed(picture_seed(task, index, args)),
+        latents=noise.to(pipe.unet.dtype),
+        generator=generator,
         output_attention_maps=_wants_attention(task, args),
     )
     path = picture_path(task, index, args)

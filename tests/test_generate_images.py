@@ -528,6 +528,25 @@ def test_a_picture_is_what_the_pipeline_makes_of_the_seed(gallery):
     assert np.array_equal(np.asarray(image), pixels(gallery / FOLDER / "0001.png"))
 
 
+def test_a_seed_means_the_same_noise_in_every_precision(config_file, tmp_path, monkeypatch):
+    """It is given to the pipeline, which would draw it in the model's precision: other noise, before torch 2.13."""
+    from diffusers import StableDiffusionPipeline
+
+    given = []
+
+    def prepare(self, batch, channels, height, width, dtype, device, generator, latents=None):
+        given.append(latents)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(StableDiffusionPipeline, "prepare_latents", prepare)
+    for dtype in ("float32", "bfloat16"):
+        with pytest.raises(SystemExit):
+            main(["--generation_config", str(config_file), "--output_dir", str(tmp_path), *QUICK, "--dtype", dtype])
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(given[0], noise)
+    assert torch.equal(given[1], noise.bfloat16())
+
+
 def test_resume_makes_only_what_is_missing_damaged_or_other(gallery, config_file, tmp_path, capsys):
     folder = shutil.copytree(gallery, tmp_path / "results") / FOLDER
     data = (folder / "0001.png").read_bytes()

@@ -46,7 +46,8 @@ class GenerationConfig:
         guidance_weight: strength of the pull into the regions.
         weight_negative: weight of a subject's words outside its region, at most 0.
         guidance_method: a name of `guidance_methods.GUIDANCE_METHODS`.
-        recurrence: how often each guided step is taken.
+        recurrence: how often each of the first `recurrence_steps` steps is taken.
+        recurrence_steps: how many these are; left out: the guided ones.
         negative_prompt: instead of the command line's.
         seed: instead of the command line's.
     """
@@ -61,13 +62,16 @@ class GenerationConfig:
     weight_negative: float | None = None
     guidance_method: str | None = None
     recurrence: int | None = None
+    recurrence_steps: int | None = None
     negative_prompt: str | None = None
     seed: int | None = None
 
 
 MOST_SEED = 2**62  # torch takes 2 ** 63 - 1; the pictures of an entry count on from its seed
 # Passed on to the pipeline where the entry gives them.
-GUIDANCE_KEYS = ("guidance_steps", "guidance_weight", "weight_negative", "guidance_method", "recurrence")
+GUIDANCE_KEYS = (
+    "guidance_steps", "guidance_weight", "weight_negative", "guidance_method", "recurrence", "recurrence_steps"
+)  # fmt: skip
 
 
 def _is_count(value: Any, low: int) -> bool:
@@ -109,6 +113,7 @@ _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "weight_negative": (lambda value: _is_number(value) and value <= 0, "a number of at most 0 such as -1e8"),
     "guidance_method": (_is_text, 'a name such as "multisubject"'),
     "recurrence": (lambda value: _is_count(value, 1), "a whole number from 1 (each step once)"),
+    "recurrence_steps": (lambda value: _is_count(value, 0), "a whole number from 0"),
     "negative_prompt": (lambda value: isinstance(value, str), "text"),
     "seed": (lambda value: _is_count(value, 0) and value <= MOST_SEED, f"a whole number from 0 to {MOST_SEED}"),
 }

@@ -282,6 +282,7 @@ def test_one_report_names_every_problem_with_its_place(base, workshop, tmp_path)
         ({"guidance_weight": float("nan")}, "expected a number"),
         ({"weight_negative": 1.0}, "at most 0"),
         ({"recurrence": 0}, "whole number from 1"),
+        ({"recurrence_steps": -1}, "whole number from 0"),
         ({"seed": -1}, "whole number from 0"),
         ({"seed": 2**63}, "whole number from 0"),
         ({"guidance_weight": 1e300}, "expected a number"),

@@ -491,18 +491,23 @@ def test_negative_prompt_names_subjects(pipe):
     "scheduler_class",
     [DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, LMSDiscreteScheduler],
 )
-def test_recurrence_visits_each_guided_step_twice(pipe, scheduler_class):
+@pytest.mark.parametrize("steps", [{"guidance_steps": 2}, {"recurrence_steps": 2, "guidance_steps": 3}])
+def test_recurrence_visits_each_of_the_first_steps_twice(pipe, scheduler_class, steps):
     pipe.scheduler = scheduler = scheduler_class.from_config(pipe.scheduler.config)
-    timesteps = []
+    timesteps, guided = [], set()
 
     def callback(_, step, timestep, tensors):
         timesteps.append(float(timestep))
         return tensors
 
-    latents = sample(pipe, layout=LAYOUT, num_inference_steps=4, guidance_steps=2, recurrence=2,
-                     callback_on_step_end=callback)  # fmt: skip
+    def method(layer):
+        guided.add(len(timesteps))
+
+    latents = sample(pipe, layout=LAYOUT, num_inference_steps=4, recurrence=2, guidance_method=method,
+                     callback_on_step_end=callback, **steps)  # fmt: skip
     first, second, third, fourth = map(float, scheduler.timesteps)
     assert timesteps == [first, first, second, second, third, fourth]
+    assert guided == set(range(2 + steps["guidance_steps"]))
     assert latents.isfinite().all()
     assert pipe.scheduler is scheduler
     assert pipe.config["scheduler"] == ("diffusers", scheduler_class.__name__)
@@ -544,6 +549,7 @@ def test_scheduler_that_cannot_repeat_a_step_raises(pipe, scheduler_class):
     ("arguments", "message"),
     [
         ({"recurrence": 0}, "`recurrence` is 0"),
+        ({"recurrence": 2, "recurrence_steps": -1}, "`recurrence_steps` is -1, .* or None for the guided steps"),
         ({"guidance_steps": -1}, "`guidance_steps` is -1"),
         ({"guidance_steps": 0.5}, "`guidance_steps` is 0.5"),
         ({"guidance_method": "dense"}, "'dense', expected one of"),

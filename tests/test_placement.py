@@ -19,6 +19,7 @@ from multisubject.benchmarks.placement import (
     table,
 )
 from multisubject.benchmarks.results import digest_of_weights, load_results
+from multisubject.pipeline_multisubject import MultiSubjectPipeline
 from multisubject.tiny_world.judge import Judge
 from multisubject.tiny_world.scenes import Look, Scene, SceneObject, World, is_visible, render
 
@@ -88,9 +89,9 @@ def test_scores_see_a_wrong_second_colour_and_an_object_nobody_asked_for():
 def options(tmp_path):
     return argparse.Namespace(
         cells=["described 2"],
-        methods=["none", "cones2, recurrence 2"],
+        methods=["none", "cones2, recurrence 2", "multisubject, first steps twice"],
         num_pictures=2,
-        num_inference_steps=2,
+        num_inference_steps=3,
         guidance_scale=5.0,
         dtype="float32",
         batch_size=2,
@@ -101,18 +102,26 @@ def options(tmp_path):
     )
 
 
-def test_run_writes_results_sheets_and_table_and_goes_on_where_it_stopped(options):
+def test_run_writes_results_sheets_and_table_and_goes_on_where_it_stopped(options, monkeypatch):
+    steps, call = [], MultiSubjectPipeline.__call__
+
+    def noted(self, *args, **kwargs):
+        steps.append(kwargs["num_inference_steps"])
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(MultiSubjectPipeline, "__call__", noted)
     results = run(options)
     assert json.loads(options.results.read_text()) == results
-    assert len(list(options.sheets.glob("*.png"))) == 2
-    assert results["cells"]["described 2"]["none"]["unet_calls"] == 2
-    assert results["cells"]["described 2"]["cones2, recurrence 2"]["unet_calls"] == 4
+    assert len(list(options.sheets.glob("*.png"))) == 3
+    calls = [found["unet_calls"] for found in results["cells"]["described 2"].values()]
+    assert calls == [3, 6, 3]
+    assert steps == [3, 3, 2]
     first = results["cells"]["described 2"]["none"]["pictures"]
     options.num_pictures = 3
     more = run(options)["cells"]["described 2"]["none"]["pictures"]
     assert len(more) == 3
     assert more[:2] == first
-    assert table(results).count("| described 2 |") == 2
+    assert table(results).count("| described 2 |") == 3
 
 
 def test_claims_and_plot_come_from_the_results(options, tmp_path):
@@ -122,10 +131,14 @@ def test_claims_and_plot_come_from_the_results(options, tmp_path):
     def found(shown, of):
         return {"pictures": [right] * shown + [wrong] * (of - shown), "seconds": 1.0, "unet_calls": 25, "peak_mib": 1.0}
 
-    cell = {OURS: found(6, 10), "cones2": found(3, 10), "none": found(1, 10), "masked": found(4, 10)}
-    line = claims({"cells": {"described 2": cell}}).splitlines()[-1]
-    assert line.startswith("| described 2 | 60% | 30% | × 2.00 | – | – | 40% (masked) | × 1.50 | +0.00 (")
-    plot({"cells": {"described 2": cell, "twins 2": {OURS: found(1, 2)}}}, tmp_path / "plot.png")
+    cell = {OURS[0]: found(6, 10), "cones2": found(3, 10), "none": found(1, 10), "masked": found(4, 10)}
+    cell |= {OURS[1]: found(9, 10), "cones2, first steps twice": found(5, 10)}
+    first, second = claims({"cells": {"described 2": cell}}).splitlines()[-2:]
+    assert first.startswith(
+        "| described 2 | multisubject | 60% | 30% | × 2.00 | – | – | 40% (masked) | × 1.50 | +0.00 ("
+    )
+    assert second.startswith("| described 2 | multisubject, first steps twice | 90% | 30% | × 3.00 | – | – | 40% (")
+    plot({"cells": {"described 2": cell, "twins 2": {OURS[0]: found(1, 2)}}}, tmp_path / "plot.png")
     assert Image.open(tmp_path / "plot.png").width > 500
 
 

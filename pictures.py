@@ -29,7 +29,10 @@ def upright(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("it has floating-point values; save it with 8 or 16 bits")
     if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
+        values = np.asarray(image)
+        if image.mode != "I" or values.max() > 255:  # 32-bit files may hold 8-bit values
+            values = values // 257
+        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
     return image
 
 

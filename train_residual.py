@@ -23,7 +23,7 @@ import re
 import signal
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -43,6 +43,7 @@ from huggingface_hub.errors import HTTPError
 from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from multisubject.hub_utils import (
     BASE_MODEL_MIRRORS,
@@ -93,6 +94,8 @@ VALIDATION_PROMPTS = (
     "a photo of a {} in the snow",
     "a photo of a {} at night",
 )
+CLASS_STEPS, CLASS_GUIDANCE_SCALE = 25, 7.5
+"""How class pictures are drawn: not like validation pictures, which somebody may want quick and rough."""
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
@@ -338,13 +341,14 @@ def prepare_concept(config: TrainConfig, models: Models) -> Concept:
     if config.instance_data_dir is None:
         raise ValueError("--instance_data_dir: missing; expected the folder with the subject's pictures.")
     class_phrase, token_num = class_phrase_of(config, models.tokenizer)
-    found = load_pictures(config.instance_data_dir, strict=config.strict)
+    found = load_pictures(config.instance_data_dir, strict=config.strict, use_masks=config.use_masks)
     if len(found) == 1:
         logger.warning(
             "%s: one picture only; its background will be learnt with it. Three to six are better.", config.subject_name
         )
-    masked = sum(picture.mask is not None for picture in found) if config.use_masks else 0
-    logger.info("%s: %d pictures, %d masks in use.", config.subject_name, len(found), masked)
+    masked = sum(picture.mask is not None for picture in found)
+    captioned = sum(picture.caption is not None for picture in found)
+    logger.info("%s: %d pictures, %d masks in use, %d captions.", config.subject_name, len(found), masked, captioned)
     logger.info("%s: learnt in place of %r, %d token(s).", config.subject_name, class_phrase, token_num)
 
     patterns = config.templates or list(TEMPLATES)
@@ -362,11 +366,15 @@ def prepare_concept(config: TrainConfig, models: Models) -> Concept:
         [sentence.replace("{}", class_phrase) for sentence in sentences]
         for sentences in (patterns, validation_patterns, [class_pattern])
     )
-    captions = [caption_of(picture, class_phrase) for picture in found]
-    if config.with_prior_preservation and class_phrase.lower() not in class_prompt.lower():
-        raise ValueError(f"--class_prompt: {class_prompt!r} does not say {class_phrase!r}; put it, or {{}}, into it.")
-    texts = [*templates, *(caption for caption in captions if caption), *validation, class_prompt]
-    prompts = build_prompts(texts, class_phrase, models)
+    captions = [picture.caption and picture.caption.replace("{}", class_phrase) for picture in found]
+    said = {
+        f"caption of {picture.path}": [caption] for picture, caption in zip(found, captions, strict=True) if caption
+    }
+    said |= {"--templates": templates, "--validation_prompts": validation}
+    if config.with_prior_preservation:
+        said["--class_prompt"] = [class_prompt]
+    check_sentences(said, class_phrase, models.tokenizer)
+    prompts = build_prompts([text for texts in said.values() for text in texts], class_phrase, models)
 
     def training_picture(picture: Picture, sentences: list[str]) -> TrainingPicture:
         return TrainingPicture(encode_picture(picture, config, models), prompts.rows(sentences))
@@ -396,17 +404,17 @@ def digest_of(pictures: Sequence[Picture]) -> str:
     return digest.hexdigest()
 
 
-def caption_of(picture: Picture, class_phrase: str) -> str | None:
-    """The picture's caption with `{}` filled in. Raises ValueError when the class phrase is not in it."""
-    if picture.caption is None:
-        return None
-    caption = picture.caption.replace("{}", class_phrase)
-    if class_phrase.lower() not in caption.lower():
-        raise ValueError(
-            f"caption of {picture.path}: {picture.caption!r} does not say {class_phrase!r}; put it, or {{}}, "
-            "where the subject is meant, or remove the caption."
-        )
-    return caption
+def check_sentences(said: Mapping[str, Sequence[str]], class_phrase: str, tokenizer: Any) -> None:
+    """ValueError for a sentence that does not say the class phrase, which names where the sentence comes from."""
+    for origin, sentences in said.items():
+        for sentence in sentences:
+            try:
+                find_token_spans(tokenizer, sentence, class_phrase)
+            except ValueError:
+                raise ValueError(
+                    f"{origin}: {sentence!r} does not say {class_phrase!r} as words of their own, in the first "
+                    f"{tokenizer.model_max_length - 2} tokens; put it, or {{}}, where the subject is meant."
+                ) from None
 
 
 def with_class_pictures(concept: Concept, models: Models) -> Concept:
@@ -414,14 +422,20 @@ def with_class_pictures(concept: Concept, models: Models) -> Concept:
     config, prompts = concept.config, concept.prompts
     rows = prompts.rows([cast(str, config.class_prompt).replace("{}", cast(str, config.instance_prompt))])
     folder = Path(cast(str, config.class_data_dir))
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"--class_data_dir: {str(folder)!r} cannot be made ({error}); choose another.") from error
     drawn = {folder / f"class-{number:04}.png": config.seed + 1 + number for number in range(config.num_class_images)}
     wanted = config.num_class_images - sum(is_picture(path) for path in folder.iterdir())
     missing = [path for path in drawn if not path.exists()][: max(0, wanted)]
     for path in tqdm(missing, desc="class pictures", disable=not missing):
-        (image,) = generate(models, prompts.base_embeds[rows], prompts.negative_embeds, config, seed=drawn[path])
+        drawing = replace(
+            config, validation_inference_steps=CLASS_STEPS, validation_guidance_scale=CLASS_GUIDANCE_SCALE
+        )
+        (image,) = generate(models, prompts.base_embeds[rows], prompts.negative_embeds, drawing, seed=drawn[path])
         save_png(image, path)
-    found = load_pictures(folder, strict=config.strict)
+    found = load_pictures(folder, strict=config.strict, use_masks=config.use_masks, flag="class_data_dir")
     pictures = [TrainingPicture(encode_picture(picture, config, models), rows) for picture in found]
     return replace(concept, class_pictures=pictures, digest=f"{concept.digest} {digest_of(found)}")
 
@@ -764,6 +778,11 @@ def fit(
     progress = Progress(identity(concept, models, accelerator))
     if config.resume_from_checkpoint:
         progress = resume(config, progress, accelerator)
+    if accelerator.is_main_process:
+        if progress.step == 0:  # not before all else has shown that the run can start
+            remove_earlier_run(config)
+        save_config(config)
+    accelerator.wait_for_everyone()
 
     bar = tqdm(
         total=config.max_train_steps,
@@ -772,50 +791,51 @@ def fit(
         unit="step",
         disable=not accelerator.is_main_process,
     )
-    while progress.step < config.max_train_steps:
-        for group in optimizer.param_groups:
-            group["lr"] = cast(float, config.learning_rate) * rate_factor(progress.step)
-        loss = torch.zeros((), device=accelerator.device)
-        for micro_step in range(config.gradient_accumulation_steps):
-            samples = draw_batch(concept, progress.step, micro_step, accelerator, models)
-            with accelerator.accumulate(learner):
-                rows = torch.tensor([sample.row for sample in samples], device=accelerator.device)
-                prompt_embeds, penalty = learner(rows)
-                batch_loss = denoising_loss(samples, prompt_embeds, models, config.snr_gamma) + penalty
-                accelerator.backward(batch_loss)
-                loss += batch_loss.detach() / config.gradient_accumulation_steps
-                if accelerator.sync_gradients:
-                    mean_loss = float(accelerator.reduce(loss, "mean"))
-                    norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
-                    # In fp16 the gradient scaler skips steps with infinite gradients and lowers its scale.
-                    gradients_matter = norm is not None and accelerator.scaler is None
-                    if not math.isfinite(mean_loss) or (gradients_matter and not math.isfinite(norm)):
-                        raise FloatingPointError(diverged(mean_loss, progress.step, output))
-                optimizer.step()
-                optimizer.zero_grad()
-        progress.step += 1
-        progress.losses.append(mean_loss)
-        bar.update()
-        bar.set_postfix(loss=f"{np.mean(progress.losses[-50:]):.4f}")
-        values = {"loss": mean_loss, "learning_rate": optimizer.param_groups[0]["lr"]}
-        accelerator.log({f"{config.subject_name}/{key}": value for key, value in values.items()}, step=progress.step)
+    with bar, logging_redirect_tqdm():
+        while progress.step < config.max_train_steps:
+            for group in optimizer.param_groups:
+                group["lr"] = cast(float, config.learning_rate) * rate_factor(progress.step)
+            loss = torch.zeros((), device=accelerator.device)
+            for micro_step in range(config.gradient_accumulation_steps):
+                samples = draw_batch(concept, progress.step, micro_step, accelerator, models)
+                with accelerator.accumulate(learner):
+                    rows = torch.tensor([sample.row for sample in samples], device=accelerator.device)
+                    prompt_embeds, penalty = learner(rows)
+                    batch_loss = denoising_loss(samples, prompt_embeds, models, config.snr_gamma) + penalty
+                    accelerator.backward(batch_loss)
+                    loss += batch_loss.detach() / config.gradient_accumulation_steps
+                    if accelerator.sync_gradients:
+                        mean_loss = float(accelerator.reduce(loss, "mean"))
+                        norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
+                        # In fp16 the gradient scaler skips steps with infinite gradients and lowers its scale.
+                        gradients_matter = norm is not None and accelerator.scaler is None
+                        if not math.isfinite(mean_loss) or (gradients_matter and not math.isfinite(norm)):
+                            raise FloatingPointError(diverged(mean_loss, progress.step, output))
+                    optimizer.step()
+                    optimizer.zero_grad()
+            progress.step += 1
+            progress.losses.append(mean_loss)
+            bar.update()
+            bar.set_postfix(loss=f"{np.mean(progress.losses[-50:]):.4f}")
+            values = {"loss": mean_loss, "learning_rate": optimizer.param_groups[0]["lr"]}
+            accelerator.log(
+                {f"{config.subject_name}/{key}": value for key, value in values.items()}, step=progress.step
+            )
 
-        last = progress.step == config.max_train_steps
-        signal_number = stop.agreed(accelerator)
-        due = last or progress.step % config.checkpointing_steps == 0
-        if due or signal_number:
-            if concept.held_out and due:  # a signal adds no score: the resumed run keeps the same best
-                score_residual(concept, models, plain_learner.residual(), progress)
-            checkpoint = save_checkpoint(config, progress, accelerator)
-            if signal_number and not last:
-                bar.close()
-                raise Interrupted(signal_number, checkpoint)
-        if config.validation_steps and progress.step % config.validation_steps == 0 and not last:
-            residual = plain_learner.residual()
-            if accelerator.is_main_process:
-                save_validation_sheet(validation_pictures(concept, models, residual), progress.step, output)
-            accelerator.wait_for_everyone()
-    bar.close()
+            last = progress.step == config.max_train_steps
+            signal_number = stop.agreed(accelerator)
+            due = last or progress.step % config.checkpointing_steps == 0
+            if due or signal_number:
+                if concept.held_out and due:  # a signal adds no score: the resumed run keeps the same best
+                    score_residual(concept, models, plain_learner.residual(), progress)
+                checkpoint = save_checkpoint(config, progress, accelerator)
+                if signal_number and not last:
+                    raise Interrupted(signal_number, checkpoint)
+            if config.validation_steps and progress.step % config.validation_steps == 0 and not last:
+                residual = plain_learner.residual()
+                if accelerator.is_main_process:
+                    save_validation_sheet(validation_pictures(concept, models, residual), progress.step, output)
+                accelerator.wait_for_everyone()
     if not concept.held_out:
         progress.best_residual = plain_learner.residual().tolist()
     for hook in hooks:
@@ -854,8 +874,8 @@ def diverged(loss: float, step: int, output: Path) -> str:
     good = latest_checkpoint(output)
     kept = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
     return (
-        f"step {step + 1} has a loss of {loss} or infinite gradients; stopped, {kept}. Lower --learning_rate, or use "
-        "--mixed_precision no."
+        f"step {step + 1} has a loss of {loss} or infinite gradients; stopped, {kept}. Start anew "
+        "(--overwrite_output_dir) with a lower --learning_rate or with --mixed_precision no."
     )
 
 
@@ -1025,7 +1045,8 @@ def base_model_name(config: TrainConfig) -> str:
 
 def save_config(config: TrainConfig) -> None:
     """`config.yaml`: every flag's value, as `--config` reads it."""
-    text = yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+    again = replace(config, overwrite_output_dir=False, resume_from_checkpoint=None)  # that is for each run to say
+    text = yaml.safe_dump(asdict(again), sort_keys=False, allow_unicode=True)
     path = Path(config.output_dir) / "config.yaml"
     with writing(path, path.parent):
         write_atomically(path, text.encode())
@@ -1100,7 +1121,14 @@ def train(config: TrainConfig) -> dict[str, ResidualEmbedding]:
         check_output(concept_config, accelerator)
     user = hub_user() if config.push_to_hub else None
     models = load_encoders(config, accelerator)
-    concepts = [prepare_concept(resolve(item, models, accelerator, user), models) for item in concept_configs]
+    concepts = []
+    for item in concept_configs:
+        try:
+            concepts.append(prepare_concept(resolve(item, models, accelerator, user), models))
+        except (ValueError, OSError) as error:
+            if config.concepts_list is None:
+                raise
+            raise ValueError(f"--concepts_list: {item.subject_name!r}: {error}") from error
     text_encoder, models.text_encoder = models.text_encoder, None
     if config.method == "residual":
         text_encoder = None  # every prompt is embedded: nothing needs it any more
@@ -1108,24 +1136,18 @@ def train(config: TrainConfig) -> dict[str, ResidualEmbedding]:
     if config.with_prior_preservation:
         with accelerator.main_process_first():
             concepts = [with_class_pictures(concept, models) for concept in concepts]
-    if accelerator.is_main_process and not config.resume_from_checkpoint:
-        for concept in concepts:  # not before all that they learn from has been read
-            remove_earlier_run(concept.config)
-    accelerator.wait_for_everyone()
     if config.report_to:
         plain = {key: value for key, value in asdict(config).items() if isinstance(value, (bool, int, float, str))}
         accelerator.init_trackers("train_residual", config=plain)  # what every tracker can hold
     subjects = {}
     try:
-        with StopRequest() as stop:
-            for number, concept in enumerate(concepts, start=1):
-                if accelerator.is_main_process:
-                    save_config(concept.config)
-                tuned_encoder = text_encoder if number == len(concepts) else copy.deepcopy(text_encoder)
+        for number, concept in enumerate(concepts, start=1):
+            tuned_encoder = text_encoder if number == len(concepts) else copy.deepcopy(text_encoder)
+            with StopRequest() as stop:
                 progress = fit(concept, models, accelerator, stop, tuned_encoder)
-                if accelerator.is_main_process:
-                    subjects[concept.config.subject_name] = save_result(concept, progress, models)
-                accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                subjects[concept.config.subject_name] = save_result(concept, progress, models)
+            accelerator.wait_for_everyone()
     finally:
         for tracker in accelerator.trackers:
             tracker.finish()

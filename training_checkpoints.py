@@ -12,12 +12,14 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from glob import escape
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -70,6 +72,7 @@ class StopRequest:
     def _request(self, number: int, _: object) -> None:
         if not self.received:
             self.received, self._received_at = number, time.monotonic()
+            logger.warning("%s: stopping after this step.", signal.Signals(number).name)
         elif time.monotonic() - self._received_at > ECHO_SECONDS:
             self.__exit__()
             signal.raise_signal(number)
@@ -95,27 +98,46 @@ class Progress:
 
 def check_output(config: TrainConfig, accelerator: Accelerator) -> None:
     """Make the output folder, see that it can be written, and that it holds no other run."""
-    output = Path(config.output_dir)
+    failure: list[Exception | None] = [None]
     if accelerator.is_main_process:
         try:
-            make_writable_folder(output)
-        except OSError as error:
-            raise OSError(f"--output_dir: {str(output)!r} cannot be written ({error}); choose another.") from error
-        for leftover in output.glob(f"{UNFINISHED}*"):
-            _remove(leftover)
-        earlier = [*checkpoints(output), *output.glob("*.safetensors")]
-        if earlier and not (config.resume_from_checkpoint or config.overwrite_output_dir):
-            raise ValueError(
-                f"--output_dir: {str(output)!r} holds another run ({earlier[0].name}); --resume_from_checkpoint "
-                "latest goes on with it, --overwrite_output_dir replaces it; or choose another folder."
-            )
-    accelerator.wait_for_everyone()
+            _check_output(config, Path(config.output_dir))
+        except (OSError, ValueError) as error:
+            failure = [error]
+    broadcast_object_list(failure)  # else the other processes would wait for one that is gone
+    if failure[0] is not None:
+        raise failure[0]
+
+
+def _check_output(config: TrainConfig, output: Path) -> None:
+    try:
+        make_writable_folder(output)
+    except OSError as error:
+        raise OSError(f"--output_dir: {str(output)!r} cannot be written ({error}); choose another.") from error
+    kept = checkpoints(output)
+    earlier = [*kept, *output.glob("*.safetensors")]
+    if earlier and not (config.resume_from_checkpoint or config.overwrite_output_dir):
+        raise ValueError(
+            f"--output_dir: {str(output)!r} holds another run ({earlier[0].name}); --resume_from_checkpoint "
+            "latest goes on with it, --overwrite_output_dir replaces it; or choose another folder."
+        )
+    adapter = output / f"{config.subject_name}.safetensors"
+    if adapter.exists() and not kept and config.resume_from_checkpoint == "latest" and not config.overwrite_output_dir:
+        raise ValueError(
+            f"--resume_from_checkpoint: latest, but {str(output)!r} has no checkpoint, only the finished "
+            f"{adapter.name}; --overwrite_output_dir replaces it, or choose another --output_dir."
+        )
+    for leftover in output.glob(f"{UNFINISHED}*"):
+        _remove(leftover)
 
 
 def remove_earlier_run(config: TrainConfig) -> None:
-    """Remove the checkpoints and the adapter of the run that this one replaces, and no other subject's adapter."""
-    output = Path(config.output_dir)
-    for path in (*checkpoints(output), output / f"{config.subject_name}.safetensors"):
+    """Remove everything that the run which this one replaces has left, and nothing of another subject."""
+    output, name = Path(config.output_dir), config.subject_name
+    files = ("residual.pt", "loss.csv", "loss.png", "README.md", "config.yaml")
+    left = [*checkpoints(output), output / f"{name}.safetensors", *(output / file for file in files)]
+    left += [*output.glob("validation/step-*.png"), *output.glob(f"samples/{escape(name)}-[0-9]*.png")]
+    for path in left:
         if path.exists():
             _remove(path)
 
@@ -195,8 +217,9 @@ def save_checkpoint(config: TrainConfig, progress: Progress, accelerator: Accele
             accelerator.wait_for_everyone()  # each process has its own file in there
             if accelerator.is_main_process:
                 (unfinished / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
-                if not target.exists():  # else the same step of the same run: the same content
-                    os.replace(unfinished, target)
+                if target.exists():  # the same step of the same run, but maybe damaged since
+                    _remove(target.rename(output / f"{UNFINISHED}replaced-{target.name}"))
+                os.replace(unfinished, target)
         finally:
             if accelerator.is_main_process:
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -231,6 +254,11 @@ def resume(config: TrainConfig, fresh: Progress, accelerator: Accelerator) -> Pr
             f"--resume_from_checkpoint: {checkpoint} belongs to another run ({details}). Use the same values, or start "
             "anew with --overwrite_output_dir or another --output_dir."
         )
+    if progress.step > config.max_train_steps:
+        raise ValueError(
+            f"--max_train_steps: {config.max_train_steps}, but {checkpoint} is of step {progress.step}; expected at "
+            "least that many, or another checkpoint."
+        )
     try:
         accelerator.load_state(str(checkpoint))
     except FILE_ERRORS as error:
@@ -238,4 +266,5 @@ def resume(config: TrainConfig, fresh: Progress, accelerator: Accelerator) -> Pr
             f"--resume_from_checkpoint: {str(checkpoint)!r} is damaged ({error}); remove it to go on from the one "
             "before."
         ) from error
+    accelerator.step = 0  # it counts batches, of which each step may now have another number
     return progress

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import yaml
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import HfArgumentParser
 
 from multisubject.subject_file import check_subject_name
@@ -26,6 +29,9 @@ _NOT_NEGATIVE = (
     "key_preservation", "preservation_before", "preservation_after", "prior_loss_weight", "checkpoints_total_limit",
     "seed",
 )  # fmt: skip
+
+
+MOST_SEED = 2**62  # torch takes 2 ** 63 - 1; pictures count on from the seed
 
 
 def _flag(default: Any, help: str) -> Any:
@@ -154,6 +160,27 @@ class TrainConfig:
                 value = getattr(self, flag)
                 if value is not None and not (math.isfinite(value) and value >= least):
                     raise ValueError(f"--{flag}: {value}; expected a finite number of at least {least}.")
+        for flag in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, flag) < 1:
+                raise ValueError(f"--{flag}: {getattr(self, flag)}; expected a number from 0 up to, but not, 1.")
+        if not 0 < self.adam_epsilon < math.inf:
+            raise ValueError(f"--adam_epsilon: {self.adam_epsilon}; expected a small positive number such as 1e-8.")
+        if not math.isfinite(self.validation_guidance_scale):
+            raise ValueError(
+                f"--validation_guidance_scale: {self.validation_guidance_scale}; expected a finite number."
+            )
+        if self.seed > MOST_SEED:
+            raise ValueError(f"--seed: {self.seed}; expected at most {MOST_SEED}.")
+        if self.lr_warmup_steps and self.lr_warmup_steps >= self.max_train_steps:
+            raise ValueError(
+                f"--lr_warmup_steps: {self.lr_warmup_steps}; expected fewer than --max_train_steps "
+                f"({self.max_train_steps}), so that the rate reaches its peak."
+            )
+        if self.hub_model_id:
+            try:
+                validate_repo_id(self.hub_model_id)
+            except HFValidationError as error:
+                raise ValueError(f"--hub_model_id: {self.hub_model_id!r}: {error}") from None
         for flag in ("templates", "validation_prompts"):
             for sentence in getattr(self, flag) or ():
                 if "{}" not in sentence:
@@ -185,6 +212,7 @@ class TrainConfig:
                 self.method != "residual",
                 ("preservation_before", "preservation_after"),
             ),
+            "another --lr_scheduler than constant": (self.lr_scheduler != "constant", ("lr_warmup_steps",)),
             "--with_prior_preservation": (
                 self.with_prior_preservation,
                 ("class_data_dir", "class_prompt", "num_class_images", "prior_loss_weight"),
@@ -224,6 +252,9 @@ def _parser() -> HfArgumentParser:
     parser = _Parser(
         TrainConfig, description="Teach Stable Diffusion a subject from a few pictures.", allow_abbrev=False
     )
+    for action in parser._actions:
+        if action.option_strings[0].startswith("--no_"):
+            action.help = f"Switch --{action.dest} off, which is on otherwise."
     parser.add_argument("--config", help="YAML file of flags without the dashes; unknown keys are refused.")
     return parser
 
@@ -234,8 +265,8 @@ def _file_arguments(path: Path) -> list[str]:
         raise FileNotFoundError(f"--config: {str(path)!r} is not a file.")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"--config: {path} is not valid YAML: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config: {path} is not valid YAML in UTF-8: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"--config: {path} holds a {type(values).__name__}; expected `flag: value` lines.")
     known = [item.name for item in fields(TrainConfig)]
@@ -247,6 +278,8 @@ def _file_arguments(path: Path) -> list[str]:
 def _as_arguments(values: dict[str, Any]) -> list[str]:
     arguments: list[str] = []
     for key, value in values.items():
+        if key == "mixed_precision" and value is False:
+            value = "no"  # which YAML reads as False
         if isinstance(value, list):
             arguments += [f"--{key}", *map(str, value)]
         elif value is not None:
@@ -262,13 +295,24 @@ def read_concepts(config: TrainConfig) -> list[TrainConfig]:
             check_subject_name(concept.subject_name)
         except ValueError as error:
             raise ValueError(f"--name (left out: the output folder's name): {error}") from None
+        folders = {
+            flag: Path(value).resolve()
+            for flag in ("instance_data_dir", "output_dir", "class_data_dir")
+            if (value := getattr(concept, flag)) is not None
+        }
+        for flag, other in itertools.combinations(folders, 2):
+            if folders[flag] == folders[other]:
+                raise ValueError(
+                    f"--{other}: {str(folders[other])!r} is --{flag} as well; expected another folder, or what the run "
+                    "writes would be learnt as pictures of the subject."
+                )
     return concepts
 
 
 def _read_concepts_list(config: TrainConfig, path: Path) -> list[TrainConfig]:
     try:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--concepts_list: {str(path)!r} cannot be read: {error}") from error
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(
@@ -286,7 +330,7 @@ def _read_concepts_list(config: TrainConfig, path: Path) -> list[TrainConfig]:
             )
         try:
             typed = _parser().parse_args_into_dataclasses(_as_arguments(entry), look_for_args_file=False)[0]
-            own = {key: getattr(typed, key) for key in entry}
+            own = {key: getattr(typed, key) for key, value in entry.items() if value is not None}
             name = typed.name or Path(typed.instance_data_dir or config.instance_data_dir or "").name
             if not name:
                 raise ValueError("has neither name nor instance_data_dir.")

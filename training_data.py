@@ -12,7 +12,7 @@ import json
 import logging
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -50,10 +50,13 @@ class Picture:
     caption: str | None = None
 
 
-def load_pictures(folder: str | Path, *, strict: bool = False) -> list[Picture]:
+def load_pictures(
+    folder: str | Path, *, strict: bool = False, use_masks: bool = True, flag: str = "instance_data_dir"
+) -> list[Picture]:
     """Every picture of `folder` in the order of the file names (subfolders are not searched).
 
     A file that cannot be read is named in a warning and skipped, or refused when `strict`. So is a mask of no picture.
+    Without `use_masks` mask files are not looked at, and pictures have none. Errors name the folder by its `flag`.
 
     Raises:
         FileNotFoundError: `folder` does not exist.
@@ -62,17 +65,17 @@ def load_pictures(folder: str | Path, *, strict: bool = False) -> list[Picture]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"instance_data_dir: {str(folder)!r} is not a folder; expected one with the pictures.")
+        raise FileNotFoundError(f"--{flag}: {str(folder)!r} is not a folder; expected one with the pictures.")
     captions = _read_metadata(folder)
     files = sorted(folder.iterdir())
     paths = [path for path in files if is_picture(path)]
     inner = [path for path in files if path.is_dir() and any(map(is_picture, path.iterdir()))]
     if len(paths) <= 1 and inner:
         raise ValueError(
-            f"instance_data_dir: {str(folder)!r} holds {len(paths)} picture(s) and folders of pictures; expected the "
+            f"--{flag}: {str(folder)!r} holds {len(paths)} picture(s) and folders of pictures; expected the "
             f"folder of one subject, such as {str(inner[0])!r} (subfolders are not searched)."
         )
-    masks = {path.stem.removesuffix(MASK_ENDING): path for path in files if _is_mask(path)}
+    masks = {path.stem.removesuffix(MASK_ENDING): path for path in files if use_masks and _is_mask(path)}
     if unknown := sorted(set(captions) - {path.name for path in paths}):
         raise ValueError(f"{folder / METADATA_FILE}: names {unknown}, which are not pictures of {str(folder)!r}.")
 
@@ -84,14 +87,15 @@ def load_pictures(folder: str | Path, *, strict: bool = False) -> list[Picture]:
     pictures = []
     for path in paths:
         try:
-            pictures.append(_load_picture(path, masks.get(path.stem), captions.get(path.name)))
+            picture = _load_picture(path, masks.get(path.stem), captions.get(path.name))
+            pictures.append(picture if use_masks else replace(picture, mask=None))
         except PICTURE_ERRORS as error:
             skip(f"{path}: cannot be used: {error}", error)
     for stem in masks.keys() - {path.stem for path in paths}:
         skip(f"{masks[stem]}: is the mask of no picture; one of a subject that is a mask needs another name")
     if not pictures:
         raise ValueError(
-            f"instance_data_dir: no readable picture in {str(folder)!r}; expected files that end in "
+            f"--{flag}: no readable picture in {str(folder)!r}; expected files that end in "
             f"{', '.join(sorted(PICTURE_SUFFIXES))} (subfolders are not searched)."
         )
     return pictures

@@ -7,6 +7,7 @@ import errno
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -43,6 +45,7 @@ from multisubject.train_residual import (
 )
 from multisubject.training_checkpoints import ECHO_SECONDS, StopRequest, checkpoints, latest_checkpoint
 from multisubject.training_config import parse_config, read_concepts
+from multisubject.training_data import Picture
 
 METHODS = ("residual", "text_encoder", "lora")
 
@@ -196,6 +199,13 @@ def test_bad_command_lines_are_refused(arguments: list[str], capsys: pytest.Capt
         ({"with_prior_preservation": True, "class_data_dir": "x"}, "--method residual leaves the base untouched"),
         ({"with_prior_preservation": True, "method": "lora"}, "--class_data_dir"),
         ({"concepts_list": "a.json", "resume_from_checkpoint": "x/checkpoint-2"}, "expected `latest`"),
+        ({"adam_beta1": 1.5}, "--adam_beta1: 1.5"),
+        ({"adam_beta2": -0.1}, "--adam_beta2: -0.1"),
+        ({"adam_epsilon": 0.0}, "--adam_epsilon: 0.0"),
+        ({"validation_guidance_scale": float("nan")}, "--validation_guidance_scale: nan"),
+        ({"seed": 2**64}, f"--seed: {2**64}; expected at most"),
+        ({"lr_warmup_steps": 5, "max_train_steps": 5}, r"--lr_warmup_steps: 5; expected fewer .* \(5\)"),
+        ({"hub_model_id": "my user/my dog"}, "--hub_model_id: 'my user/my dog'"),
     ],
 )
 def test_contradictions_are_named(values: dict[str, Any], words: str) -> None:
@@ -213,6 +223,7 @@ def test_contradictions_are_named(values: dict[str, Any], words: str) -> None:
         ([{"name": "a"}, {"name": "b", "max_train_steps": "many"}], "entry 2: .*max_train_steps.*many"),
         ([{"name": "a", "max_train_steps": 0}], "entry 1: --max_train_steps: 0"),
         ([{"name": "../a"}], "--name .*'../a'"),
+        ([{"name": "a", "instance_data_dir": "output/a"}], "--output_dir: .* is --instance_data_dir as well"),
     ],
 )
 def test_bad_lists_of_subjects_are_refused(tmp_path: Path, entries: Any, words: str) -> None:
@@ -220,6 +231,33 @@ def test_bad_lists_of_subjects_are_refused(tmp_path: Path, entries: Any, words: 
     file.write_text(json.dumps(entries))
     with pytest.raises(ValueError, match=words):
         read_concepts(TrainConfig(concepts_list=str(file)))
+
+
+def test_yaml_says_no_and_null_as_people_mean_it(tmp_path: Path) -> None:
+    (tmp_path / "train.yaml").write_text("mixed_precision: no\nname: null\n")
+    assert parse_config(["--config", str(tmp_path / "train.yaml")]).mixed_precision == "no"
+    entry = {"name": "a", "max_train_steps": None, "learning_rate": None}
+    (tmp_path / "concepts.json").write_text(json.dumps([entry]))
+    config = TrainConfig(concepts_list=str(tmp_path / "concepts.json"), max_train_steps=2, learning_rate=0.123)
+    (concept,) = read_concepts(config)
+    assert (concept.max_train_steps, concept.learning_rate) == (2, 0.123)
+
+
+def test_files_that_are_not_utf8_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "latin.yaml").write_bytes("name: café".encode("latin-1"))
+    with pytest.raises(SystemExit):
+        parse_config(["--config", str(tmp_path / "latin.yaml")])
+    assert "--config" in (error := capsys.readouterr().err) and "latin.yaml" in error
+    with pytest.raises(ValueError, match=r"--concepts_list: .*latin.yaml"):
+        read_concepts(TrainConfig(concepts_list=str(tmp_path / "latin.yaml")))
+
+
+def test_help_of_switches_says_which_way_they_go(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_config(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Switch --use_masks off, which is on otherwise." in text
+    assert text.count("Restrict the loss to the subject") == 1
 
 
 # --- the loss --------------------------------------------------------------------------------------------------------
@@ -599,6 +637,115 @@ def test_overwriting_removes_nothing_before_the_inputs_are_read_and_no_other_sub
     assert (output / "other.safetensors").read_bytes() == b"somebody else's"
 
 
+@pytest.mark.parametrize("step", [1, 2])
+def test_another_split_of_the_batch_goes_on_from_any_step(config: TrainConfig, tmp_path: Path, step: int) -> None:
+    config = replace(config, checkpointing_steps=1)
+    whole = learn(config)
+    split = replace(
+        config,
+        name=config.subject_name,
+        output_dir=str(tmp_path / "split"),
+        train_batch_size=1,
+        gradient_accumulation_steps=2,
+        resume_from_checkpoint=str(Path(config.output_dir) / f"checkpoint-{step}"),
+    )
+    torch.testing.assert_close(learn(split), whole, rtol=1e-3, atol=1e-4 * float(whole.abs().max()))
+
+
+def test_a_run_that_cannot_start_leaves_the_one_before(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    learn(config)
+    before = {path: path.read_bytes() for path in Path(config.output_dir).rglob("*") if path.is_file()}
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ImportError, match="pip install bitsandbytes"):
+        train(replace(config, overwrite_output_dir=True, optimizer="adamw8bit"))
+    with pytest.raises(ValueError, match=r"belongs to another run \(learning_rate was 0.05, is 0.5\)"):
+        train(replace(config, resume_from_checkpoint="latest", learning_rate=0.5))
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_finished_subject_without_checkpoints_is_not_replaced_unasked(config: TrainConfig) -> None:
+    learn(config)
+    for checkpoint in checkpoints(Path(config.output_dir)):
+        shutil.rmtree(checkpoint)
+    latest = replace(config, resume_from_checkpoint="latest", seed=5)
+    with pytest.raises(ValueError, match=r"no checkpoint, only the finished petrucci.safetensors; --overwrite_output"):
+        train(latest)
+    train(replace(latest, overwrite_output_dir=True))
+
+
+def test_nothing_of_a_replaced_run_stays(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    learn(replace(config, validation_steps=1, validation_prompts=["a {}", "the {}"]))
+    (Path(config.output_dir) / "notes.txt").write_text("mine")
+
+    def fail(*_: Any) -> Any:
+        raise InterruptedError
+
+    monkeypatch.setattr(trainer, "draw_batch", fail)
+    with pytest.raises(InterruptedError):
+        train(replace(config, overwrite_output_dir=True, learning_rate=0.5))
+    left = {path.name for path in Path(config.output_dir).rglob("*") if path.is_file()}
+    assert left == {"config.yaml", "notes.txt"}
+    kept = yaml.safe_load((Path(config.output_dir) / "config.yaml").read_text())
+    assert (kept["learning_rate"], kept["overwrite_output_dir"]) == (0.5, False)
+
+
+def test_a_damaged_checkpoint_does_not_outlive_a_run_from_the_one_before(config: TrainConfig) -> None:
+    learn(config)
+    output = Path(config.output_dir)
+    (output / "checkpoint-4" / "learner.safetensors").write_bytes(b"x")
+    whole = learn(replace(config, resume_from_checkpoint=str(output / "checkpoint-2")))
+    assert torch.equal(learn(replace(config, resume_from_checkpoint="latest")), whole)
+    assert not list(output.glob(".unfinished*"))
+
+
+def test_fewer_steps_than_the_checkpoint_has_are_refused(config: TrainConfig) -> None:
+    config = replace(config, lr_scheduler="constant")
+    learn(config)
+    with pytest.raises(ValueError, match=r"--max_train_steps: 2, but .*checkpoint-4 is of step 4"):
+        train(replace(config, max_train_steps=2, resume_from_checkpoint="latest"))
+
+
+@pytest.mark.parametrize("flag", ["output_dir", "class_data_dir"])
+def test_what_a_run_writes_is_no_picture_of_the_subject(config: TrainConfig, flag: str) -> None:
+    folder = str(config.instance_data_dir)
+    values: dict[str, Any] = {"name": "petrucci", "method": "lora", "with_prior_preservation": True}
+    with pytest.raises(ValueError, match=f"--{flag}: .* is --instance_data_dir as well"):
+        train(replace(config, **{**values, "class_data_dir": "classes", flag: folder}))
+
+
+def test_errors_of_one_of_several_subjects_name_it(config: TrainConfig, tmp_path: Path) -> None:
+    entries = [{"name": "rex", "instance_prompt": "person"}, {"name": "ada", "instance_prompt": "a dog"}]
+    (tmp_path / "list.json").write_text(json.dumps(entries))
+    with pytest.raises(ValueError, match="--concepts_list: 'ada': --instance_prompt: 'a dog'"):
+        train(replace(config, concepts_list=str(tmp_path / "list.json"), name=None))
+
+
+def test_class_pictures_are_not_as_rough_as_validation_pictures(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = []
+
+    def generate(models: Any, embeds: torch.Tensor, negative: Any, flags: TrainConfig, **_: Any) -> list[Image.Image]:
+        steps.append(flags.validation_inference_steps)
+        return [Image.new("RGB", (32, 32))] * len(embeds)
+
+    monkeypatch.setattr(trainer, "generate", generate)
+    prior = replace(
+        config,
+        method="lora",
+        with_prior_preservation=True,
+        class_data_dir=str(tmp_path / "classes"),
+        num_class_images=1,
+        max_train_steps=1,
+    )
+    learn(prior)
+    assert steps == [trainer.CLASS_STEPS, 1]
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"--class_data_dir: .* cannot be made"):
+        learn(replace(prior, class_data_dir=str(tmp_path / "file"), overwrite_output_dir=True))
+
+
 def test_flags_without_effect_are_named(config: TrainConfig, caplog: pytest.LogCaptureFixture) -> None:
     odd = replace(config, lora_rank=4, class_prompt="a {}", key_preservation=0.1, preservation_after=0.5)
     assert odd.without_effect() == {
@@ -878,6 +1025,149 @@ def test_validation_keeps_the_best_checkpoint(config: TrainConfig, monkeypatch: 
     assert torch.equal(learn(at_best), best.delta)
 
 
+def test_a_picture_that_scores_is_not_learnt(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def draw(concept: trainer.Concept, *rest: Any) -> Any:
+        seen.append(concept)
+        raise InterruptedError
+
+    monkeypatch.setattr(trainer, "draw_batch", draw)
+    with pytest.raises(InterruptedError):
+        train(replace(config, validation=True))
+    (concept,) = seen
+    assert (len(concept.pictures), len(concept.held_out)) == (2, 1)
+    assert not {id(picture) for picture in concept.pictures} & {id(picture) for picture in concept.held_out}
+
+
+@pytest.mark.parametrize(
+    ("method", "flags"),
+    [
+        ("residual", {"snr_gamma": 0.5}),
+        ("residual", {"noise_offset": 0.5}),
+        ("residual", {"key_preservation": 1.0}),
+        ("residual", {"weight_decay": 0.9}),
+        ("residual", {"max_grad_norm": 1e-9}),
+        ("residual", {"adam_beta1": 0.1}),
+        ("residual", {"adam_beta2": 0.1}),
+        ("residual", {"adam_epsilon": 1.0}),
+        ("residual", {"lr_scheduler": "linear"}),
+        ("residual", {"lr_warmup_steps": 2}),
+        ("residual", {"learning_rate": 0.01}),
+        ("residual", {"random_flip": True}),
+        ("residual", {"num_crops": 3}),
+        ("residual", {"aspect_ratio_buckets": False}),
+        ("residual", {"templates": ["the {}"]}),
+        ("residual", {"seed": 1}),
+        ("text_encoder", {"preservation_before": 10.0}),
+        ("text_encoder", {"preservation_after": 10.0}),
+        ("lora", {"lora_rank": 1}),
+    ],
+    ids=str,
+)
+def test_every_flag_has_a_say_in_what_is_learnt(config: TrainConfig, method: str, flags: dict[str, Any]) -> None:
+    plain = learn(replace(config, method=method))
+    other = learn(replace(config, method=method, overwrite_output_dir=True, **flags))
+    assert not torch.equal(other, plain)
+
+
+def test_the_rate_follows_its_schedule(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = []
+    step = torch.optim.AdamW.step
+
+    def noted(self: torch.optim.AdamW, *args: Any, **kwargs: Any) -> Any:
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    learn(replace(config, lr_scheduler="linear", learning_rate=0.4))
+    assert rates == pytest.approx([0.4, 0.3, 0.2, 0.1])
+
+
+def test_validation_pictures_show_the_subject(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    embeds, settings = [], []
+
+    def generate(models: Any, prompt_embeds: torch.Tensor, *rest: Any, **_: Any) -> list[Image.Image]:
+        embeds.append(prompt_embeds)
+        settings.append((rest[-1].validation_inference_steps, rest[-1].validation_guidance_scale))
+        return [Image.new("RGB", (8, 8))] * len(prompt_embeds)
+
+    monkeypatch.setattr(trainer, "generate", generate)
+    config = replace(config, validation_guidance_scale=3.0, validation_inference_steps=7)
+    delta = learn(replace(config, learning_rate=1.0))
+    learn(replace(config, overwrite_output_dir=True, learning_rate=0.0))
+    with_subject, plain = embeds
+    moved = (with_subject - plain)[0].abs().sum(dim=-1).nonzero()
+    assert len(moved) == len(delta) == 1
+    torch.testing.assert_close((with_subject - plain)[0, moved[0, 0]], delta[0], atol=1e-5, rtol=1e-4)
+    assert settings == [(7, 3.0)] * 2
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_denoising_loss_is_of_what_the_base_predicts(prediction_type: str) -> None:
+    """A UNet that knows the answer has no loss, one that gives the other kind of answer has."""
+    from diffusers import DDPMScheduler
+
+    scheduler = DDPMScheduler(prediction_type=prediction_type)
+    latents, noise = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    samples = [Sample(*pair, None, timestep, 0) for *pair, timestep in zip(latents, noise, (100, 700), strict=True)]
+    timesteps = torch.tensor([100, 700])
+    answers = {"epsilon": noise, "v_prediction": scheduler.get_velocity(latents, noise, timesteps)}
+    noisy = scheduler.add_noise(latents, noise, timesteps)
+
+    def loss_of(answer: torch.Tensor) -> float:
+        def unet(sample: torch.Tensor, at: torch.Tensor, embeds: torch.Tensor, return_dict: bool) -> list[torch.Tensor]:
+            assert torch.equal(sample, noisy) and torch.equal(at, timesteps)
+            return [answer]
+
+        models: Any = SimpleNamespace(noise_scheduler=scheduler, unet=unet, dtype=torch.float32)
+        return float(trainer.denoising_loss(samples, torch.zeros(2, 3, 5), models, None))
+
+    assert loss_of(answers.pop(prediction_type)) == 0
+    assert loss_of(*answers.values()) > 0.1
+
+
+def test_views_are_the_pictures_latents_and_their_mirror_images(config: TrainConfig) -> None:
+    """The stand-in for a VAE takes the mean of each channel's blocks of 4 x 4 pixels."""
+
+    def encode(pixels: torch.Tensor) -> Any:
+        latents = torch.nn.functional.avg_pool2d(pixels, 4)
+        return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: latents))
+
+    vae = SimpleNamespace(encode=encode, config=SimpleNamespace(scaling_factor=0.5))
+    models: Any = SimpleNamespace(vae=vae, device="cpu", dtype=torch.float32, size_multiple=8)
+    values = np.random.default_rng(0).integers(0, 256, (16, 32, 3), np.uint8)
+    mask = np.zeros((16, 32), np.uint8)
+    mask[:, :6] = 255
+    picture = Picture(Path("a.png"), Image.fromarray(values), Image.fromarray(mask), None)
+    flags = replace(config, resolution=23, random_flip=True)
+    view, mirrored = trainer.encode_picture(picture, flags, models)
+    expected = torch.from_numpy(values).permute(2, 0, 1).float().unfold(1, 4, 4).unfold(2, 4, 4).mean((3, 4))
+    torch.testing.assert_close(view.latents, (expected / 127.5 - 1) * 0.5)
+    torch.testing.assert_close(mirrored.latents, view.latents.flip(-1))
+    assert view.mask is not None and mirrored.mask is not None
+    assert view.mask[0, 0].tolist() == [1, 0.5, 0, 0, 0, 0, 0, 0]
+    assert torch.equal(mirrored.mask, view.mask.flip(-1))
+    assert len(trainer.encode_picture(picture, replace(flags, num_crops=3), models)) == 6
+    in_the_middle = replace(picture, mask=None)
+    (square,) = trainer.encode_picture(
+        in_the_middle, replace(config, resolution=16, aspect_ratio_buckets=False), models
+    )
+    assert square.latents.shape == (3, 4, 4)
+
+
+def test_the_class_counts_by_its_weight_and_leaves_the_subject_its_own(config: TrainConfig) -> None:
+    latents = torch.zeros(4, 4, 4)
+    subject, of_class = (TrainingPicture([View(latents, None)], [row]) for row in (0, 1))
+    flags = replace(config, method="lora", prior_loss_weight=0.25, train_batch_size=2)
+    concept: Any = SimpleNamespace(config=flags, pictures=[subject], class_pictures=[of_class])
+    accelerator: Any = SimpleNamespace(num_processes=1, process_index=0)
+    scheduler = SimpleNamespace(config=SimpleNamespace(num_train_timesteps=1000))
+    samples = trainer.draw_batch(concept, 0, 0, accelerator, SimpleNamespace(noise_scheduler=scheduler))  # type: ignore[arg-type]
+    assert [(sample.row, sample.weight) for sample in samples] == [(0, 2.0), (0, 2.0), (1, 0.5), (1, 0.5)]
+    assert not torch.equal(samples[0].noise, samples[2].noise)
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
@@ -887,7 +1177,7 @@ def test_validation_keeps_the_best_checkpoint(config: TrainConfig, monkeypatch: 
         ({"instance_prompt": "red guitar", "token_num": 1}, r"is 2 tokens, \['red</w>', 'guitar</w>'\]"),
         ({"instance_data_dir": None}, "--instance_data_dir: missing"),
         ({"resolution": 33}, "--resolution: 33; this base needs a multiple of 8"),
-        ({"templates": ["a " * 80 + "{}"]}, "'person' is cut off"),
+        ({"templates": ["a " * 80 + "{}"]}, "--templates: 'a a .* does not say 'person' as words of their own"),
     ],
 )
 def test_bad_input_is_named_and_leaves_nothing_behind(config: TrainConfig, values: dict[str, Any], words: str) -> None:
@@ -916,7 +1206,7 @@ def test_memory_that_runs_out_says_what_takes_less(
 
 def test_errors_end_the_command_with_one_line(config: TrainConfig, caplog: pytest.LogCaptureFixture) -> None:
     assert main(as_flags(replace(config, instance_data_dir="nowhere"))) == 1
-    assert "error: instance_data_dir: 'nowhere' is not a folder" in caplog.text
+    assert "error: --instance_data_dir: 'nowhere' is not a folder" in caplog.text
 
 
 def test_push_to_hub_sends_the_adapter_with_its_pictures(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:

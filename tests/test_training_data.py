@@ -239,3 +239,19 @@ def test_crop_without_the_subject_is_replaced_by_the_centre() -> None:
     mask.putpixel((20, 10), 255)
     picture = Picture(Path("a"), Image.new("RGB", (40, 20)), mask)
     assert all(np.asarray(cut).any() for _, cut in crops(picture, (20, 20), 40, random.Random(0)) if cut is not None)
+
+
+def test_32_bit_files_may_hold_8_bit_values(tmp_path: Path) -> None:
+    for values, expected in (([[0, 100], [200, 255]], [[0, 100], [200, 255]]), ([[0, 25700]], [[0, 100]])):
+        Image.fromarray(np.array(values, np.int32)).save(tmp_path / "grey.tif")
+        assert np.asarray(open_picture(tmp_path / "grey.tif")).tolist() == expected
+
+
+def test_masks_that_are_not_used_are_not_looked_at(tmp_path: Path) -> None:
+    Image.new("RGBA", (8, 8), (255, 0, 0, 100)).save(tmp_path / "0.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
+    Image.new("L", (3, 3)).save(tmp_path / "1_mask.png")
+    assert [picture.mask is None for picture in load_pictures(tmp_path, use_masks=False)] == [True, True]
+    assert [picture.path.name for picture in load_pictures(tmp_path)] == ["0.png"]
+    with pytest.raises(FileNotFoundError, match=r"--class_data_dir: .*nowhere"):
+        load_pictures(tmp_path / "nowhere", flag="class_data_dir")

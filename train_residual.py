@@ -135,7 +135,7 @@ class Models:
 
 def load_encoders(config: TrainConfig, accelerator: Accelerator) -> Models:
     """All of the base but the UNet, frozen, on the accelerator's device; the VAE in the mixed precision's dtype."""
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    dtype = weight_dtype(accelerator)
     source = base_path(config)
     with base_model_errors(source):
         pipe = StableDiffusionPipeline.from_pretrained(
@@ -183,6 +183,11 @@ def load_unet(config: TrainConfig, models: Models) -> UNet2DConditionModel:
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     return frozen(unet, models.device, models.dtype)
+
+
+def weight_dtype(accelerator: Accelerator) -> torch.dtype:
+    """The dtype of the frozen UNet and VAE in the accelerator's mixed precision."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
 
 def frozen(module: Any, device: torch.device, dtype: torch.dtype) -> Any:
@@ -285,11 +290,17 @@ def class_phrase_of(config: TrainConfig, tokenizer: Any) -> tuple[str, int]:
 
 
 @torch.no_grad()
-def build_prompts(texts: Sequence[str], class_phrase: str, models: Models) -> Prompts:
-    """Tokenise `texts`, find the class phrase in each, and embed them with the untuned encoder."""
+def build_prompts(said: Mapping[str, Sequence[str]], class_phrase: str, models: Models) -> Prompts:
+    """Tokenise sentences, find the class phrase in each, and embed them with the untuned encoder.
+
+    Args:
+        said: where sentences come from (a flag, a caption's picture) -> the sentences.
+
+    Raises:
+        ValueError: a sentence does not say the class phrase; the message names where it comes from.
+    """
     assert models.text_encoder is not None
     tokenizer = models.tokenizer
-    texts = list(dict.fromkeys(texts))
 
     def tokenize(sentences: list[str]) -> torch.Tensor:
         batch = tokenizer(
@@ -297,13 +308,23 @@ def build_prompts(texts: Sequence[str], class_phrase: str, models: Models) -> Pr
         )
         return batch.input_ids.to(models.device)
 
-    # A prompt that says the phrase twice has the subject at the first place.
-    positions = [list(find_token_spans(tokenizer, text, class_phrase)[0]) for text in texts]
+    positions: dict[str, list[int]] = {}
+    for origin, sentences in said.items():
+        for sentence in sentences:
+            try:
+                # A prompt that says the phrase twice has the subject at the first place.
+                positions[sentence] = list(find_token_spans(tokenizer, sentence, class_phrase)[0])
+            except ValueError:
+                raise ValueError(
+                    f"{origin}: {sentence!r} does not say {class_phrase!r} as words of their own, in the first "
+                    f"{tokenizer.model_max_length - 2} tokens; put it, or {{}}, where the subject is meant."
+                ) from None
+    texts = list(positions)
     input_ids = tokenize(texts)
     return Prompts(
         texts=texts,
         input_ids=input_ids,
-        positions=torch.tensor(positions, device=models.device),
+        positions=torch.tensor(list(positions.values()), device=models.device),
         base_embeds=torch.cat([encode_prompts(models.text_encoder, chunk) for chunk in input_ids.split(16)]),
         negative_embeds=encode_prompts(models.text_encoder, tokenize([""])),
     )
@@ -324,7 +345,7 @@ def encode_picture(picture: Picture, config: TrainConfig, models: Models) -> lis
         latents = models.vae.encode(pixels_and_mirror.to(models.dtype)).latent_dist.mode().float()
         latents = latents * models.vae.config.scaling_factor
         weights = None
-        if mask is not None and config.use_masks:
+        if mask is not None:
             shares = torch.from_numpy(np.array(mask)).to(models.device)[None, None] / 255
             weights = nn.functional.interpolate(shares, latents.shape[-2:], mode="area")[0]
             if not weights.any():
@@ -373,8 +394,7 @@ def prepare_concept(config: TrainConfig, models: Models) -> Concept:
     said |= {"--templates": templates, "--validation_prompts": validation}
     if config.with_prior_preservation:
         said["--class_prompt"] = [class_prompt]
-    check_sentences(said, class_phrase, models.tokenizer)
-    prompts = build_prompts([text for texts in said.values() for text in texts], class_phrase, models)
+    prompts = build_prompts(said, class_phrase, models)
 
     def training_picture(picture: Picture, sentences: list[str]) -> TrainingPicture:
         return TrainingPicture(encode_picture(picture, config, models), prompts.rows(sentences))
@@ -404,19 +424,6 @@ def digest_of(pictures: Sequence[Picture]) -> str:
     return digest.hexdigest()
 
 
-def check_sentences(said: Mapping[str, Sequence[str]], class_phrase: str, tokenizer: Any) -> None:
-    """ValueError for a sentence that does not say the class phrase, which names where the sentence comes from."""
-    for origin, sentences in said.items():
-        for sentence in sentences:
-            try:
-                find_token_spans(tokenizer, sentence, class_phrase)
-            except ValueError:
-                raise ValueError(
-                    f"{origin}: {sentence!r} does not say {class_phrase!r} as words of their own, in the first "
-                    f"{tokenizer.model_max_length - 2} tokens; put it, or {{}}, where the subject is meant."
-                ) from None
-
-
 def with_class_pictures(concept: Concept, models: Models) -> Concept:
     """Add the plain class for prior preservation; the base draws the pictures that `class_data_dir` lacks."""
     config, prompts = concept.config, concept.prompts
@@ -429,10 +436,8 @@ def with_class_pictures(concept: Concept, models: Models) -> Concept:
     drawn = {folder / f"class-{number:04}.png": config.seed + 1 + number for number in range(config.num_class_images)}
     wanted = config.num_class_images - sum(is_picture(path) for path in folder.iterdir())
     missing = [path for path in drawn if not path.exists()][: max(0, wanted)]
+    drawing = replace(config, validation_inference_steps=CLASS_STEPS, validation_guidance_scale=CLASS_GUIDANCE_SCALE)
     for path in tqdm(missing, desc="class pictures", disable=not missing):
-        drawing = replace(
-            config, validation_inference_steps=CLASS_STEPS, validation_guidance_scale=CLASS_GUIDANCE_SCALE
-        )
         (image,) = generate(models, prompts.base_embeds[rows], prompts.negative_embeds, drawing, seed=drawn[path])
         save_png(image, path)
     found = load_pictures(folder, strict=config.strict, use_masks=config.use_masks, flag="class_data_dir")

@@ -217,9 +217,11 @@ def save_checkpoint(config: TrainConfig, progress: Progress, accelerator: Accele
             accelerator.wait_for_everyone()  # each process has its own file in there
             if accelerator.is_main_process:
                 (unfinished / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
+                replaced = output / f"{UNFINISHED}replaced-{target.name}"
                 if target.exists():  # the same step of the same run, but maybe damaged since
-                    _remove(target.rename(output / f"{UNFINISHED}replaced-{target.name}"))
+                    target.rename(replaced)
                 os.replace(unfinished, target)
+                shutil.rmtree(replaced, ignore_errors=True)
         finally:
             if accelerator.is_main_process:
                 shutil.rmtree(unfinished, ignore_errors=True)

@@ -15,6 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import HfArgumentParser
 
+from multisubject.generation_config import MOST_SEED
 from multisubject.subject_file import check_subject_name
 
 # The delta lives on the scale of the encoder's normalised output (about 1); weights are hundreds of times smaller.
@@ -29,9 +30,6 @@ _NOT_NEGATIVE = (
     "key_preservation", "preservation_before", "preservation_after", "prior_loss_weight", "checkpoints_total_limit",
     "seed",
 )  # fmt: skip
-
-
-MOST_SEED = 2**62  # torch takes 2 ** 63 - 1; pictures count on from the seed
 
 
 def _flag(default: Any, help: str) -> Any:

@@ -4,10 +4,9 @@
 
 Each folder is a clone of the authors' repository: ali-vilab/Cones-V2 (447c194), naver-ai/DenseDiffusion (54a2ea6),
 omer11a/bounded-attention (aeb6580; wants `pip install einops`) and silent-chen/layout-guidance (50fcf75). Their
-functions and classes run as they are, except
-that sizes of Stable Diffusion which stand in them are replaced by this base's, and that they are given what newer
-libraries no longer have. The first table compares logits and attention on the same queries, keys and regions; the
-second one compares pictures from the same noise:
+functions and classes run as they are, except that sizes of Stable Diffusion which stand in them are replaced by this
+base's, and that they are given what newer libraries no longer have. The first table compares logits and attention on
+the same queries, keys and regions; the second one compares pictures from the same noise:
 
 - Cones 2: both sides with its sampler, LMS with every step taken twice; the masks are each side's own.
 - DenseDiffusion: both sides also get the background as a segment of its own, described by the setting.
@@ -404,6 +403,7 @@ class LayoutGuidance(Peer):
     """Its sampling function and its energy, with a UNet that returns attention maps as its own does."""
 
     title, method, files = "Layout guidance", "layout_guidance", ("utils.py", "inference.py")
+    ours = METHODS["layout guidance"]["guidance_method"]
 
     def __init__(self, folder: Path, guidance_scale: float):
         super().__init__(folder, guidance_scale)
@@ -447,20 +447,18 @@ class LayoutGuidance(Peer):
         return compute_and_note
 
     def draw(self, task: Task, steps: int) -> Image.Image:
-        ours = METHODS["layout guidance"]["guidance_method"]
-        schedule = self.plain.scheduler.config
         settings = SimpleNamespace(
             inference=SimpleNamespace(
                 batch_size=1,
                 rand_seed=task.seed,
                 timesteps=steps,
-                loss_scale=ours.scale,
-                loss_threshold=ours.threshold,
-                max_iter=ours.max_iterations,
-                max_index_step=math.ceil(ours.guided_share * steps),
+                loss_scale=self.ours.scale,
+                loss_threshold=self.ours.threshold,
+                max_iter=self.ours.max_iterations,
+                max_index_step=math.ceil(self.ours.guided_share * steps),
                 classifier_free_guidance=self.guidance_scale,
             ),
-            noise_schedule=schedule,
+            noise_schedule=self.plain.scheduler.config,
         )
         (picture,) = self.code.inference(
             torch.device("cpu"),
@@ -477,9 +475,8 @@ class LayoutGuidance(Peer):
         return picture
 
     def draw_ours(self, tasks: Sequence[Task], steps: int, method: str | GuidanceMethod) -> list[Image.Image]:
-        guidance = METHODS["layout guidance"]["guidance_method"]
-        with guidance.attached(self.pipe):
-            return super().draw_ours(tasks, steps, guidance)
+        with self.ours.attached(self.pipe):
+            return super().draw_ours(tasks, steps, self.ours)
 
     def check(self, task: Task) -> Iterator[tuple[str, Agreement | str]]:
         task = with_aligned_boxes(task)

@@ -68,7 +68,7 @@ CELLS = (
     "subject twins 2",
     *(f"described 2 {shape}" for shape in ("small", "overlap", "masks")),
 )
-METHODS: dict[str, dict[str, Any]] = {
+METHODS_OF_OTHERS: dict[str, dict[str, Any]] = {
     "none": {"guidance_steps": 0},
     "masked": {"guidance_method": "masked"},
     "bounded_attention": {"guidance_method": "bounded_attention"},
@@ -78,6 +78,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "layout guidance": {"guidance_method": LayoutGuidance(scale=1.0, coarsest=2)},  # found on seed 0; see docs
     "cones2": {"guidance_method": "cones2"},
     "cones2, recurrence 2": {"guidance_method": "cones2", "recurrence": 2},
+}
+METHODS: dict[str, dict[str, Any]] = {
+    **METHODS_OF_OTHERS,
     # A fifth of the UNet calls goes into second visits of the first steps; no more calls than without.
     "cones2, first steps twice": {"guidance_method": "cones2", "second_visits": 0.2},
     "multisubject": {"guidance_method": "multisubject"},
@@ -110,10 +113,6 @@ def isolated(layer: AttentionLayer) -> torch.Tensor | None:
 
 
 OURS = ("multisubject", "multisubject, first steps twice")
-METHODS_OF_OTHERS = (
-    "none", "masked", "bounded_attention", "dense_diffusion", "regional_prompts", "attention_couple", "layout guidance",
-    "cones2", "cones2, recurrence 2",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -412,7 +412,7 @@ def random_sd21() -> None:
     import multisubject.train_residual as trainer
 
     def load_encoders(config: Any, accelerator: Any) -> trainer.Models:
-        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+        dtype = trainer.weight_dtype(accelerator)
         tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED_BASE / "tokenizer")
         scheduler = DDIMScheduler.from_pretrained(EMBEDDED_BASE / "scheduler")
         ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-from pathlib import Path
 from typing import Any
 
 # One thread, here and in child processes, and before torch reads it: runs that are compared with one another must sum
@@ -18,7 +17,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 
-BASE = Path(__file__).parents[1] / "tiny_world" / "base"
+from multisubject.tiny_world import EMBEDDED_BASE
+
 EMBED_DIM = 32
 
 
@@ -30,14 +30,14 @@ def pytest_configure() -> None:
 @pytest.fixture(scope="session")
 def base_path() -> str:
     """Folder of the embedded base, in diffusers' format."""
-    return str(BASE)
+    return str(EMBEDDED_BASE)
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     from transformers import CLIPTokenizer
 
-    return CLIPTokenizer.from_pretrained(BASE / "tokenizer")
+    return CLIPTokenizer.from_pretrained(EMBEDDED_BASE / "tokenizer")
 
 
 def make_components(tokenizer: Any, kind: str) -> dict[str, Any]:

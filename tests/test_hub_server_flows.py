@@ -42,9 +42,9 @@ from multisubject.hub_utils import (
 )
 from multisubject.residual_embeddings import ResidualEmbedding
 from multisubject.subject_file import MAX_FILE_BYTES, SubjectFileError, write_safetensors
+from multisubject.tiny_world import EMBEDDED_BASE
 
 ROOT = Path(__file__).resolve().parents[1]
-BASE = ROOT / "tiny_world" / "base"
 
 
 def subject(value: float = 0.0, phrase: str = "person", dim: int = 8, **metadata) -> ResidualEmbedding:
@@ -605,7 +605,7 @@ def in_fresh_process(script: str, hub: LoopbackHub, home: Path, **environment: s
         **environment,
     }
     process = subprocess.run(
-        [sys.executable, "-c", hidden + script, str(BASE)],
+        [sys.executable, "-c", hidden + script, str(EMBEDDED_BASE)],
         env=environment,
         cwd=home,
         capture_output=True,
@@ -619,7 +619,7 @@ def in_fresh_process(script: str, hub: LoopbackHub, home: Path, **environment: s
 
 @pytest.mark.slow
 def test_everybody_else_uses_the_published_pipeline_online_and_offline(hub, tmp_path):
-    dim = json.loads((BASE / "text_encoder" / "config.json").read_text())["hidden_size"]
+    dim = json.loads((EMBEDDED_BASE / "text_encoder" / "config.json").read_text())["hidden_size"]
     push_pipeline_to_hub("user/pipe", tag="v0.1.0")
     push_subject_to_hub(subject(0.25, "dog", dim), "user/band", name="petrucci", tag="v1")
     home = tmp_path / "home"

@@ -325,9 +325,10 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
             negative_prompt: what not to show; loaded subjects as `<name>`, other words are plain words.
             num_images_per_prompt: pictures per prompt.
             generator: makes the noise; a list: one per picture.
-            prompt_embeds: `(batch, tokens, dim)` instead of the prompt's own embeddings, without subjects' residuals.
-                With subjects or a layout, pass `prompt` too: it says which tokens are whose. The words of regions then
-                come from here as well, where `multisubject` and `dense_diffusion` else encode them by themselves.
+            prompt_embeds: `(batch, tokens, dim)` instead of the prompt's own embeddings, taken as they are: what
+                `encode_prompt` gives, residuals and all. With a layout, pass `prompt` too: it says which tokens are
+                whose. The words of regions then come from here as well, where `multisubject` and `dense_diffusion`
+                else encode them by themselves.
             negative_prompt_embeds: the same for the negative prompt.
             cross_attention_kwargs: `{"scale": …}` scales LoRA weights.
             clip_skip: layers of the text encoder to skip.
@@ -358,17 +359,9 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
             )
 
         # 2. Find subjects and regions in the prompts
-        prompts = [] if prompt is None else [prompt] if isinstance(prompt, str) else prompt
-        if prompts and self.tokenizer is None:
+        if prompt is not None and self.tokenizer is None:
             raise ValueError("`prompt` needs a tokenizer, which the pipeline does not have; load one.")
-        parsed = [parse_prompt(self.tokenizer, text, self._subjects_in_use(text)) for text in prompts]
-        if prompt is None and isinstance(negative_prompt, str) and prompt_embeds is not None:
-            negative_prompt = [negative_prompt] * len(prompt_embeds)
-        negative_prompts = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt or []
-        negative = [
-            parse_prompt(self.tokenizer, text, self.subjects, by_phrase=False)
-            for text in (negative_prompts if self.tokenizer is not None else [])
-        ]
+        parsed = self._parse(prompt)
         regions = [
             parse_layout(of_prompt, height=height, width=width, color_context=context)
             if of_prompt is not None or layout is None  # one of several prompts may have none
@@ -385,63 +378,36 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
         for text, found in zip(parsed, regions, strict=True):
             self._check_subjects_are_named(text, found)
 
-        # 3. Encode the prompts and add the subjects' residuals
+        # 3. Turn layouts and token spans into what the UNet needs
         device = self._execution_device
-        embeds_given = prompt_embeds is not None
-        named = any(text.mentions for text in [*parsed, *negative])
-        if prompt_embeds is None or named or any(regions) or output_attention_maps:
-            texts, negative_texts = [text.text for text in parsed], [text.text for text in negative]
-            with _text_model_found(self.text_encoder):
-                prompt_embeds, negative_prompt_embeds = self.encode_prompt(
-                    texts[0] if isinstance(prompt, str) else texts or None,
-                    device,
-                    1,
-                    guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None,
-                    negative_texts[0] if isinstance(negative_prompt, str) else negative_texts or None,
-                    prompt_embeds=prompt_embeds,
-                    negative_prompt_embeds=negative_prompt_embeds,
-                    lora_scale=(cross_attention_kwargs or {}).get("scale"),
-                    clip_skip=clip_skip,
-                )
-            if parsed:
-                if (rows := len(prompt_embeds)) != len(parsed):
-                    raise ValueError(
-                        f"`prompt_embeds` has {rows} rows, expected one for each of {len(parsed)} prompts."
-                    )
-                prompt_embeds = torch.stack(
-                    [self._add_subjects(*row) for row in zip(prompt_embeds, parsed, strict=True)]
-                )
-            if negative and negative_prompt_embeds is not None:
-                negative_prompt_embeds = torch.stack(
-                    [self._add_subjects(*row) for row in zip(negative_prompt_embeds, negative, strict=True)]
-                )
-            negative_prompt = None
+        num_tokens = 0
         if prompt_embeds is not None:
-            prompt = None
-
-        # 4. Turn layouts and token spans into what the UNet needs
+            rows, num_tokens = prompt_embeds.shape[:2]
+            if parsed and rows != len(parsed):
+                raise ValueError(f"`prompt_embeds` has {rows} rows, expected one for each of {len(parsed)} prompts.")
+        elif parsed:
+            num_tokens = self.tokenizer.model_max_length
         conditioning, recorder = None, None
         if any(regions) and guidance_steps != 0:
             region_prompts = None
             appended = getattr(guidance_function, "uses_region_prompts", False)
-            if appended or (getattr(guidance_function, "uses_own_words", False) and not embeds_given):
-                with _text_model_found(self.text_encoder):
-                    region_prompts = self.encode_region_prompts(
-                        parsed,
-                        places,
-                        device=device,
-                        padded=appended,
-                        lora_scale=(cross_attention_kwargs or {}).get("scale"),
-                        clip_skip=clip_skip,
-                    )
+            if appended or (getattr(guidance_function, "uses_own_words", False) and prompt_embeds is None):
+                region_prompts = self.encode_region_prompts(
+                    parsed,
+                    places,
+                    device=device,
+                    padded=appended,
+                    lora_scale=(cross_attention_kwargs or {}).get("scale"),
+                    clip_skip=clip_skip,
+                )
             conditioning = self.prepare_regions(
-                parsed, regions, spans, prompt_embeds.shape[1], num_images_per_prompt, region_prompts
+                parsed, regions, spans, num_tokens, num_images_per_prompt, region_prompts
             )
         if output_attention_maps:
             recorded = [_recorded_tokens(*of_prompt) for of_prompt in zip(parsed, regions, spans, strict=True)]
-            recorder = _make_recorder(recorded, prompt_embeds.shape[1], num_images_per_prompt, conditioning)
+            recorder = _make_recorder(recorded, num_tokens, num_images_per_prompt, conditioning)
 
-        # 5. Denoise and decode
+        # 4. Encode the prompts with their subjects, denoise and decode
         scheduler = self.scheduler
         guidance = region_attention(
             self.unet,
@@ -457,7 +423,7 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
         recurrence_steps = guidance_steps if recurrence_steps is None else recurrence_steps
         with guidance, self._recurrent_steps(recurrence, recurrence_steps, generator), self._running_on(device):
             images, has_nsfw_concept = super().__call__(
-                prompt,
+                prompt if prompt_embeds is None else None,
                 height,
                 width,
                 num_inference_steps,
@@ -473,7 +439,7 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
                 **kwargs,
             )
 
-        # 6. Collect the attention maps
+        # 5. Collect the attention maps
         attention_maps = None
         if recorder is not None:
             maps = recorder.maps().transpose(0, 1).numpy()  # [images, UNet calls, names, h, w]
@@ -485,6 +451,53 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
         if not return_dict:
             return (images, has_nsfw_concept) + ((attention_maps,) if output_attention_maps else ())
         return MultiSubjectPipelineOutput(images, has_nsfw_concept, attention_maps)
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        device: torch.device | None = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        lora_scale: float | None = None,
+        clip_skip: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As the base's, with the residuals of the subjects that the prompts name. What comes out holds the subjects
+        and works wherever diffusers takes `prompt_embeds`, in image-to-image or inpainting for example.
+
+        Args:
+            prompt, negative_prompt: may name loaded subjects, as in a call of the pipeline.
+            device: where to encode; None: where the pipeline runs.
+            num_images_per_prompt: rows per prompt.
+            do_classifier_free_guidance: also encode the negative prompt.
+            prompt_embeds, negative_prompt_embeds: taken as they are, instead of encoding.
+            lora_scale: of LoRA weights on the text encoder.
+            clip_skip: layers of the text encoder to skip.
+
+        Returns:
+            Embeddings `(prompts * num_images_per_prompt, tokens, dim)` of the prompts and of the negative prompts.
+        """
+        positive = self._parse(prompt) if prompt_embeds is None else []
+        negative = self._parse(negative_prompt, negative=True) if negative_prompt_embeds is None else []
+        if isinstance(negative_prompt, str) and prompt is None and prompt_embeds is not None:
+            negative, negative_prompt = negative * len(prompt_embeds), [negative_prompt] * len(prompt_embeds)
+        with _text_model_found(self.text_encoder):
+            embeds, negative_embeds = super().encode_prompt(
+                _texts(positive, prompt),
+                device,
+                num_images_per_prompt,
+                do_classifier_free_guidance,
+                _texts(negative, negative_prompt),
+                prompt_embeds=prompt_embeds,
+                negative_prompt_embeds=negative_prompt_embeds,
+                lora_scale=lora_scale,
+                clip_skip=clip_skip,
+            )
+        if negative_embeds is not None:
+            negative_embeds = self._add_subjects(negative_embeds, negative, num_images_per_prompt)
+        return self._add_subjects(embeds, positive, num_images_per_prompt), negative_embeds
 
     def prepare_regions(
         self,
@@ -564,7 +577,8 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
         try:
             if not padded:
                 self.tokenizer.model_max_length = longest
-            encoded, _ = self.encode_prompt(texts, device, 1, False, lora_scale=lora_scale, clip_skip=clip_skip)
+            with _text_model_found(self.text_encoder):
+                encoded, _ = super().encode_prompt(texts, device, 1, False, lora_scale=lora_scale, clip_skip=clip_skip)
         finally:
             self.tokenizer.model_max_length = full_length
         shape = (len(parsed), max(map(len, places)), encoded.shape[1])
@@ -615,12 +629,28 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
                         f" plain word, which draws no subject. Write `<{name}>` there, or load it under another name."
                     )
 
-    def _add_subjects(self, prompt_embeds: torch.Tensor, text: ParsedPrompt) -> torch.Tensor:
-        residuals = [
-            (self.subjects[mention.subject], mention.span, self._subject_weights.get(mention.subject, 1.0))
-            for mention in text.mentions
-        ]
-        return add_residuals(prompt_embeds, residuals) if residuals else prompt_embeds
+    def _parse(self, prompt: str | list[str] | None, *, negative: bool = False) -> list[ParsedPrompt]:
+        if prompt is None or self.tokenizer is None:
+            return []
+        texts = [prompt] if isinstance(prompt, str) else prompt
+        if negative:
+            return [parse_prompt(self.tokenizer, text, self.subjects, by_phrase=False) for text in texts]
+        return [parse_prompt(self.tokenizer, text, self._subjects_in_use(text)) for text in texts]
+
+    def _add_subjects(
+        self, prompt_embeds: torch.Tensor, parsed: Sequence[ParsedPrompt], num_images_per_prompt: int
+    ) -> torch.Tensor:
+        """Residuals of the prompts' subjects; each prompt has `num_images_per_prompt` rows of `prompt_embeds`."""
+        if not any(text.mentions for text in parsed):
+            return prompt_embeds
+        rows = []
+        for text, of_prompt in zip(parsed, prompt_embeds.split(num_images_per_prompt), strict=True):
+            residuals = [
+                (self.subjects[mention.subject], mention.span, self._subject_weights.get(mention.subject, 1.0))
+                for mention in text.mentions
+            ]
+            rows.append(add_residuals(of_prompt, residuals) if residuals else of_prompt)
+        return torch.cat(rows)
 
     @property
     def _execution_device(self) -> torch.device:
@@ -772,6 +802,13 @@ def _text_model_found(text_encoder: Any) -> Iterator[None]:
     finally:
         if missing:
             del vars(text_encoder)["text_model"]
+
+
+def _texts(parsed: Sequence[ParsedPrompt], prompt: str | list[str] | None) -> str | list[str] | None:
+    """What the text encoder is to read, in the form that the prompts came in."""
+    if not parsed:
+        return prompt
+    return parsed[0].text if isinstance(prompt, str) else [text.text for text in parsed]
 
 
 def _check_arguments(

@@ -279,7 +279,7 @@ def test_region_prompts_stand_alone_and_carry_their_residual(pipe):
         [parse_prompt(pipe.tokenizer, "a red dog and <rex>", pipe.subjects)],
         [[Place("red dog", range(2, 4)), Place("dog", range(5, 6))]],
     )
-    alone = [pipe.encode_prompt(text, "cpu", 1, False)[0][0] for text in ("a photo of red dog", "a photo of dog")]
+    alone = plain(pipe).encode_prompt(["a photo of red dog", "a photo of dog"], "cpu", 1, False)[0]
     torch.testing.assert_close(prompts.embeds[0, 0], alone[0])
     alone[1][4] += rex.delta[0]
     torch.testing.assert_close(prompts.embeds[0, 1], alone[1])
@@ -429,20 +429,31 @@ def test_subject_that_does_not_fit_raises(pipe, tmp_path, found, message):
     assert pipe.subjects == {}
 
 
-def test_prompt_embeds_need_the_prompt_to_find_tokens(pipe):
-    pipe.subjects["rex"] = subject("dog")
-    prompt_embeds = pipe.encode_prompt("a photo of a dog", "cpu", 1, False)[0]
-    negative = pipe.encode_prompt("", "cpu", 1, False)[0]
-    embeds = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative}
-    before = prompt_embeds.clone()
-    guided: dict[str, Any] = {"layout": {"rex": (0, 0, 0.5, 1)}, "guidance_method": "cones2"}
-    expected = sample(pipe, "a photo of a <rex>", **guided)
+def test_encode_prompt_knows_the_subjects(pipe):
+    pipe.subjects["rex"] = rex = subject("dog")
+    embeds, negative = pipe.encode_prompt(["a <rex>", "a mug"], "cpu", 2, True, ["", "my <rex>"])
+    without, negative_without = plain(pipe).encode_prompt(["a dog", "a mug"], "cpu", 2, True, ["", "my dog"])
+    without[:2, 2] += rex.delta
+    negative_without[2:, 2] += rex.delta
+    assert torch.equal(embeds, without) and torch.equal(negative, negative_without)
+    by_phrase = pipe.encode_prompt("a dog", "cpu", 1, False, clip_skip=1)[0]
+    assert torch.equal(by_phrase, pipe.encode_prompt("a <rex>", "cpu", 1, False, clip_skip=1)[0])
+    assert not torch.equal(by_phrase, pipe.encode_prompt("a <rex>", "cpu", 1, False)[0])
+    with pytest.raises(ValueError, match="names the subject '<max>', which is not loaded"):
+        pipe.encode_prompt("a <max>")
 
-    assert torch.equal(sample(pipe, "a photo of a <rex>", **guided, **embeds), expected)
-    assert torch.equal(prompt_embeds, before)
-    pipe.set_subjects([])
-    assert torch.equal(sample(pipe, None, **embeds), sample(pipe, "a photo of a dog"))
-    assert torch.equal(sample(pipe, "a photo of a dog", **embeds), sample(pipe, "a photo of a dog"))
+
+def test_given_prompt_embeds_are_taken_as_they_are(pipe):
+    pipe.subjects["rex"] = subject("dog")
+    embeds = dict(zip(("prompt_embeds", "negative_prompt_embeds"), pipe.encode_prompt("a <rex>"), strict=True))
+    before = embeds["prompt_embeds"].clone()
+    guided: dict[str, Any] = {"layout": {"rex": (0, 0, 0.5, 1)}, "guidance_method": "cones2"}
+
+    assert torch.equal(sample(pipe, "a <rex>", **guided, **embeds), sample(pipe, "a <rex>", **guided))
+    assert torch.equal(sample(pipe, None, **embeds), sample(pipe, "a <rex>"))
+    assert torch.equal(sample(pipe, "a dog", **embeds), sample(pipe, "a <rex>"))
+    assert torch.equal(sample(plain(pipe), None, **embeds), sample(pipe, "a <rex>"))
+    assert torch.equal(embeds["prompt_embeds"], before)
     with pytest.raises(ValueError, match="need `prompt` beside `prompt_embeds`"):
         pipe(**guided, **embeds)
     with pytest.raises(ValueError, match="`prompt_embeds` has 1 rows, expected one for each of 2 prompts"):
@@ -466,7 +477,7 @@ def test_given_prompt_embeds_also_hold_for_the_words_of_regions(pipe, method):
 
 def test_negative_prompt_names_subjects(pipe):
     pipe.subjects["rex"] = subject("dog")
-    negative = pipe.encode_prompt("a dog", "cpu", 1, False)[0]
+    negative = plain(pipe).encode_prompt("a dog", "cpu", 1, False)[0]
     negative[:, 2] += pipe.subjects["rex"].delta
     expected = sample(pipe, negative_prompt_embeds=negative)
 
@@ -668,7 +679,7 @@ def test_unsuitable_base_is_refused(pipe):
 @pytest.mark.parametrize("token", ["<cat>", "catstatue", "style_2"])
 @pytest.mark.parametrize("vectors", [1, 3])
 @pytest.mark.parametrize("method", ["multisubject", "regional_prompts"])
-def test_textual_inversion_can_be_placed(tokenizer, tmp_path, token, vectors, method):
+def test_textual_inversion_can_be_placed(tokenizer, tmp_path, monkeypatch, token, vectors, method):
     components = make_components(tokenizer, "sd1")
     components["tokenizer"] = CLIPTokenizer.from_pretrained(
         components["tokenizer"].save_pretrained(tmp_path)[0].rsplit("/", 1)[0]
@@ -677,10 +688,14 @@ def test_textual_inversion_can_be_placed(tokenizer, tmp_path, token, vectors, me
     pipe.load_textual_inversion({token: torch.randn(vectors, EMBED_DIM, generator=seeded())})
     pipe.tokenizer.add_tokens("style")  # of which `style_2` is no second vector
     prompts = []
-    encode = pipe.encode_prompt
-    pipe.encode_prompt = lambda prompt, *args, **kwargs: prompts.append(prompt) or encode(prompt, *args, **kwargs)
+    encode = StableDiffusionPipeline.encode_prompt
+    monkeypatch.setattr(
+        StableDiffusionPipeline,
+        "encode_prompt",
+        lambda self, prompt, *args, **kwargs: prompts.append(prompt) or encode(self, prompt, *args, **kwargs),
+    )
     guided = sample(pipe, f"a photo of {token} and a ball", layout={token: (0, 0, 0.5, 1)}, guidance_method=method)
-    assert prompts[1] == [f"a photo of {token}"]
+    assert prompts[0] == [f"a photo of {token}"]
     assert not torch.equal(guided, sample(pipe, f"a photo of {token} and a ball"))
     with pytest.raises(ValueError, match="learned token '<cat>' already"):
         pipe.tokenizer.add_tokens("<cat>")

@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("source", metavar="SOURCE")
     command.add_argument("output", metavar="OUTPUT", type=Path, help="a .safetensors or .pt file")
     command.add_argument("--name", help="the subject's name (default: the file's stem)")
-    command.add_argument("--class-phrase", help="the words it replaces in a prompt; a .pt does not say (default: NAME)")
+    command.add_argument("--class-phrase", help="the words it replaces in a prompt, which a .pt does not say")
     command.add_argument("--base-model", help="Hub id of the base that it was trained on; a .pt does not say")
     command.add_argument("--license", help="the subject's licence, e.g. cc-by-4.0")
     _add_overwrite(command)

@@ -562,14 +562,16 @@ def _overlap(first: tuple[int, int], second: tuple[int, int]) -> bool:
 
 def _read_subject(source: str, name: str, class_phrase: str | None, base: BaseModel) -> ResidualEmbedding:
     subject = load_subject(source, name=name, class_phrase=class_phrase)[name]
+    if not subject.class_phrase:  # of a `.pt`, whose key in `residual_dict` is its words
+        subject = replace(subject, class_phrase=name)
     num_tokens = len(base.tokenizer.tokenize(subject.class_phrase))
     if tuple(subject.delta.shape) != (num_tokens, base.embed_dim):
         remedy = "Use the base model and the phrase that the subject was trained with."
         if subject.delta.shape[1] == base.embed_dim:
             own = load_subject(source, name=name)[name].class_phrase
-            if class_phrase is not None and own not in (name, class_phrase):
+            if class_phrase is not None and own not in ("", class_phrase):
                 remedy = f"It was trained as {own!r}: write `<{name}>` in the prompt, which stands for that."
-            elif own == name:
+            elif not own:
                 remedy = (
                     "The file does not say which words it was trained with: write these in the prompt, and as its key "
                     "in residual_dict, or put them into the file with `multisubject convert --class-phrase`."

@@ -211,7 +211,7 @@ def load_subject(
             `user/repo/subfolder`, `user/repo/file.safetensors`, each with `@revision` behind it if need be.
         name: what to call the subject, where the source holds one; which to take, where it holds several.
         class_phrase: the words that stand for the subject in a prompt. Default: what the file says; a `.pt` says
-            nothing, so there it is the name.
+            nothing, which leaves them empty.
         revision: branch, tag or commit of the Hub repository.
         token: access token for private repositories; `None` takes the one of `hf auth login` or `HF_TOKEN`.
         cache_dir: the Hub cache. Default: the usual one.
@@ -278,7 +278,7 @@ def convert_subject(
         source: as for `load_subject`.
         path: the file to write; its ending says which form.
         name: the subject's name. Default: for `.safetensors` the stem of `path`.
-        class_phrase: the words that it stands for; a `.pt` does not say.
+        class_phrase: the words that it stands for, which a `.pt` does not say.
         metadata: `base_model`, `license` … to add, which a `.pt` does not say either.
 
     Returns:

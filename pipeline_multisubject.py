@@ -185,7 +185,7 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
         Args:
             source: `.safetensors` file, Cones 2 `.pt` file, folder or Hub id.
             name: what to call the subject; which one to take if the source holds several.
-            class_phrase: words that stand for the subject in a prompt; default: what the file says.
+            class_phrase: words that stand for the subject in a prompt; default: what the file says. A `.pt` does not.
             hub_options: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
 
         Returns:
@@ -263,6 +263,11 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
         check_subject_fits(
             subject, {"text_encoder": self.text_encoder}, name=name, base_model=self.config.get("_name_or_path")
         )
+        if not subject.class_phrase:
+            raise ValueError(
+                f"The file of subject {name!r} does not say which words it was trained with, as no `.pt` does. Pass"
+                " them as `class_phrase`, such as class_phrase='person'."
+            )
         span = find_token_spans(self.tokenizer, subject.class_phrase, subject.class_phrase)[0]
         if len(span) != len(subject.delta):
             raise ValueError(

@@ -24,7 +24,7 @@ class ResidualEmbedding:
     """One subject.
 
     Args:
-        class_phrase: the words that stand for the subject in a prompt, e.g. `person`.
+        class_phrase: the words that stand for the subject in a prompt, e.g. `person`; empty if its file does not say.
         deltas: text encoder's name -> float32 tensor `(num_tokens, embed_dim)`, one row per token of the class phrase.
             Stable Diffusion 1.x and 2.x have `text_encoder` alone.
         metadata: plain JSON data that travels with the subject: base model, fingerprint, method, steps, licence …

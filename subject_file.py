@@ -110,9 +110,10 @@ def check_class_phrase(phrase: object) -> None:
         or "<" in phrase
         or ">" in phrase
     ):
+        unknown = "" if phrase != "" else " A `.pt` file does not say them: `multisubject convert --class-phrase`."
         raise ValueError(
             f"class_phrase={printable(phrase, 60)!r}, expected the words that stand for the subject in a prompt, such "
-            f"as 'person' (one line without '<' and '>', at most {MAX_CLASS_PHRASE_CHARS} characters)."
+            f"as 'person' (one line without '<' and '>', at most {MAX_CLASS_PHRASE_CHARS} characters).{unknown}"
         )
 
 
@@ -456,7 +457,7 @@ def check_pickle(data: bytes) -> dict[str, int]:
 def read_pickle(data: bytes, name: str) -> dict[str, ResidualEmbedding]:
     """The subject in the bytes of a Cones 2 `.pt`: a tensor `(dim,)` or `(num_tokens, dim)`, or a dict of them.
 
-    It says nothing about the class phrase, which is therefore the name.
+    It says nothing about the class phrase, which is therefore empty.
     """
     import torch
 
@@ -496,7 +497,7 @@ def read_pickle(data: bytes, name: str) -> dict[str, ResidualEmbedding]:
             raise SubjectFileError(f"refused: it would unpack into more than {MAX_FILE_BYTES:,} bytes.")
         delta = tensor.detach().to(torch.float32).reshape(num_tokens, dim).clone()
         _check_values(delta, key)
-        subjects[key] = ResidualEmbedding(key, {"text_encoder": delta})
+        subjects[key] = ResidualEmbedding("", {"text_encoder": delta})
     return subjects
 
 

@@ -333,7 +333,7 @@ def test_pickles_of_cones_2_load(tmp_path, value, names):
     loaded = load_subject(path)
     assert [*loaded] == names
     first = loaded[names[0]]
-    assert first.class_phrase == names[0]
+    assert first.class_phrase == ""
     assert first.delta.ndim == 2
     assert first.delta.dtype == torch.float32
     assert not first.delta.requires_grad
@@ -716,8 +716,12 @@ def test_convert_goes_both_ways(tmp_path, capsys):
     assert cli.main(["convert", str(FIXTURES / "cones2_residual.pt"), str(converted)]) == 1
     assert "--overwrite" in capsys.readouterr().err
     assert converted.read_bytes() == before
-    assert cli.main(["convert", str(FIXTURES / "cones2_residual.pt"), str(converted), "--overwrite"]) == 0
-    assert load_subject(converted)["petrucci"].class_phrase == "petrucci"
+    without = ["convert", str(FIXTURES / "cones2_residual.pt"), str(converted), "--overwrite"]
+    assert cli.main(without) == 1
+    assert "does not say them" in capsys.readouterr().err
+    assert converted.read_bytes() == before
+    assert cli.main([*without, "--class-phrase", "man"]) == 0
+    assert load_subject(converted)["petrucci"].class_phrase == "man"
 
 
 def test_list_and_verify(tmp_path, capsys):

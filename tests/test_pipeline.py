@@ -372,6 +372,14 @@ def test_weights_scale_a_subject_and_inactive_ones_become_their_class(pipe):
         pipe.set_subjects({"rex": 0.5})
 
 
+def test_a_pickle_needs_its_class_phrase(pipe, tmp_path):
+    path = save_subject(subject("dog"), tmp_path / "hat.pt")
+    with pytest.raises(ValueError, match=r"file of subject 'hat' does not say which words.*`class_phrase`"):
+        pipe.load_subject(path)
+    assert pipe.load_subject(path, class_phrase="dog") == ["hat"]
+    assert pipe.subjects["hat"].class_phrase == "dog"
+
+
 def test_two_dogs_have_their_own_tokens_and_regions(pipe):
     pipe.subjects["rex"], pipe.subjects["bello"] = subject("dog"), subject("dog", seed=1)
     output = pipe(

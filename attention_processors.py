@@ -361,6 +361,8 @@ def _region_bias(
         if not num_fillers:
             return None
         bias = query.new_zeros(batch, 1, query.shape[2], num_tokens)
+    if not isinstance(bias, torch.Tensor):
+        raise TypeError(f"The guidance method returned a {type(bias).__name__}, expected a tensor or None.")
     heads = query.shape[1]
     if bias.shape not in [(batch, some, query.shape[2], num_tokens) for some in (1, heads)]:
         raise ValueError(
@@ -682,7 +684,7 @@ class _RegionHook:
         inside_weights = signed_weights.where(anywhere, 0)
         summary = (kinds >= TokenKind.END) & (owners < 0)  # [B, K]
         hidden_summary = HIDDEN * (anywhere & summary[:, None, :])
-        covered = masks.amax(dim=1).mean(dim=1)  # [B]
+        covered = regions.masks.amax(dim=1).mean(dim=(1, 2)).to(device)  # [B], the same at every resolution
         least = HIDDEN * (covered <= 2 / 3) - 2.0
         held_back_summary = hidden_summary.maximum(least[:, None, None])
         biases = (maps[:, None] for maps in (signed_weights, inside_weights, hidden_summary, held_back_summary))

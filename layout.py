@@ -12,6 +12,7 @@ import json
 import math
 import numbers
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -218,7 +219,9 @@ def _read_subject(entry: Mapping[str, Any], place: str) -> str:
         raise ValueError(f"{place} needs exactly one of `subject` and `phrase`.")
     if not isinstance(given[0], str):
         raise TypeError(f"{place}: subject is {given[0]!r}, expected a subject's name or words of the prompt.")
-    subject = given[0].strip().removeprefix("<").removesuffix(">").strip()
+    subject = given[0].strip()
+    if name := re.fullmatch(r"<([^<>]*)>", subject):
+        subject = name[1].strip()
     if not subject:
         raise ValueError(f"{place}: subject is {given[0]!r}, expected a subject's name or words of the prompt.")
     return subject

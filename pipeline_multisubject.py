@@ -109,7 +109,8 @@ class MultiSubjectPipelineOutput(StableDiffusionPipelineOutput):
 
     Args:
         attention_maps: one dict per image, subject or phrase -> `(UNet calls, h, w)` float32: where its tokens were
-            attended to, as probabilities averaged over heads, layers and tokens; None if not asked for.
+            attended to, as probabilities averaged over heads, layers and tokens; empty for a prompt without subject and
+            layout; None if not asked for.
     """
 
     attention_maps: list[dict[str, np.ndarray]] | None = None
@@ -218,7 +219,7 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
         """Choose the active subjects and scale their residuals; the other loaded ones become their plain class.
 
         Args:
-            names: loaded subjects.
+            names: loaded subjects; an empty list makes class phrases plain words everywhere.
             weights: factor of each residual, or one for all; default 1. Not saved by `save_pretrained`.
 
         Raises:
@@ -882,9 +883,9 @@ def _make_recorder(
     num_images: int,
     conditioning: RegionConditioning | None,
 ) -> AttentionRecorder:
-    if not all(recorded):
+    if not any(recorded):
         raise ValueError(
-            "`output_attention_maps` is True, but a prompt names no loaded subject and has no layout: there is nothing"
+            "`output_attention_maps` is True, but no prompt names a loaded subject or has a layout: there is nothing"
             " to map. Name a subject as `<name>`, or place a phrase with `layout`."
         )
     tokens = torch.zeros(len(recorded), max(map(len, recorded)), num_tokens, dtype=torch.bool)

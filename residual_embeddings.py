@@ -83,19 +83,21 @@ class ParsedPrompt:
         `occurrence`, words that a subject stands for count only if there are no others.
 
         Args:
-            phrase: a subject's name means the places where that subject stands; anything else means words.
+            phrase: a subject's name means the places where that subject stands; anything else means words, with
+                subjects among them as in the prompt (`red <rex>`).
             occurrence: 1-based, which of several places; needed only when there are several.
 
         Raises:
             ValueError: the phrase is missing, ambiguous without `occurrence`, or cut off by the tokenizer's limit.
         """
-        name = phrase.strip().removeprefix("<").removesuffix(">").strip()
+        bracketed = _BRACKETED.fullmatch(phrase.strip())
+        name = (bracketed[1] if bracketed else phrase).strip()
         mentions = {Place(mention.phrase, mention.span): mention.subject for mention in self.mentions}
         named = [place for place, subject in mentions.items() if subject.casefold() == name.casefold()]
         if not named and f"<{name}>".casefold() in map(str.casefold, self.tokenizer.get_added_vocab()):
             # of a textual inversion
             named = list(_iterate_places(self.tokenizer, self.text, f"<{name}>"))
-        words = list(_iterate_places(self.tokenizer, self.text, name))
+        words = list(_iterate_places(self.tokenizer, self.text, self._in_words(name)))
         if not named and not words:
             raise ValueError(_missing(phrase, self.text, [mention.subject for mention in self.mentions]))
         if occurrence is None:
@@ -116,6 +118,11 @@ class ParsedPrompt:
         place = places[(occurrence or 1) - 1]
         _check_not_cut(self.tokenizer, self.text, phrase, place.span)
         return place
+
+    def _in_words(self, phrase: str) -> str:
+        """The phrase with its subjects as they stand in the text: `red <rex>` as `red dog`."""
+        words = {mention.subject.casefold(): mention.phrase for mention in self.mentions}
+        return _BRACKETED.sub(lambda match: words.get(match[1].strip().casefold(), match[0]), phrase)
 
 
 def parse_prompt(

@@ -8,11 +8,12 @@ from __future__ import annotations
 import colorsys
 import zlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .layout import Region, region_names
+from .layout import Region, parse_layout, region_names
 
 # Pictures narrower than this are enlarged, by whole factors and without smoothing, so that labels can be read.
 READABLE_WIDTH = 256
@@ -36,8 +37,10 @@ def contact_sheet(
         captions: one line of text under each image; text that is wider than its cell is cut.
 
     Raises:
-        ValueError: no images, `columns` below 1, or another number of captions than of images.
+        ValueError, TypeError: no images, `columns` below 1, or another number of captions than of images.
     """
+    if isinstance(images, (Image.Image, np.ndarray)):
+        raise TypeError(f"images is one {type(images).__name__}; expected a list of PIL images.")
     if not images:
         raise ValueError("images is empty; a contact sheet needs at least one image.")
     if columns is None:
@@ -66,13 +69,18 @@ def contact_sheet(
     return sheet
 
 
-def draw_regions(image: Image.Image, regions: Sequence[Region]) -> Image.Image:
+def draw_regions(image: Image.Image, layout: Any) -> Image.Image:
     """Outline each region on a copy of `image` and write its subject in its corner.
 
     The outline follows the mask at half its peak, so it shows what guidance sees after overlaps are resolved. The same
     subjects have the same colours in every picture and run. Tiny images come back enlarged (see `READABLE_WIDTH`).
+
+    Args:
+        image: the picture.
+        layout: as the pipeline takes it, or the regions that `parse_layout` makes of it.
     """
     canvas = _readable(image)
+    regions = _regions(layout, image)
     names = region_names(regions)
     colours = _colours(names)
     line = max(2, canvas.width // 160)
@@ -91,7 +99,7 @@ def draw_regions(image: Image.Image, regions: Sequence[Region]) -> Image.Image:
 def attention_sheet(
     image: Image.Image,
     attention_maps: Mapping[str, np.ndarray],
-    regions: Sequence[Region] = (),
+    layout: Any = (),
     steps: Sequence[int] | int = 6,
 ) -> Image.Image:
     """Where each subject's tokens attended: one row per subject, one column per UNet call, regions drawn on top.
@@ -103,12 +111,17 @@ def attention_sheet(
         image: the finished picture, shown dimmed under the heat.
         attention_maps: subject -> `(UNet calls, h, w)`, as `MultiSubjectPipeline(..., output_attention_maps=True)`
             returns for one image. A denoising step is one call; with `recurrence` or a second-order scheduler, several.
-        regions: outlined over every cell; the row's own region in full, the others thinner.
+        layout: outlined over every cell, the row's own region in full, the others thinner; as for `draw_regions`.
         steps: which calls to show, counted from 0, or how many, spread evenly from the first to the last.
 
     Raises:
-        ValueError: no maps, a map that is not `(steps, h, w)`, or a step that was not recorded.
+        ValueError, TypeError: no maps, a map that is not `(steps, h, w)`, or a step that was not recorded.
     """
+    if attention_maps and not isinstance(attention_maps, Mapping):
+        raise TypeError(
+            f"attention_maps is a {type(attention_maps).__name__}; expected the maps of one image, such as"
+            " `output.attention_maps[0]`."
+        )
     if not attention_maps:
         raise ValueError("attention_maps is empty; call the pipeline with a layout and output_attention_maps=True.")
     for subject, maps in attention_maps.items():
@@ -125,6 +138,7 @@ def attention_sheet(
     if missing or not shown:
         raise ValueError(f"steps names {missing or 'nothing'}; the recorded steps are 0 to {recorded - 1}.")
 
+    regions = _regions(layout, image)
     names = region_names(regions)
     colours = _colours([*names, *attention_maps])
     cells, captions = [], []
@@ -138,6 +152,15 @@ def attention_sheet(
             cells.append(cell)
             captions.append(f"{subject}, call {step + 1}")
     return contact_sheet(cells, columns=len(shown), captions=captions)
+
+
+def _regions(layout: Any, image: Image.Image) -> Sequence[Region]:
+    if layout is None:
+        return ()
+    # By name: a pipeline loaded through `custom_pipeline` has its own copy of that class.
+    if isinstance(layout, Sequence) and all(type(region).__name__ == Region.__name__ for region in layout):
+        return layout
+    return parse_layout(layout, height=image.height, width=image.width)
 
 
 def _colours(names: Sequence[str]) -> dict[str, RGB]:
@@ -158,6 +181,8 @@ def _rgb(hue: float, saturation: float, value: float) -> RGB:
 
 def _readable(image: Image.Image) -> Image.Image:
     """An RGB copy, enlarged by a whole factor where it is narrower than READABLE_WIDTH."""
+    if not isinstance(image, Image.Image):
+        raise TypeError(f'an image is a {type(image).__name__}; expected a PIL image, as `output_type="pil"` gives.')
     factor = -(-READABLE_WIDTH // image.width)
     return image.convert("RGB").resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 

@@ -436,6 +436,17 @@ def test_summary_is_hidden_unless_little_is_left_outside_the_regions(unet, sched
             assert not held_back[:, :-2].any()
 
 
+def test_what_regions_leave_is_measured_on_the_picture(unet, scheduler):
+    """Not at a resolution where two interleaved regions each cover half of every cell."""
+    regions = two_regions()
+    regions.token_kinds[:, -2:] = TokenKind.PADDING
+    regions.masks.zero_()
+    regions.masks[:, 0, ..., ::2] = 1
+    regions.masks[:, 1, ..., 1::2] = 1
+    for layer in seen_layers(unet, regions, scheduler, *inputs(2)):
+        assert layer.maps.held_back_summary.unique().tolist() == [-2, 0]
+
+
 def test_frames_of_earlier_calls_fit_no_other_call(unet, scheduler):
     """Calls with and without an unconditional half, in two precisions, are what they are in a context of their own."""
     unet = copy.deepcopy(unet)
@@ -741,6 +752,14 @@ def test_method_that_misses_its_region_prompts_raises(unet, scheduler):
         guided(unet, regions, scheduler, guidance_method="regional_prompts"),
     ):
         pass
+
+
+def test_a_method_that_returns_a_number_is_told(unet, scheduler):
+    with (
+        guided(unet, two_regions(), scheduler, guidance_method=lambda layer: 0.0),
+        pytest.raises(TypeError, match="guidance method returned a float, expected a tensor or None"),
+    ):
+        call(unet, *inputs())
 
 
 def test_bias_of_the_wrong_shape_raises(unet, scheduler):

@@ -323,6 +323,8 @@ def test_attention_maps_of_subjects_without_layout(pipe):
     assert [list(maps) for maps in output.attention_maps] == [["rex"], ["rex"]]
     *_, maps = pipe("<rex>", num_inference_steps=1, output_attention_maps=True, return_dict=False)
     assert maps[0]["rex"].shape == (1, 16, 16)
+    some = pipe(["a mug", "a <rex>"], num_inference_steps=1, output_attention_maps=True, output_type="latent")
+    assert [list(maps) for maps in some.attention_maps] == [[], ["rex"]]
     with pytest.raises(ValueError, match="nothing to map"):
         pipe("a mug", output_attention_maps=True)
 
@@ -378,6 +380,19 @@ def test_a_pickle_needs_its_class_phrase(pipe, tmp_path):
         pipe.load_subject(path)
     assert pipe.load_subject(path, class_phrase="dog") == ["hat"]
     assert pipe.subjects["hat"].class_phrase == "dog"
+
+
+def test_a_phrase_of_the_layout_may_hold_a_subject(pipe):
+    """And its own prompt then carries the residual."""
+    pipe.subjects["rex"] = subject("dog")
+    for prompt, phrases in (
+        ("a red <rex> and a ball", ["red <rex>", "red dog"]),
+        ("<rex> and <rex>'s ball", ["<rex>'s ball", "dog's ball"]),
+    ):
+        by_name, by_words = (sample(pipe, prompt, layout={phrase: (0, 0, 0.5, 1)}) for phrase in phrases)
+        assert torch.equal(by_name, by_words)
+    with pytest.raises(ValueError, match=r"phrase 'red <max>' is not in the prompt"):
+        pipe("a red <rex>", layout={"red <max>": (0, 0, 0.5, 1)})
 
 
 def test_two_dogs_have_their_own_tokens_and_regions(pipe):

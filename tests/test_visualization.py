@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from multisubject.layout import Region, region_names
+from multisubject.layout import Region, parse_layout, region_names
 from multisubject.visualization import (
     READABLE_WIDTH,
     attention_sheet,
@@ -146,6 +146,26 @@ def test_attention_sheet_spreads_the_steps_when_given_a_number():
 def test_attention_sheet_names_what_is_wrong(maps, steps, message):
     with pytest.raises(ValueError, match=message):
         attention_sheet(grey(), maps, steps=steps)
+
+
+def test_a_layout_is_drawn_as_the_pipeline_takes_it():
+    layout = {"person": (0, 0, 0.5, 1)}
+    regions = parse_layout(layout, height=64, width=64)
+    assert np.array_equal(np.asarray(draw_regions(grey(), layout)), np.asarray(draw_regions(grey(), regions)))
+    maps = {"person": np.ones((2, 8, 8))}
+    sheets = [np.asarray(attention_sheet(grey(), maps, given)) for given in (layout, regions, None)]
+    assert np.array_equal(sheets[0], sheets[1]) and not np.array_equal(sheets[0], sheets[2])
+    with pytest.raises(ValueError, match="box is"):
+        draw_regions(grey(), {"person": (0, 0, 2, 1)})
+
+
+def test_other_things_than_pictures_are_named():
+    with pytest.raises(TypeError, match="images is one Image; expected a list"):
+        contact_sheet(grey())
+    with pytest.raises(TypeError, match="an image is a ndarray; expected a PIL image"):
+        draw_regions(np.zeros((8, 8, 3)), {})
+    with pytest.raises(TypeError, match=r"attention_maps is a list.*`output.attention_maps\[0\]`"):
+        attention_sheet(grey(), [{"person": np.ones((2, 8, 8))}])
 
 
 def test_pictures_of_other_sizes_than_the_masks_are_fine():

@@ -108,7 +108,7 @@ class AttentionRecorder:
     def add(self, logits: torch.Tensor, size: tuple[int, int]) -> None:
         """Add one cross-attention layer: logits `(B, heads, h * w, K)` with their bias, `size=(h, w)`."""
         probabilities = logits.float().softmax(dim=-1).mean(dim=1)  # [B, h * w, K]
-        weights = self._token_weights.to(logits.device)
+        self._token_weights = weights = self._token_weights.to(logits.device)
         keys = min(weights.shape[-1], probabilities.shape[-1])  # own prompts are there at guided calls alone
         maps = weights[..., :keys] @ probabilities[..., :keys].transpose(-1, -2)
         self._calls[-1].setdefault(size, []).append(maps.unflatten(-1, size))

@@ -527,6 +527,8 @@ def fingerprint_text_encoder(text_encoder: torch.nn.Module) -> str | None:
     It is the same in every dtype and on every device, differs in few bits for a fine-tune and in half of them for
     another model. `None` where the weights are not at hand (offloaded to `meta`, or packed by quantisation).
     """
+    import torch
+
     suffixes = tuple(f"{p}_proj{layer}.weight" for p in ("q", "k", "v", "out") for layer in ("", ".base_layer"))
     # Older and newer transformers differ in what stands before "layers."; sorting by what follows agrees.
     weights = sorted(
@@ -536,10 +538,12 @@ def fingerprint_text_encoder(text_encoder: torch.nn.Module) -> str | None:
     )
     if not weights or any(weight.is_meta or not weight.is_floating_point() for _, weight in weights):
         return None
-    bits = 0
+    signs = []
     for probe in range(_FINGERPRINT_BITS):
         weight = weights[probe * len(weights) // _FINGERPRINT_BITS][1].detach().flatten()
-        bits = bits << 1 | (weight[probe * 2_654_435_761 % weight.numel()].item() > 0)  # Knuth's multiplicative hash
+        sign = weight[probe * 2_654_435_761 % weight.numel()] > 0  # Knuth's multiplicative hash
+        signs.append(sign.to(weights[0][1].device))
+    bits = int("".join(map(str, torch.stack(signs).int().tolist())), 2)  # all at once: a GPU is waited for only once
     return f"signs256:{bits:0{_FINGERPRINT_BITS // 4}x}"
 
 

@@ -235,9 +235,12 @@ class GenerationTask:
         if self.layout is None:
             return ()
         height, width = self.size
-        names = {subject.key: name for name, subject in self.subjects.items()}
+        names = {subject.key.casefold(): name for name, subject in self.subjects.items()}
         regions = parse_layout(self.layout, height=height, width=width, color_context=self.config.color_context)
-        return tuple(replace(region, subject=names.get(region.subject, region.subject)) for region in regions)
+        return tuple(
+            replace(region, subject=names.get(region.subject.casefold()) or self.marked(region.subject))
+            for region in regions
+        )
 
     @property
     def residuals(self) -> dict[str, ResidualEmbedding]:
@@ -245,7 +248,7 @@ class GenerationTask:
         return {name: subject.residual for name, subject in self.subjects.items()}
 
     def marked(self, text: str) -> str:
-        """A negative prompt with this task's subjects under the names that the pipeline knows them by."""
+        """Text of the entry with the task's subjects under the names that the pipeline knows them by."""
         for name, subject in self.subjects.items():
             text = re.sub(rf"<\s*{re.escape(subject.key)}\s*>", f"<{name}>", text, flags=re.IGNORECASE)
         return text
@@ -396,7 +399,7 @@ def _plan(
         source = config.residual_dict[key]
         with _collect(report, index, "residual_dict", key):
             source = _find_source(source, report.path)
-            residual = _read_subject(source, name, phrase, base)
+            residual = _read_subject(source, name, key, phrase, base)
         subjects[name] = TaskSubject(key, source, residual)
     for key in config.residual_dict.keys() - {key for key, _ in places.values()}:
         try:
@@ -560,10 +563,10 @@ def _overlap(first: tuple[int, int], second: tuple[int, int]) -> bool:
     return first[0] < second[1] and second[0] < first[1]
 
 
-def _read_subject(source: str, name: str, class_phrase: str | None, base: BaseModel) -> ResidualEmbedding:
+def _read_subject(source: str, name: str, key: str, class_phrase: str | None, base: BaseModel) -> ResidualEmbedding:
     subject = load_subject(source, name=name, class_phrase=class_phrase)[name]
     if not subject.class_phrase:  # of a `.pt`, whose key in `residual_dict` is its words
-        subject = replace(subject, class_phrase=name)
+        subject = replace(subject, class_phrase=key)
     num_tokens = len(base.tokenizer.tokenize(subject.class_phrase))
     if tuple(subject.delta.shape) != (num_tokens, base.embed_dim):
         remedy = "Use the base model and the phrase that the subject was trained with."

@@ -267,7 +267,7 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
         if not subject.class_phrase:
             raise ValueError(
                 f"The file of subject {name!r} does not say which words it was trained with, as no `.pt` does. Pass"
-                " them as `class_phrase`, such as class_phrase='person'."
+                f" them as `class_phrase`, such as `load_subject(…, name={name!r}, class_phrase='person')`."
             )
         span = find_token_spans(self.tokenizer, subject.class_phrase, subject.class_phrase)[0]
         if len(span) != len(subject.delta):
@@ -388,9 +388,19 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
         device = self._execution_device
         num_tokens = 0
         if prompt_embeds is not None:
+            if prompt_embeds.ndim != 3:
+                raise ValueError(
+                    f"`prompt_embeds` has shape {tuple(prompt_embeds.shape)}, expected (prompts, tokens, dim)."
+                )
             rows, num_tokens = prompt_embeds.shape[:2]
             if parsed and rows != len(parsed):
                 raise ValueError(f"`prompt_embeds` has {rows} rows, expected one for each of {len(parsed)} prompts.")
+            used = [*itertools.chain(*spans), *(mention.span for text in parsed for mention in text.mentions)]
+            if (longest := max((span.stop for span in used), default=0)) > num_tokens:
+                raise ValueError(
+                    f"`prompt_embeds` has {num_tokens} tokens, but what `prompt` names goes on to token {longest}:"
+                    " it embeds another prompt."
+                )
         elif parsed:
             num_tokens = self.tokenizer.model_max_length
         conditioning, recorder = None, None
@@ -486,13 +496,14 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
             Embeddings `(prompts * num_images_per_prompt, tokens, dim)` of the prompts and of the negative prompts.
         """
         positive = self._parse(prompt) if prompt_embeds is None else []
-        negative = self._parse(negative_prompt, negative=True) if negative_prompt_embeds is None else []
+        reads_negative = do_classifier_free_guidance and negative_prompt_embeds is None
+        negative = self._parse(negative_prompt, negative=True) if reads_negative else []
         if isinstance(negative_prompt, str) and prompt is None and prompt_embeds is not None:
             negative, negative_prompt = negative * len(prompt_embeds), [negative_prompt] * len(prompt_embeds)
         with _text_model_found(self.text_encoder):
             embeds, negative_embeds = super().encode_prompt(
                 _texts(positive, prompt),
-                device,
+                device or self._execution_device,
                 num_images_per_prompt,
                 do_classifier_free_guidance,
                 _texts(negative, negative_prompt),
@@ -584,7 +595,9 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
             if not padded:
                 self.tokenizer.model_max_length = longest
             with _text_model_found(self.text_encoder):
-                encoded, _ = super().encode_prompt(texts, device, 1, False, lora_scale=lora_scale, clip_skip=clip_skip)
+                encoded, _ = super().encode_prompt(
+                    texts, device or self._execution_device, 1, False, lora_scale=lora_scale, clip_skip=clip_skip
+                )
         finally:
             self.tokenizer.model_max_length = full_length
         shape = (len(parsed), max(map(len, places)), encoded.shape[1])
@@ -863,12 +876,12 @@ def _per_prompt(value: Any, prompt: str | list[str] | None, argument: str) -> li
 
 
 def _recorded_tokens(text: ParsedPrompt, regions: Sequence[Region], spans: Sequence[range]) -> dict[str, list[range]]:
-    """Name -> tokens whose attention is recorded: what the layout places, then the subjects that it leaves free."""
+    """Name -> tokens whose attention is recorded: what the layout places, then the subjects that it leaves alone."""
     tokens: dict[str, list[range]] = {}
     for name, span in zip(region_names(regions), spans, strict=True):
         tokens[name] = [span]
     for mention in text.mentions:
-        if mention.span not in spans:
+        if not any(mention.span.start in span for span in spans):
             tokens.setdefault(mention.subject, []).append(mention.span)
     return tokens
 

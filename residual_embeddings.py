@@ -97,7 +97,7 @@ class ParsedPrompt:
         if not named and f"<{name}>".casefold() in map(str.casefold, self.tokenizer.get_added_vocab()):
             # of a textual inversion
             named = list(_iterate_places(self.tokenizer, self.text, f"<{name}>"))
-        words = list(_iterate_places(self.tokenizer, self.text, self._in_words(name)))
+        words = self._find_words(name)
         if not named and not words:
             raise ValueError(_missing(phrase, self.text, [mention.subject for mention in self.mentions]))
         if occurrence is None:
@@ -119,10 +119,19 @@ class ParsedPrompt:
         _check_not_cut(self.tokenizer, self.text, phrase, place.span)
         return place
 
-    def _in_words(self, phrase: str) -> str:
-        """The phrase with its subjects as they stand in the text: `red <rex>` as `red dog`."""
+    def _find_words(self, phrase: str) -> list[Place]:
+        """Where the words of a phrase stand: of `red <rex>`, where the text has `red dog` and that dog is rex."""
         words = {mention.subject.casefold(): mention.phrase for mention in self.mentions}
-        return _BRACKETED.sub(lambda match: words.get(match[1].strip().casefold(), match[0]), phrase)
+        named = [name for match in _BRACKETED.finditer(phrase) if (name := match[1].strip().casefold()) in words]
+        text = _BRACKETED.sub(lambda match: words.get(match[1].strip().casefold(), match[0]), phrase)
+        places = list(_iterate_places(self.tokenizer, self.text, text))
+        if not named:
+            return places
+        return [
+            place
+            for place in places
+            if named == [mention.subject.casefold() for mention in self.mentions if mention.span.start in place.span]
+        ]
 
 
 def parse_prompt(
@@ -145,6 +154,8 @@ def parse_prompt(
         ValueError: a `<name>` that is not loaded; a plain class phrase that several loaded subjects share or that
             stands there twice; a mention that is cut off by the tokenizer's limit.
     """
+    if unsaid := [name for name, subject in subjects.items() if not subject.class_phrase]:
+        raise ValueError(f"subjects {unsaid} have no class phrase; load them with the one that they were trained with.")
     names = {name.casefold(): name for name in subjects}
     tokenizer_words = {word.casefold() for word in tokenizer.get_added_vocab()}
     prompt = _normalize(prompt)

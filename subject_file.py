@@ -110,10 +110,9 @@ def check_class_phrase(phrase: object) -> None:
         or "<" in phrase
         or ">" in phrase
     ):
-        unknown = "" if phrase != "" else " A `.pt` file does not say them: `multisubject convert --class-phrase`."
         raise ValueError(
             f"class_phrase={printable(phrase, 60)!r}, expected the words that stand for the subject in a prompt, such "
-            f"as 'person' (one line without '<' and '>', at most {MAX_CLASS_PHRASE_CHARS} characters).{unknown}"
+            f"as 'person' (one line without '<' and '>', at most {MAX_CLASS_PHRASE_CHARS} characters)."
         )
 
 
@@ -381,6 +380,12 @@ def write_safetensors(subjects: Mapping[str, ResidualEmbedding]) -> bytes:
     for name in sorted(subjects):
         subject = subjects[name]
         check_subject_name(name)
+        if not subject.class_phrase:
+            raise ValueError(
+                f"subject {name!r} has no class phrase: no `.pt` says which words it was trained with. Say them: "
+                f"`load_subject(…, name={name!r}, class_phrase='person')`, or, of a file or a Hub repository, "
+                f"`multisubject convert SOURCE {name}.safetensors --name {name} --class-phrase person`."
+            )
         reserved = [key for key in _WRITTEN_KEYS if key in subject.metadata]
         if reserved:
             raise ValueError(f"subject {name!r}: metadata must not hold {reserved}, which follow from the subject.")

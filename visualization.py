@@ -39,8 +39,8 @@ def contact_sheet(
     Raises:
         ValueError, TypeError: no images, `columns` below 1, or another number of captions than of images.
     """
-    if isinstance(images, (Image.Image, np.ndarray)):
-        raise TypeError(f"images is one {type(images).__name__}; expected a list of PIL images.")
+    if not isinstance(images, (list, tuple)):
+        raise TypeError(f"images is of type {type(images).__name__}; expected a list of PIL images.")
     if not images:
         raise ValueError("images is empty; a contact sheet needs at least one image.")
     if columns is None:
@@ -69,7 +69,9 @@ def contact_sheet(
     return sheet
 
 
-def draw_regions(image: Image.Image, layout: Any) -> Image.Image:
+def draw_regions(
+    image: Image.Image, layout: Any, color_context: Mapping[str, Sequence[Any]] | None = None
+) -> Image.Image:
     """Outline each region on a copy of `image` and write its subject in its corner.
 
     The outline follows the mask at half its peak, so it shows what guidance sees after overlaps are resolved. The same
@@ -77,10 +79,10 @@ def draw_regions(image: Image.Image, layout: Any) -> Image.Image:
 
     Args:
         image: the picture.
-        layout: as the pipeline takes it, or the regions that `parse_layout` makes of it.
+        layout, color_context: as the pipeline takes them; or the regions that `parse_layout` makes of them.
     """
     canvas = _readable(image)
-    regions = _regions(layout, image)
+    regions = _regions(layout, color_context, image)
     names = region_names(regions)
     colours = _colours(names)
     line = max(2, canvas.width // 160)
@@ -99,8 +101,9 @@ def draw_regions(image: Image.Image, layout: Any) -> Image.Image:
 def attention_sheet(
     image: Image.Image,
     attention_maps: Mapping[str, np.ndarray],
-    layout: Any = (),
+    layout: Any = None,
     steps: Sequence[int] | int = 6,
+    color_context: Mapping[str, Sequence[Any]] | None = None,
 ) -> Image.Image:
     """Where each subject's tokens attended: one row per subject, one column per UNet call, regions drawn on top.
 
@@ -111,7 +114,8 @@ def attention_sheet(
         image: the finished picture, shown dimmed under the heat.
         attention_maps: subject -> `(UNet calls, h, w)`, as `MultiSubjectPipeline(..., output_attention_maps=True)`
             returns for one image. A denoising step is one call; with `recurrence` or a second-order scheduler, several.
-        layout: outlined over every cell, the row's own region in full, the others thinner; as for `draw_regions`.
+        layout, color_context: as for `draw_regions`; outlined over every cell, the row's own region in full, the others
+            thinner.
         steps: which calls to show, counted from 0, or how many, spread evenly from the first to the last.
 
     Raises:
@@ -138,14 +142,15 @@ def attention_sheet(
     if missing or not shown:
         raise ValueError(f"steps names {missing or 'nothing'}; the recorded steps are 0 to {recorded - 1}.")
 
-    regions = _regions(layout, image)
+    picture = _readable(image)
+    regions = _regions(layout, color_context, image)
     names = region_names(regions)
     colours = _colours([*names, *attention_maps])
     cells, captions = [], []
     for subject, maps in attention_maps.items():
         peak = max(float(np.nanmax(maps)), 1e-12)
         for step in shown:
-            cell = _heat_overlay(_readable(image), np.asarray(maps[step]) / peak)
+            cell = _heat_overlay(picture, np.asarray(maps[step]) / peak)
             for name, region in sorted(zip(names, regions, strict=True), key=lambda pair: pair[0] == subject):
                 thickness = max(2, cell.width // 100) if name == subject else 1
                 _paint_outline(cell, region.mask, colours[name], thickness)
@@ -154,13 +159,13 @@ def attention_sheet(
     return contact_sheet(cells, columns=len(shown), captions=captions)
 
 
-def _regions(layout: Any, image: Image.Image) -> Sequence[Region]:
+def _regions(layout: Any, color_context: Mapping[str, Sequence[Any]] | None, image: Image.Image) -> Sequence[Region]:
     if layout is None:
         return ()
     # By name: a pipeline loaded through `custom_pipeline` has its own copy of that class.
-    if isinstance(layout, Sequence) and all(type(region).__name__ == Region.__name__ for region in layout):
+    if isinstance(layout, (list, tuple)) and all(type(region).__name__ == Region.__name__ for region in layout):
         return layout
-    return parse_layout(layout, height=image.height, width=image.width)
+    return parse_layout(layout, height=image.height, width=image.width, color_context=color_context)
 
 
 def _colours(names: Sequence[str]) -> dict[str, RGB]:

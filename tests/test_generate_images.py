@@ -174,6 +174,17 @@ def test_a_phrase_of_two_words_and_its_place_in_the_layout(check, base, workshop
     assert task.folder == Path("red_dog/red_dog")
 
 
+def test_a_marked_key_of_two_words_is_its_class_phrase(check, base, workshop):
+    save_subject(ResidualEmbedding("any", {"text_encoder": torch.ones(2, base.embed_dim)}), workshop / "red.pt")
+    entry = {"prompt": "a big <red dog> in snow", "residual_dict": {"red dog": "red.pt"}}
+    (task,), _ = check(entry | {"layout": {"big <Red Dog>": [0, 0, 1, 1]}})
+    assert task.prompt == "a big <red-dog> in snow"
+    assert task.subjects["red-dog"].residual.class_phrase == "red dog"
+    assert task.regions()[0].subject == "big <red-dog>"
+    (task,), _ = check(entry | {"layout": {"<Red Dog>": [0, 0, 1, 1]}})
+    assert task.regions()[0].subject == "red-dog"
+
+
 def test_a_layout_may_be_a_json_file_with_mask_files(check, workshop):
     mask = Image.new("L", (32, 32))
     ImageDraw.Draw(mask).rectangle([0, 0, 15, 31], fill=255)

@@ -64,6 +64,13 @@ def test_pictures_of_the_gpu_are_those_of_the_cpu(base_path: str, method: str) -
         assert difference(found, expected) < most * changed, dtype
 
 
+def test_prompts_are_encoded_on_the_gpu(base_path: str) -> None:
+    expected, negative = load(base_path, torch.float32).encode_prompt(PROMPT)
+    found = load(base_path, torch.float32).to("cuda").encode_prompt(PROMPT)
+    assert [embeds.device.type for embeds in found] == ["cuda", "cuda"]
+    torch.testing.assert_close([embeds.cpu() for embeds in found], [expected, negative], atol=1e-3, rtol=1e-3)
+
+
 def test_half_precision_keeps_every_subject_in_its_place(base_path: str) -> None:
     pictures = draw(load(base_path, torch.float16).to("cuda"), count=24)
     judge = Judge.load()

@@ -302,7 +302,7 @@ def test_files_have_the_usual_permissions(tmp_path):
         ((subject(steps=1.5), "dog.safetensors"), "steps='1.5' is a float, expected int"),
         ((subject(note={1, 2}), "dog.safetensors"), "metadata must be plain JSON data"),
         ((subject(loss=float("nan")), "dog.safetensors"), "metadata must be plain JSON data"),
-        ((subject(phrase=""), "dog.safetensors"), "class_phrase=''"),
+        ((subject(phrase=""), "dog.safetensors"), "has no class phrase"),
         ((ResidualEmbedding("dog", {"text_encoder": torch.full((1, 8), torch.inf)}), "dog.safetensors"), "holds inf"),
         ((ResidualEmbedding("dog", {"text_encoder": torch.ones(8, 1, 1)}), "dog.safetensors"), "expected .num_tokens"),
         ((subject(command="train --hub_token=hf_" + "x" * 34), "dog.safetensors"), "access token"),
@@ -718,7 +718,7 @@ def test_convert_goes_both_ways(tmp_path, capsys):
     assert converted.read_bytes() == before
     without = ["convert", str(FIXTURES / "cones2_residual.pt"), str(converted), "--overwrite"]
     assert cli.main(without) == 1
-    assert "does not say them" in capsys.readouterr().err
+    assert "multisubject convert SOURCE petrucci.safetensors" in capsys.readouterr().err
     assert converted.read_bytes() == before
     assert cli.main([*without, "--class-phrase", "man"]) == 0
     assert load_subject(converted)["petrucci"].class_phrase == "man"

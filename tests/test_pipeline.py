@@ -383,16 +383,36 @@ def test_a_pickle_needs_its_class_phrase(pipe, tmp_path):
 
 
 def test_a_phrase_of_the_layout_may_hold_a_subject(pipe):
-    """And its own prompt then carries the residual."""
-    pipe.subjects["rex"] = subject("dog")
-    for prompt, phrases in (
-        ("a red <rex> and a ball", ["red <rex>", "red dog"]),
-        ("<rex> and <rex>'s ball", ["<rex>'s ball", "dog's ball"]),
+    pipe.subjects |= {"rex": subject("dog"), "tom": subject("dog", seed=1)}
+    for prompt, phrase, start in (
+        ("a red <rex> and a ball", "red <rex>", 2),
+        ("a red dog and a red <rex>", "Red  <Rex>", 6),
+        ("a red <tom> and a red <rex>", "red <rex>", 6),
+        ("<tom> and <rex>'s ball", "<rex>'s ball", 3),
     ):
-        by_name, by_words = (sample(pipe, prompt, layout={phrase: (0, 0, 0.5, 1)}) for phrase in phrases)
-        assert torch.equal(by_name, by_words)
-    with pytest.raises(ValueError, match=r"phrase 'red <max>' is not in the prompt"):
-        pipe("a red <rex>", layout={"red <max>": (0, 0, 0.5, 1)})
+        parsed = parse_prompt(pipe.tokenizer, prompt, pipe.subjects)
+        assert parsed.find(phrase).span.start == start
+    for prompt in ("a red <tom> and <rex>", "a red dog and <rex>", "a red <tom>"):
+        with pytest.raises(ValueError, match=r"phrase 'red <rex>' is not in the prompt"):
+            pipe(prompt, layout={"red <rex>": (0, 0, 0.5, 1)})
+    arguments = {"layout": {"red <rex>": (0, 0, 0.5, 1)}, "num_inference_steps": 1, "output_attention_maps": True}
+    (maps,) = pipe("a red <rex> and <tom>", **arguments).attention_maps
+    assert list(maps) == ["red <rex>", "tom"]
+
+
+def test_prompts_are_encoded_where_the_pipeline_runs(pipe, monkeypatch):
+    devices = []
+    encode = StableDiffusionPipeline.encode_prompt
+    monkeypatch.setattr(
+        StableDiffusionPipeline,
+        "encode_prompt",
+        lambda self, prompt, device, *args, **kw: devices.append(device) or encode(self, prompt, "cpu", *args, **kw),
+    )
+    monkeypatch.setattr(type(pipe), "_execution_device", torch.device("cuda:1"))
+    pipe.encode_prompt(PROMPT)
+    pipe.encode_region_prompts([parse_prompt(pipe.tokenizer, PROMPT, {})], [[Place("red dog", range(4, 6))]])
+    pipe.encode_prompt(PROMPT, "cpu")
+    assert devices == [torch.device("cuda:1")] * 2 + ["cpu"]
 
 
 def test_two_dogs_have_their_own_tokens_and_regions(pipe):
@@ -481,6 +501,12 @@ def test_given_prompt_embeds_are_taken_as_they_are(pipe):
         pipe(**guided, **embeds)
     with pytest.raises(ValueError, match="`prompt_embeds` has 1 rows, expected one for each of 2 prompts"):
         pipe(["a <rex>", "a mug"], **embeds)
+    for cut, message in (
+        (embeds["prompt_embeds"][:, :2], "has 2 tokens, but what `prompt` names goes on to token 3"),
+        (embeds["prompt_embeds"][0], r"has shape \(77, 32\), expected \(prompts, tokens, dim\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipe("a <rex>", **guided, prompt_embeds=cut, negative_prompt_embeds=cut)
 
 
 @pytest.mark.parametrize("method", ["multisubject", "dense_diffusion", "cones2"])

@@ -157,13 +157,21 @@ def test_a_layout_is_drawn_as_the_pipeline_takes_it():
     assert np.array_equal(sheets[0], sheets[1]) and not np.array_equal(sheets[0], sheets[2])
     with pytest.raises(ValueError, match="box is"):
         draw_regions(grey(), {"person": (0, 0, 2, 1)})
+    colours = Image.new("RGB", (8, 8), "white")
+    colours.paste((255, 0, 0), (0, 0, 4, 8))
+    drawn = draw_regions(grey(), colours, {"255,0,0": ["person", 2.5]})
+    assert np.array_equal(np.asarray(drawn), np.asarray(draw_regions(grey(), layout)))
 
 
 def test_other_things_than_pictures_are_named():
-    with pytest.raises(TypeError, match="images is one Image; expected a list"):
+    with pytest.raises(TypeError, match="images is of type Image; expected a list"):
         contact_sheet(grey())
-    with pytest.raises(TypeError, match="an image is a ndarray; expected a PIL image"):
-        draw_regions(np.zeros((8, 8, 3)), {})
+    for draw in (
+        lambda: draw_regions(np.zeros((8, 8, 3)), {"person": (0, 0, 1, 1)}),
+        lambda: attention_sheet(np.zeros((8, 8, 3)), {"person": np.ones((2, 8, 8))}, {"person": (0, 0, 1, 1)}),
+    ):
+        with pytest.raises(TypeError, match="an image is a ndarray; expected a PIL image"):
+            draw()
     with pytest.raises(TypeError, match=r"attention_maps is a list.*`output.attention_maps\[0\]`"):
         attention_sheet(grey(), [{"person": np.ones((2, 8, 8))}])
 

@@ -1,12 +1,14 @@
-"""Published code of four of the methods on the embedded base, beside this package's functions for them.
+"""Published code of other methods on the embedded base, beside this package's functions for them.
 
-    python benchmarks/peers.py --cones2 DIR --dense_diffusion DIR --bounded_attention DIR --layout_guidance DIR
+    python benchmarks/peers.py --cones2 DIR --dense_diffusion DIR --bounded_attention DIR --layout_guidance DIR \\
+        --boxdiff DIR
 
 Each folder is a clone of the authors' repository: ali-vilab/Cones-V2 (447c194), naver-ai/DenseDiffusion (54a2ea6),
-omer11a/bounded-attention (aeb6580; wants `pip install einops`) and silent-chen/layout-guidance (50fcf75). Their
-functions and classes run as they are, except that sizes of Stable Diffusion which stand in them are replaced by this
-base's, and that they are given what newer libraries no longer have. The first table compares logits and attention on
-the same queries, keys and regions; the second one compares pictures from the same noise:
+omer11a/bounded-attention (aeb6580; wants `pip install einops`), silent-chen/layout-guidance (50fcf75) and
+showlab/BoxDiff (b0d5d3b). Their functions and classes run as they are, except that sizes of Stable Diffusion which
+stand in them are replaced by this base's, and that they are given what newer libraries no longer have. The first table
+compares logits and attention on the same queries, keys and regions; the second one compares pictures from the same
+noise:
 
 - Cones 2: both sides with its sampler, LMS with every step taken twice; the masks are each side's own.
 - DenseDiffusion: both sides also get the background as a segment of its own, described by the setting.
@@ -16,17 +18,24 @@ the same queries, keys and regions; the second one compares pictures from the sa
 - Layout guidance: it changes latents instead of attention, so that its energy is compared; with steps of the length
   that suits this base. Its code samples with LMS, ours with DDIM, and looks at the middle and one block after it, ours
   at all layers of the two coarsest levels.
+- BoxDiff: this package has no function for it, and `multisubject` stands beside it. Its maps of 16 x 16 cells are the
+  finest ones here; what it counts in 50 steps is scaled to theirs, and the length of its descent is one that suits this
+  base. Of a phrase it takes the last token, as of the nouns in its examples.
 """
 
 from __future__ import annotations
 
+import abc
 import argparse
 import ast
 import importlib
 import io
+import logging
 import math
+import numbers
 import sys
 import time
+import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -43,6 +52,7 @@ import torch.nn.functional as F
 from diffusers import LMSDiscreteScheduler, StableDiffusionPipeline
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch.overrides import TorchFunctionMode
 
@@ -170,7 +180,7 @@ def agreement(pairs: Sequence[tuple[Seen, AttentionLayer]], method: GuidanceMeth
     return Agreement(len(pairs), *torch.tensor(differences).amax(dim=0).tolist())
 
 
-# --- the four --------------------------------------------------------------------------------------------------------
+# --- the five --------------------------------------------------------------------------------------------------------
 
 
 def box_mask(box: Box, size: int) -> np.ndarray:
@@ -196,6 +206,7 @@ class Peer(ABC):
 
     title: str
     method: str  # our function for it
+    beside = ""  # of ours that stands beside it where there is no such function
     files: tuple[str, ...]
     cell = "described 2"
     recurrence = 1
@@ -494,7 +505,58 @@ class LayoutGuidance(Peer):
         yield "cross", f"{len(apart)} | – | energies: {max(apart):.1e} | –"
 
 
-PEERS: tuple[type[Peer], ...] = (Cones2, DenseDiffusion, BoundedAttention, LayoutGuidance)
+class BoxDiff(Peer):
+    """Its pipeline. We have no function for it: our default method stands beside it."""
+
+    title, method, beside = "BoxDiff", "boxdiff", "multisubject"
+    files = ("utils/gaussian_smoothing.py", "utils/ptp_utils.py", "pipeline/sd_pipeline_boxdiff.py")
+    scale_factor = 20.0  # as published
+
+    def __init__(self, folder: Path, guidance_scale: float):
+        super().__init__(folder, guidance_scale)
+        self.code = load_code(
+            self.paths,
+            {},
+            **{
+                name: getattr(typing, name)
+                for name in ("Any", "Callable", "Dict", "List", "Optional", "Tuple", "Union")
+            },
+            abc=abc,
+            numbers=numbers,
+            logger=logging.getLogger(self.title),
+            randn_tensor=randn_tensor,
+            CrossAttention=Attention,
+            StableDiffusionPipeline=StableDiffusionPipeline,
+            StableDiffusionPipelineOutput=StableDiffusionPipelineOutput,
+        )
+        self.code.GaussianSmoothing.cuda = lambda smoothing: smoothing
+        self.theirs = self.code.BoxDiffPipeline(**self.plain.components, requires_safety_checker=False)
+        self.theirs.set_progress_bar_config(disable=True)
+
+    def draw(self, task: Task, steps: int) -> Image.Image:
+        text = parse_prompt(self.pipe.tokenizer, task.prompt, {})
+        store = self.code.AttentionStore()
+        self.code.register_attention_control(self.theirs, store)
+        return self.theirs(
+            task.prompt,
+            store,
+            [text.find(target.words).span[-1] for target in task.targets],
+            attention_res=self.latent_size,
+            num_inference_steps=steps,
+            guidance_scale=self.guidance_scale,
+            generator=torch.Generator().manual_seed(task.seed),
+            max_iter_to_alter=steps // 2,
+            thresholds={0: 0.05, steps // 5: 0.5, 2 * steps // 5: 0.8},
+            scale_factor=self.scale_factor,
+            bbox=[[round(512 * side) for side in target.box] for target in task.targets],
+            config=SimpleNamespace(P=0.2, L=1, refine=True),
+        ).images[0]
+
+    def check(self, task: Task) -> Iterator[tuple[str, Agreement | str]]:
+        yield from ()
+
+
+PEERS: tuple[type[Peer], ...] = (Cones2, DenseDiffusion, BoundedAttention, LayoutGuidance, BoxDiff)
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -520,12 +582,12 @@ def score_table(peers: Sequence[Peer], world: World, options: argparse.Namespace
     for peer in peers:
         tasks = draw_tasks(peer.cell, options.num_pictures, options.seed, world)
         theirs: np.ndarray | None = None
-        for name in (f"{peer.title}, its code", f"{peer.title}, our `{peer.method}`"):
+        for name in (f"{peer.title}, its code", f"{peer.title}, our `{peer.beside or peer.method}`"):
             start = time.perf_counter()
             if theirs is None:
                 pictures = [peer.draw(task, steps) for task in tasks]
             else:
-                pictures = peer.draw_ours(tasks, steps, peer.method)
+                pictures = peer.draw_ours(tasks, steps, peer.beside or peer.method)
             seconds = (time.perf_counter() - start) / len(tasks)
             rows = [score_picture(judge, *pair) for pair in zip(tasks, pictures, strict=True)]
             every = np.array([row["look"] == row["regions"] for row in rows], dtype=float)

@@ -132,6 +132,7 @@ def test_score_table_has_their_row_and_ours(tmp_path):
 
 @pytest.mark.parametrize("peer", peers.PEERS)
 def test_a_folder_without_the_code_is_one_line_that_names_the_option(peer, tmp_path, capsys):
+    (tmp_path / peer.files[0]).parent.mkdir(exist_ok=True)
     (tmp_path / peer.files[0]).touch()
     for folder in (tmp_path / "missing", tmp_path):
         assert main([f"--{peer.method}", str(folder)]) == 1
@@ -196,3 +197,37 @@ def test_layout_guidance_gives_their_code_maps_to_differentiate_and_compares_ene
     monkeypatch.setattr(peers, "layout_energy", lambda layer: layout_energy(layer) + 0.01)
     ((_, found),) = peer.check(task)
     assert float(found.split("energies: ")[1].split(" |")[0]) == pytest.approx(0.01, rel=0.05)
+
+
+BOXDIFF_CODE = """
+class BoxDiffPipeline(StableDiffusionPipeline):
+    def __call__(self, prompt: str, attention_store: AttentionStore, indices_to_alter: List[int], **settings: Any):
+        GaussianSmoothing().cuda()
+        ids = self.tokenizer(prompt).input_ids
+        words = [self.tokenizer.decode(ids[index]) for index in indices_to_alter]
+        return StableDiffusionPipelineOutput([(attention_store.model is self, words, settings)], None)
+"""
+STORE_CODE = """
+class AttentionStore:
+    pass
+
+def register_attention_control(model, controller):
+    controller.model = model
+"""
+
+
+def test_boxdiff_gets_the_last_token_of_each_phrase_and_boxes_in_pixels(tmp_path):
+    for file, code in zip(
+        peers.BoxDiff.files, ("class GaussianSmoothing: pass", STORE_CODE, BOXDIFF_CODE), strict=True
+    ):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(code)
+    peer = peers.BoxDiff(tmp_path, guidance_scale=5.0)
+    (task,) = draw_tasks("described 2", 1, 1, World())
+    registered, words, settings = peer.draw(task, 25)
+    assert registered
+    assert words == [target.words.split()[-1] for target in task.targets]
+    assert settings["bbox"] == [[pytest.approx(512 * side, abs=0.5) for side in target.box] for target in task.targets]
+    assert settings["thresholds"] == {0: 0.05, 5: 0.5, 10: 0.8} and settings["max_iter_to_alter"] == 12
+    assert settings["generator"].initial_seed() == task.seed and settings["attention_res"] == 16
+    assert list(peer.check(task)) == []

@@ -445,8 +445,9 @@ def test_installed_optimisers_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, module in fakes.items():
         monkeypatch.setitem(sys.modules, name, module)
     for optimizer in ("adamw8bit", "prodigy"):
-        made = make_optimizer(TrainConfig(optimizer=optimizer, learning_rate=0.5), parameters)
-        assert made.param_groups[0]["lr"] == 0.5
+        flags = TrainConfig(optimizer=optimizer, learning_rate=0.5, adam_beta1=0.8, adam_beta2=0.95, weight_decay=0.1)
+        (group,) = make_optimizer(flags, parameters).param_groups
+        assert (group["lr"], group["betas"], group["weight_decay"]) == (0.5, (0.8, 0.95), 0.1)
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------
@@ -724,10 +725,13 @@ def test_errors_of_one_of_several_subjects_name_it(config: TrainConfig, tmp_path
 def test_class_pictures_are_not_as_rough_as_validation_pictures(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps = []
+    steps, seeds = [], []
 
-    def generate(models: Any, embeds: torch.Tensor, negative: Any, flags: TrainConfig, **_: Any) -> list[Image.Image]:
+    def generate(
+        models: Any, embeds: torch.Tensor, negative: Any, flags: TrainConfig, *, seed: int
+    ) -> list[Image.Image]:
         steps.append(flags.validation_inference_steps)
+        seeds.append(seed)
         return [Image.new("RGB", (32, 32))] * len(embeds)
 
     monkeypatch.setattr(trainer, "generate", generate)
@@ -736,11 +740,12 @@ def test_class_pictures_are_not_as_rough_as_validation_pictures(
         method="lora",
         with_prior_preservation=True,
         class_data_dir=str(tmp_path / "classes"),
-        num_class_images=1,
+        num_class_images=2,
         max_train_steps=1,
     )
     learn(prior)
-    assert steps == [trainer.CLASS_STEPS, 1]
+    assert steps == [trainer.CLASS_STEPS, trainer.CLASS_STEPS, 1]
+    assert len(set(seeds)) == 3  # two equal class pictures would be one
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"--class_data_dir: .* cannot be made"):
         learn(replace(prior, class_data_dir=str(tmp_path / "file"), overwrite_output_dir=True))
@@ -950,6 +955,7 @@ def test_bfloat16_learns_nearly_the_same(config: TrainConfig, method: str) -> No
     AcceleratorState._reset_state(reset_partial_state=True)
     rough = learn(replace(config, mixed_precision="bf16", output_dir=config.output_dir + "-2"))
     assert torch.cosine_similarity(exact, rough).min() > 0.8
+    assert not torch.equal(exact, rough)
 
 
 def test_epsilon_base_with_crops_flips_and_constant_rate(config: TrainConfig, tiny_base: dict[str, str]) -> None:

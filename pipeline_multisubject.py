@@ -116,6 +116,21 @@ class MultiSubjectPipelineOutput(StableDiffusionPipelineOutput):
     attention_maps: list[dict[str, np.ndarray]] | None = None
 
 
+@dataclass(frozen=True)
+class PlacedPrompt:
+    """A prompt and where its layout puts what.
+
+    Args:
+        text: the prompt with its subjects found.
+        regions: of the layout, all masks of one size.
+        places: for each region, the words and tokens of the prompt that it places.
+    """
+
+    text: ParsedPrompt
+    regions: Sequence[Region] = ()
+    places: Sequence[Place] = ()
+
+
 class MultiSubjectPipeline(StableDiffusionPipeline):
     """Text-to-image with Stable Diffusion 1.x and 2.x, several subjects and a layout.
 
@@ -365,62 +380,25 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
             )
 
         # 2. Find subjects and regions in the prompts
-        if prompt is not None and self.tokenizer is None:
-            raise ValueError("`prompt` needs a tokenizer, which the pipeline does not have; load one.")
-        parsed = self._parse(prompt)
-        regions = [
-            parse_layout(of_prompt, height=height, width=width, color_context=context)
-            if of_prompt is not None or layout is None  # one of several prompts may have none
-            else ()
-            for of_prompt, context in zip(
-                _per_prompt(layout, prompt, "layout"), _per_prompt(color_context, prompt, "color_context"), strict=True
-            )
-        ]
-        places = [
-            [text.find(region.subject, region.occurrence) for region in found]
-            for text, found in zip(parsed, regions, strict=True)
-        ]
-        spans = [[place.span for place in of_prompt] for of_prompt in places]
-        for text, found in zip(parsed, regions, strict=True):
-            self._check_subjects_are_named(text, found)
+        placed = self._place(prompt, layout, color_context, height, width)
 
         # 3. Turn layouts and token spans into what the UNet needs
         device = self._execution_device
-        num_tokens = 0
-        if prompt_embeds is not None:
-            if prompt_embeds.ndim != 3:
-                raise ValueError(
-                    f"`prompt_embeds` has shape {tuple(prompt_embeds.shape)}, expected (prompts, tokens, dim)."
-                )
-            rows, num_tokens = prompt_embeds.shape[:2]
-            if parsed and rows != len(parsed):
-                raise ValueError(f"`prompt_embeds` has {rows} rows, expected one for each of {len(parsed)} prompts.")
-            used = [*itertools.chain(*spans), *(mention.span for text in parsed for mention in text.mentions)]
-            if (longest := max((span.stop for span in used), default=0)) > num_tokens:
-                raise ValueError(
-                    f"`prompt_embeds` has {num_tokens} tokens, but what `prompt` names goes on to token {longest}:"
-                    " it embeds another prompt."
-                )
-        elif parsed:
-            num_tokens = self.tokenizer.model_max_length
+        num_tokens = self._check_prompt_embeds(prompt_embeds, placed)
         conditioning, recorder = None, None
-        if any(regions) and guidance_steps != 0:
-            region_prompts = None
-            appended = getattr(guidance_function, "uses_region_prompts", False)
-            if appended or (getattr(guidance_function, "uses_own_words", False) and prompt_embeds is None):
-                region_prompts = self.encode_region_prompts(
-                    parsed,
-                    places,
-                    device=device,
-                    padded=appended,
-                    lora_scale=(cross_attention_kwargs or {}).get("scale"),
-                    clip_skip=clip_skip,
-                )
+        if guidance_steps != 0:
             conditioning = self.prepare_regions(
-                parsed, regions, spans, num_tokens, num_images_per_prompt, region_prompts
+                placed,
+                guidance_function,
+                num_tokens=num_tokens,
+                num_images_per_prompt=num_images_per_prompt,
+                encode_words=prompt_embeds is None,
+                device=device,
+                lora_scale=(cross_attention_kwargs or {}).get("scale"),
+                clip_skip=clip_skip,
             )
         if output_attention_maps:
-            recorded = [_recorded_tokens(*of_prompt) for of_prompt in zip(parsed, regions, spans, strict=True)]
+            recorded = [_recorded_tokens(of_prompt) for of_prompt in placed]
             recorder = _make_recorder(recorded, num_tokens, num_images_per_prompt, conditioning)
 
         # 4. Encode the prompts with their subjects, denoise and decode
@@ -516,49 +494,167 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
             negative_embeds = self._add_subjects(negative_embeds, negative, num_images_per_prompt)
         return self._add_subjects(embeds, positive, num_images_per_prompt), negative_embeds
 
-    def prepare_regions(
+    @contextmanager
+    def guide(
         self,
-        parsed: Sequence[ParsedPrompt],
-        regions: Sequence[Sequence[Region]],
-        spans: Sequence[Sequence[range]],
-        num_tokens: int,
+        pipeline: Any,
+        prompt: str | list[str],
+        layout: Any,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        color_context: Mapping[str, Sequence[Any]] | list[Mapping[str, Sequence[Any]]] | None = None,
+        negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
-        prompts: RegionPrompts | None = None,
-    ) -> RegionConditioning:
-        """Bring text and layout together: prompts, their regions and whose tokens these place -> `region_attention`.
+        guidance_steps: int | None = None,
+        guidance_weight: float = 0.08,
+        weight_negative: float = -1e8,
+        guidance_method: str | GuidanceMethod = "multisubject",
+        lora_scale: float | None = None,
+        clip_skip: int | None = None,
+    ) -> Iterator[dict[str, torch.Tensor | None]]:
+        """Within the context, another pipeline follows a layout: image-to-image, inpainting, ControlNet …
+
+            inpaint = StableDiffusionInpaintPipeline.from_pipe(pipe)
+            with pipe.guide(inpaint, "<petrucci> on the beach", {"petrucci": box}) as embeds:
+                inpaint(**embeds, image=image, mask_image=mask)
 
         Args:
-            parsed: one per prompt.
-            regions: of each prompt, all masks of one size; at least one in all.
-            spans: for each region, the tokens that it places.
+            pipeline: any that calls a UNet of Stable Diffusion 1.x or 2.x.
+            prompt, layout, negative_prompt: as in a call of this pipeline.
+            height, width: of the pictures, in pixels.
+            num_images_per_prompt: as `pipeline` is called with.
+            lora_scale, clip_skip: as for `encode_prompt`.
+            color_context, guidance_steps, guidance_weight, weight_negative, guidance_method: as in a call.
+
+        Yields:
+            `prompt_embeds` and `negative_prompt_embeds` for the call of `pipeline`.
+        """
+        unet = getattr(pipeline, "unet", None)
+        if unet is None:
+            raise TypeError(f"`pipeline` is a {type(pipeline).__name__}, expected one with a UNet of Stable Diffusion.")
+        if problem := unsuitable_base(unet.config, self.text_encoder.config.hidden_size):
+            raise ValueError(f"`pipeline`: its UNet {problem}")
+        _check_steps("guidance_steps", guidance_steps, "all steps")
+        guidance_function = resolve_guidance_method(guidance_method)
+        default_height, default_width = self._default_size()
+        conditioning = None
+        with torch.no_grad():
+            placed = self._place(prompt, layout, color_context, height or default_height, width or default_width)
+            prompt_embeds, negative_prompt_embeds = self.encode_prompt(
+                prompt, negative_prompt=negative_prompt, lora_scale=lora_scale, clip_skip=clip_skip
+            )
+            if guidance_steps != 0:
+                conditioning = self.prepare_regions(
+                    placed,
+                    guidance_function,
+                    num_tokens=prompt_embeds.shape[1],
+                    num_images_per_prompt=num_images_per_prompt,
+                    lora_scale=lora_scale,
+                    clip_skip=clip_skip,
+                )
+        with region_attention(
+            unet,
+            conditioning,
+            scheduler=pipeline.scheduler,
+            resize_masks=masks_at,
+            guidance_method=guidance_function,
+            guidance_weight=guidance_weight,
+            weight_negative=weight_negative,
+            guidance_steps=guidance_steps,
+        ):
+            yield {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
+
+    def _place(
+        self, prompt: str | list[str] | None, layout: Any, color_context: Any, height: int, width: int
+    ) -> list[PlacedPrompt]:
+        """Text and layout brought together, one per prompt."""
+        if prompt is not None and self.tokenizer is None:
+            raise ValueError("`prompt` needs a tokenizer, which the pipeline does not have; load one.")
+        texts = self._parse(prompt)
+        layouts, contexts = _per_prompt(layout, prompt, "layout"), _per_prompt(color_context, prompt, "color_context")
+        placed = []
+        for text, of_prompt, context in zip(texts, layouts, contexts, strict=True):
+            regions: Sequence[Region] = ()
+            if of_prompt is not None or layout is None:  # one of several prompts may have none
+                regions = parse_layout(of_prompt, height=height, width=width, color_context=context)
+            places = [text.find(region.subject, region.occurrence) for region in regions]
+            self._check_subjects_are_named(text, regions)
+            placed.append(PlacedPrompt(text, regions, places))
+        return placed
+
+    def _check_prompt_embeds(self, prompt_embeds: torch.Tensor | None, placed: Sequence[PlacedPrompt]) -> int:
+        """The number of tokens that the prompts' embeddings have; raises unless given ones may be of these prompts."""
+        if prompt_embeds is None:
+            return self.tokenizer.model_max_length if placed else 0
+        if prompt_embeds.ndim != 3:
+            raise ValueError(
+                f"`prompt_embeds` has shape {tuple(prompt_embeds.shape)}, expected (prompts, tokens, dim)."
+            )
+        rows, num_tokens = prompt_embeds.shape[:2]
+        if placed and rows != len(placed):
+            raise ValueError(f"`prompt_embeds` has {rows} rows, expected one for each of {len(placed)} prompts.")
+        spans = [place.span for of_prompt in placed for place in of_prompt.places]
+        spans += [mention.span for of_prompt in placed for mention in of_prompt.text.mentions]
+        if (longest := max((span.stop for span in spans), default=0)) > num_tokens:
+            raise ValueError(
+                f"`prompt_embeds` has {num_tokens} tokens, but what `prompt` names goes on to token {longest}: it"
+                " embeds another prompt."
+            )
+        return num_tokens
+
+    def prepare_regions(
+        self,
+        placed: Sequence[PlacedPrompt],
+        guidance_method: GuidanceMethod,
+        *,
+        num_tokens: int,
+        num_images_per_prompt: int = 1,
+        encode_words: bool = True,
+        device: torch.device | None = None,
+        lora_scale: float | None = None,
+        clip_skip: int | None = None,
+    ) -> RegionConditioning | None:
+        """What `region_attention` needs of prompts and their layouts; None if no prompt has regions.
+
+        Args:
+            placed: one per prompt.
+            guidance_method: says whether the regions' own prompts are wanted.
             num_tokens: length of the prompt embeddings.
             num_images_per_prompt: each prompt's rows are repeated as often.
-            prompts: the regions' own prompts, from `encode_region_prompts`.
+            encode_words: False leaves the regions' words as they are in the prompt embeddings, where a method can.
+            device, lora_scale, clip_skip: as for `encode_prompt`.
         """
-        batch, most = len(parsed), max(map(len, regions))
-        size = next(region.mask.shape for found in regions for region in found)
+        batch, most = len(placed), max((len(of_prompt.regions) for of_prompt in placed), default=0)
+        if most == 0:
+            return None
+        size = next(region.mask.shape for of_prompt in placed for region in of_prompt.regions)
         masks = torch.zeros(batch, most, *size)
         tokens = torch.zeros(batch, most, num_tokens, dtype=torch.bool)
         weights = torch.zeros(batch, most)
         kinds = torch.full((batch, num_tokens), int(TokenKind.PADDING))
-        for row, text in enumerate(parsed):
-            for column, (region, span) in enumerate(zip(regions[row], spans[row], strict=True)):
+        for row, of_prompt in enumerate(placed):
+            for column, (region, place) in enumerate(zip(of_prompt.regions, of_prompt.places, strict=True)):
                 masks[row, column] = torch.from_numpy(region.mask)
-                tokens[row, column, span.start : span.stop] = True
+                tokens[row, column, place.span.start : place.span.stop] = True
                 weights[row, column] = region.weight
-            kinds[row] = _token_kinds(len(self._input_ids(text)), num_tokens)
+            kinds[row] = _token_kinds(len(self._input_ids(of_prompt.text)), num_tokens)
 
         def repeated(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.repeat_interleave(num_images_per_prompt, dim=0)
 
-        if prompts is not None:
-            prompts = RegionPrompts(repeated(prompts.embeds), repeated(prompts.tokens), repeated(prompts.token_kinds))
+        prompts = None
+        appended = getattr(guidance_method, "uses_region_prompts", False)
+        if appended or (encode_words and getattr(guidance_method, "uses_own_words", False)):
+            own = self.encode_region_prompts(
+                placed, device=device, padded=appended, lora_scale=lora_scale, clip_skip=clip_skip
+            )
+            prompts = RegionPrompts(repeated(own.embeds), repeated(own.tokens), repeated(own.token_kinds))
         return RegionConditioning(repeated(masks), repeated(tokens), repeated(weights), repeated(kinds), prompts)
 
     def encode_region_prompts(
         self,
-        parsed: Sequence[ParsedPrompt],
-        places: Sequence[Sequence[Place]],
+        placed: Sequence[PlacedPrompt],
         *,
         device: torch.device | None = None,
         padded: bool = True,
@@ -571,15 +667,14 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
         one's embedding knows the first one's colour. Here each is by itself.
 
         Args:
-            parsed: B prompts.
-            places: for each region of each prompt, what it places.
+            placed: B prompts, at least one with regions.
             device: where to encode; None: where the pipeline runs.
             padded: to the tokenizer's full length. Padding changes none of the words before it, and takes time.
             lora_scale, clip_skip: as for `encode_prompt`.
         """
         texts, own_spans = [], []
         start = len(self.tokenizer(_REGION_PROMPT).input_ids) - 1  # the end of the text is not part of it
-        for words, span in itertools.chain(*places):
+        for words, span in itertools.chain(*(of_prompt.places for of_prompt in placed)):
             texts.append(f"{_REGION_PROMPT} {words}")
             own_spans.append(range(start, start + len(span)))
         full_length = self.tokenizer.model_max_length
@@ -600,17 +695,17 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
                 )
         finally:
             self.tokenizer.model_max_length = full_length
-        shape = (len(parsed), max(map(len, places)), encoded.shape[1])
+        shape = (len(placed), max(len(of_prompt.places) for of_prompt in placed), encoded.shape[1])
         embeds = encoded.new_zeros(*shape, encoded.shape[2])
         tokens = torch.zeros(shape, dtype=torch.bool)
         kinds = torch.full(shape, int(TokenKind.PADDING))
         rows = iter(zip(own_spans, encoded, strict=True))
-        for image, (text, of_prompt) in enumerate(zip(parsed, places, strict=True)):
-            for column, (_, span) in enumerate(of_prompt):
+        for image, of_prompt in enumerate(placed):
+            for column, (_, span) in enumerate(of_prompt.places):
                 own_span, own_embeds = next(rows)
                 residuals = [
                     (self.subjects[mention.subject], _shifted(mention.span, own_span.start - span.start), weight)
-                    for mention in text.mentions
+                    for mention in of_prompt.text.mentions
                     if mention.span.start in span
                     and mention.span.stop <= span.stop
                     and (weight := self._subject_weights.get(mention.subject, 1.0))
@@ -837,14 +932,15 @@ def _check_arguments(
     if unknown := sorted(set(kwargs) - known):
         expected = sorted({*known, *inspect.signature(MultiSubjectPipeline.__call__).parameters} - {"self", "kwargs"})
         raise TypeError(f"Unknown arguments {unknown}; expected some of {expected}.")
-    for name, steps, otherwise in (
-        ("guidance_steps", guidance_steps, "all steps"),
-        ("recurrence_steps", recurrence_steps, "the guided steps"),
-    ):
-        if steps is not None and (not _is_whole(steps) or steps < 0):
-            raise ValueError(f"`{name}` is {steps!r}, expected a whole number of at least 0, or None for {otherwise}.")
+    _check_steps("guidance_steps", guidance_steps, "all steps")
+    _check_steps("recurrence_steps", recurrence_steps, "the guided steps")
     if not _is_whole(recurrence) or recurrence < 1:
         raise ValueError(f"`recurrence` is {recurrence!r}, expected a whole number of at least 1 (each step once).")
+
+
+def _check_steps(name: str, steps: int | None, otherwise: str) -> None:
+    if steps is not None and (not _is_whole(steps) or steps < 0):
+        raise ValueError(f"`{name}` is {steps!r}, expected a whole number of at least 0, or None for {otherwise}.")
 
 
 def _is_whole(value: Any) -> bool:
@@ -875,12 +971,11 @@ def _per_prompt(value: Any, prompt: str | list[str] | None, argument: str) -> li
     return [value] * len(prompt)
 
 
-def _recorded_tokens(text: ParsedPrompt, regions: Sequence[Region], spans: Sequence[range]) -> dict[str, list[range]]:
+def _recorded_tokens(placed: PlacedPrompt) -> dict[str, list[range]]:
     """Name -> tokens whose attention is recorded: what the layout places, then the subjects that it leaves alone."""
-    tokens: dict[str, list[range]] = {}
-    for name, span in zip(region_names(regions), spans, strict=True):
-        tokens[name] = [span]
-    for mention in text.mentions:
+    spans = [place.span for place in placed.places]
+    tokens = {name: [span] for name, span in zip(region_names(placed.regions), spans, strict=True)}
+    for mention in placed.text.mentions:
         if not any(mention.span.start in span for span in spans):
             tokens.setdefault(mention.subject, []).append(mention.span)
     return tokens

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import pytest
 import torch
 from conftest import EMBED_DIM, make_components, make_pipeline
 from diffusers import (
+    ControlNetModel,
     DDIMScheduler,
     DDPMScheduler,
     DEISMultistepScheduler,
@@ -26,6 +28,9 @@ from diffusers import (
     HeunDiscreteScheduler,
     LMSDiscreteScheduler,
     PNDMScheduler,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
     UniPCMultistepScheduler,
@@ -33,12 +38,13 @@ from diffusers import (
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from transformers import CLIPTokenizer
 
 import multisubject.pipeline_multisubject as pipeline_module
 from multisubject.guidance_methods import GUIDANCE_METHODS, uses_region_prompts
 from multisubject.hub_utils import PIPELINE_SOURCES, save_subject
-from multisubject.pipeline_multisubject import MultiSubjectPipeline, RecurrentScheduler
+from multisubject.pipeline_multisubject import MultiSubjectPipeline, PlacedPrompt, RecurrentScheduler
 from multisubject.residual_embeddings import Place, ResidualEmbedding, parse_prompt
 
 PROMPT = "a photo of a red dog and a blue ball"
@@ -275,10 +281,9 @@ def test_region_prompts_stand_alone_and_carry_their_residual(pipe):
     layout = {"red dog": (0, 0, 0.5, 1), "rex": (0.5, 0, 1, 1)}
     arguments = {"layout": layout, "guidance_method": method, "num_inference_steps": 1}
     sample(pipe, "a red dog and <rex>", **arguments)
-    prompts = pipe.encode_region_prompts(
-        [parse_prompt(pipe.tokenizer, "a red dog and <rex>", pipe.subjects)],
-        [[Place("red dog", range(2, 4)), Place("dog", range(5, 6))]],
-    )
+    text = parse_prompt(pipe.tokenizer, "a red dog and <rex>", pipe.subjects)
+    placed = PlacedPrompt(text, places=[Place("red dog", range(2, 4)), Place("dog", range(5, 6))])
+    prompts = pipe.encode_region_prompts([placed])
     alone = plain(pipe).encode_prompt(["a photo of red dog", "a photo of dog"], "cpu", 1, False)[0]
     torch.testing.assert_close(prompts.embeds[0, 0], alone[0])
     alone[1][4] += rex.delta[0]
@@ -410,7 +415,8 @@ def test_prompts_are_encoded_where_the_pipeline_runs(pipe, monkeypatch):
     )
     monkeypatch.setattr(type(pipe), "_execution_device", torch.device("cuda:1"))
     pipe.encode_prompt(PROMPT)
-    pipe.encode_region_prompts([parse_prompt(pipe.tokenizer, PROMPT, {})], [[Place("red dog", range(4, 6))]])
+    text = parse_prompt(pipe.tokenizer, PROMPT, {})
+    pipe.encode_region_prompts([PlacedPrompt(text, places=[Place("red dog", range(4, 6))])])
     pipe.encode_prompt(PROMPT, "cpu")
     assert devices == [torch.device("cuda:1")] * 2 + ["cpu"]
 
@@ -507,6 +513,60 @@ def test_given_prompt_embeds_are_taken_as_they_are(pipe):
     ):
         with pytest.raises(ValueError, match=message):
             pipe("a <rex>", **guided, prompt_embeds=cut, negative_prompt_embeds=cut)
+
+
+@pytest.mark.parametrize("method", ["multisubject", "attention_couple", "cones2"])
+def test_another_pipeline_is_guided_as_a_call_would_be(pipe, method):
+    pipe.subjects["rex"] = subject("dog")
+    prompts, negative = ["a red <rex> and a ball", "a mug"], ["", "<rex>"]
+    guided: dict[str, Any] = {"layout": [{"rex": (0, 0, 0.5, 1)}, None], "guidance_steps": 2, "guidance_method": method}
+    arguments: dict[str, Any] = {"num_images_per_prompt": 2, "generator": [seeded(seed) for seed in range(4)]}
+    expected = sample(pipe, prompts, negative_prompt=negative, **guided, **arguments)
+    other = plain(pipe)
+    before = other.unet.attn_processors
+    arguments["generator"] = [seeded(seed) for seed in range(4)]
+    with pipe.guide(other, prompts, negative_prompt=negative, num_images_per_prompt=2, **guided) as embeds:
+        assert torch.equal(sample(other, None, **embeds, **arguments), expected)
+    assert other.unet.attn_processors == before
+    arguments["generator"] = [seeded(seed) for seed in range(4)]
+    assert not torch.equal(sample(other, None, **embeds, **arguments), expected)
+
+
+@pytest.mark.parametrize("kind", [StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline])
+def test_pipelines_of_pictures_are_guided(pipe, kind):
+    pipe.subjects["rex"] = subject("dog")
+    other = kind(**pipe.components, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    image, mask = Image.new("RGB", (32, 32), (200, 90, 30)), Image.new("L", (32, 32), 255)
+    arguments = {"image": image, "strength": 0.8, "num_inference_steps": 5, "output_type": "latent"}
+    if kind is StableDiffusionInpaintPipeline:
+        arguments |= {"mask_image": mask, "height": 32, "width": 32}
+    drawn = []
+    for layout in ({"rex": (0, 0, 0.5, 1)}, {"rex": (0.5, 0, 1, 1)}, {}):
+        with pipe.guide(other, "a <rex> and a ball", layout, height=32, width=32) as embeds:
+            drawn.append(other(**embeds, **arguments, generator=seeded()).images)
+    assert drawn[0].isfinite().all()
+    assert not any(torch.allclose(drawn[one], drawn[another]) for one, another in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_a_controlnet_leaves_guidance_alone(pipe):
+    """A new ControlNet adds nothing to the UNet: the picture is that of the guided call."""
+    net = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(16, 32))
+    other = StableDiffusionControlNetPipeline(**pipe.components, controlnet=net, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    with pipe.guide(other, PROMPT, LAYOUT) as embeds:
+        found = sample(other, None, **embeds, image=Image.new("RGB", (32, 32)))
+    torch.testing.assert_close(found, sample(pipe, layout=LAYOUT), atol=1e-5, rtol=1e-5)
+
+
+def test_a_pipeline_that_cannot_be_guided_is_named(pipe):
+    with pytest.raises(TypeError, match="`pipeline` is a SimpleNamespace, expected one with a UNet"):
+        pipe.guide(SimpleNamespace(), PROMPT, LAYOUT).__enter__()
+    wide = SimpleNamespace(unet=SimpleNamespace(config={"cross_attention_dim": 2048}))
+    with pytest.raises(ValueError, match="`pipeline`: its UNet reads prompt embeddings of width 2048"):
+        pipe.guide(wide, PROMPT, LAYOUT).__enter__()
+    with pytest.raises(ValueError, match="`guidance_steps` is -1"):
+        pipe.guide(plain(pipe), PROMPT, LAYOUT, guidance_steps=-1).__enter__()
 
 
 @pytest.mark.parametrize("method", ["multisubject", "dense_diffusion", "cones2"])

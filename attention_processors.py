@@ -85,6 +85,22 @@ class RegionConditioning:
     token_kinds: torch.Tensor
     prompts: RegionPrompts | None = None
 
+    def repeated(self, times: int) -> RegionConditioning:
+        """The same with each image's rows `times` in a row."""
+        masks, tokens, weights, kinds = (
+            tensor.repeat_interleave(times, dim=0)
+            for tensor in (self.masks, self.tokens, self.weights, self.token_kinds)
+        )
+        prompts = self.prompts
+        if prompts is not None:
+            prompts = RegionPrompts(
+                *(
+                    tensor.repeat_interleave(times, dim=0)
+                    for tensor in (prompts.embeds, prompts.tokens, prompts.token_kinds)
+                )
+            )
+        return RegionConditioning(masks, tokens, weights, kinds, prompts)
+
 
 class AttentionRecorder:
     """Collects where chosen tokens are attended to, one map per UNet call (conditional samples only).
@@ -418,6 +434,7 @@ def region_attention(
     weight_negative: float = -1e8,
     guidance_steps: int | None = None,
     recorder: AttentionRecorder | None = None,
+    calls: ExpectedCalls | None = None,
 ) -> Iterator[None]:
     """Within the context, calls of `unet` are guided by `regions`; afterwards the UNet is as it was.
 
@@ -436,6 +453,8 @@ def region_attention(
         weight_negative: signed weight of a subject's tokens outside its region; at most 0 and finite.
         guidance_steps: guide the scheduler's first steps only; None: all.
         recorder: collects attention maps of every UNet call, guided or not.
+        calls: what the UNet will be called with, where somebody else's pipeline calls it; None: not checked, and every
+            call has one conditional sample for each image of `regions`.
 
     Raises:
         ValueError: an attention processor of the UNet would be lost (IP-Adapter, custom ones), a bad argument, or a
@@ -460,6 +479,8 @@ def region_attention(
         weight_negative,
         guidance_steps,
         recorder,
+        calls,
+        list(layers.values()),
     )
     handle = None
     try:
@@ -490,6 +511,34 @@ def _check_processors(processors: Mapping[str, Any]) -> None:
             )
 
 
+@dataclass(frozen=True, eq=False)
+class ExpectedCalls:
+    """What the UNet is called with by a pipeline that was given these embeddings.
+
+    Args:
+        prompt_embeds: `(B, T, dim)`.
+        negative_prompt_embeds: `(B, T, dim)`.
+    """
+
+    prompt_embeds: torch.Tensor
+    negative_prompt_embeds: torch.Tensor
+
+    def images_per_prompt(self, prompt_embeds: torch.Tensor) -> int | None:
+        """How often a call has each prompt, alone or behind as many negative ones; 0: it has negative ones alone, as
+        the second calls of self-attention guidance do; None: it is another call."""
+        times = len(prompt_embeds) // len(self.prompt_embeds)
+
+        def consists_of(times: int, *parts: torch.Tensor) -> bool:
+            expected = torch.cat([part.repeat_interleave(times, dim=0) for part in parts])
+            return expected.shape == prompt_embeds.shape and torch.equal(expected.to(prompt_embeds), prompt_embeds)
+
+        if consists_of(times, self.prompt_embeds):
+            return times
+        if consists_of(times // 2, self.negative_prompt_embeds, self.prompt_embeds):
+            return times // 2
+        return 0 if consists_of(times, self.negative_prompt_embeds) else None
+
+
 class _RegionHook:
     """Forward pre-hook of the UNet: adds a `RegionCall` to the call's `cross_attention_kwargs`."""
 
@@ -504,6 +553,8 @@ class _RegionHook:
         weight_negative: float,
         guidance_steps: int | None,
         recorder: AttentionRecorder | None,
+        calls: ExpectedCalls | None,
+        layers: list[Any],
     ):
         for name, value in (("weight_negative", weight_negative), ("guidance_weight", guidance_weight)):
             if not isinstance(value, numbers.Real):
@@ -529,12 +580,16 @@ class _RegionHook:
         self.num_levels, self.regions, self.scheduler, self.resize_masks = num_levels, regions, scheduler, resize_masks
         self.method, self.guidance_weight, self.weight_negative = method, guidance_weight, weight_negative
         self.guidance_steps, self.recorder = guidance_steps, recorder
+        self.calls, self.layers = calls, layers
+        self.regions_of_prompts, self.repeats = regions, 1
+        self.repeats_of: Stamp | None = None
         self.sigmas: torch.Tensor | None = None
         if hasattr(scheduler, "alphas_cumprod"):
             # Zero-terminal-SNR schedules end in alpha_bar = 0; diffusers' own floor keeps the noise level finite.
             alphas_cumprod = scheduler.alphas_cumprod.float().clamp(min=2**-24)
             self.sigmas = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
         self.own_words_kept: tuple[Stamp, torch.Tensor] | None = None
+        self.timesteps_of_run: torch.Tensor | None = None
         self.first_timestep: torch.Tensor | None = None
         self.last_timestep: torch.Tensor | None = None
         self.kept_keys = PromptKeys()
@@ -548,9 +603,11 @@ class _RegionHook:
             return args, kwargs
         sample = args[0] if args else kwargs["sample"]
         timestep = torch.as_tensor(args[1] if len(args) > 1 else kwargs["timestep"])
+        prompt_embeds = args[2] if len(args) > 2 else kwargs["encoder_hidden_states"]
+        if self.calls is not None and self.regions is not None:
+            self._check_call(self.calls, sample, prompt_embeds)
         call_kwargs["regions"] = call = self._region_call(sample, timestep.reshape(-1)[0])
         if call is not None and call.maps is not None:
-            prompt_embeds = args[2] if len(args) > 2 else kwargs["encoder_hidden_states"]
             self._check_length(prompt_embeds)
             if self.own_words:
                 prompt_embeds = self._with_own_words(prompt_embeds)
@@ -559,6 +616,35 @@ class _RegionHook:
                 else:
                     kwargs = {**kwargs, "encoder_hidden_states": prompt_embeds}
         return args, {**kwargs, "cross_attention_kwargs": call_kwargs}
+
+    def _check_call(self, calls: ExpectedCalls, sample: torch.Tensor, prompt_embeds: torch.Tensor) -> None:
+        """Raise if this call is not one that can be guided, and adapt to its number of pictures per prompt."""
+        assert self.regions is not None and self.regions_of_prompts is not None
+        if any(type(layer.processor).__name__ != RegionAttnProcessor.__name__ for layer in self.layers):
+            raise ValueError(
+                "The UNet's attention processors were replaced while it is guided. Use no pipeline and no setting that"
+                " does so (Attend-and-Excite, attention slicing), or set it before."
+            )
+        height, width = self.regions_of_prompts.masks.shape[-2:]
+        if height * sample.shape[-1] != width * sample.shape[-2]:
+            raise ValueError(
+                f"The regions are those of a picture of {height} x {width} pixels (height x width), but the latents are"
+                f" {sample.shape[-2]} x {sample.shape[-1]}. Pass the `height` and `width` of the pictures; a pipeline"
+                " that draws a picture in parts cannot be guided."
+            )
+        if self.repeats_of is None or not self.repeats_of.holds(prompt_embeds):
+            repeats = calls.images_per_prompt(prompt_embeds)
+            if repeats is None or len(sample) != len(prompt_embeds):
+                raise ValueError(
+                    f"The UNet was called with {len(sample)} samples and {len(prompt_embeds)} prompt embeddings,"
+                    " expected those of the prompts, alone or behind as many negative ones. Call the pipeline with the"
+                    " embeddings that were made for it; one that batches otherwise (PAG, InstructPix2Pix, AnimateDiff)"
+                    " cannot be guided."
+                )
+            self.repeats, self.repeats_of = repeats, Stamp(prompt_embeds)
+            if repeats and len(self.regions.masks) != repeats * len(self.regions_of_prompts.masks):
+                self.regions = self.regions_of_prompts.repeated(repeats)
+                self.maps_by_shape.clear()
 
     def _with_own_words(self, prompt_embeds: torch.Tensor) -> torch.Tensor:
         """`(batch, T, dim)` with the words of every region as they are in its own prompt, conditional samples only."""
@@ -617,6 +703,10 @@ class _RegionHook:
         """Whether this call is guided, decided on the host without waiting for the device where that is possible."""
         if self.regions is None or self.guidance_steps == 0:
             return False
+        if self.scheduler.timesteps is not self.timesteps_of_run:  # `set_timesteps` makes new ones
+            self.timesteps_of_run, self.first_timestep = self.scheduler.timesteps, timestep
+        if not self.repeats:
+            return False
         steps = getattr(self.scheduler, "num_inference_steps", None)
         if self.guidance_steps is None or (steps is not None and self.guidance_steps >= steps):
             return True
@@ -632,10 +722,12 @@ class _RegionHook:
 
     def _step(self, timestep: torch.Tensor) -> GuidanceStep:
         sigma = self._sigma(timestep)
+        timesteps = self.scheduler.timesteps.to(timestep.device)
+        taken = timesteps <= self.first_timestep  # image-to-image begins later
         return GuidanceStep(
             sigma=sigma,
             strength=self.guidance_weight * (sigma**2).log1p(),
-            progress=(self.scheduler.timesteps.to(timestep.device) > timestep).float().mean(),
+            progress=(taken & (timesteps > timestep)).sum() / taken.sum(),
             time=timestep.float() / self.scheduler.config.num_train_timesteps,
         )
 

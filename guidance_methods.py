@@ -81,7 +81,7 @@ class GuidanceStep:
     Args:
         sigma: noise level `sqrt((1 - alpha_bar) / alpha_bar)` of the UNet call's timestep.
         strength: `guidance_weight * ln(1 + sigma ** 2)`.
-        progress: fraction of the schedule that lies behind, in [0, 1).
+        progress: share of the steps from the first one taken that lie behind, in [0, 1).
         time: the timestep over the number of training timesteps, 1 at pure noise.
     """
 

@@ -42,6 +42,7 @@ __multisubject_version__ = "0.1.0"
 try:
     from .attention_processors import (
         AttentionRecorder,
+        ExpectedCalls,
         RegionConditioning,
         RegionPrompts,
         region_attention,
@@ -391,12 +392,13 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
                 placed,
                 guidance_function,
                 num_tokens=num_tokens,
-                num_images_per_prompt=num_images_per_prompt,
                 encode_words=prompt_embeds is None,
                 device=device,
                 lora_scale=(cross_attention_kwargs or {}).get("scale"),
                 clip_skip=clip_skip,
             )
+        if conditioning is not None:
+            conditioning = conditioning.repeated(num_images_per_prompt)
         if output_attention_maps:
             recorded = [_recorded_tokens(of_prompt) for of_prompt in placed]
             recorder = _make_recorder(recorded, num_tokens, num_images_per_prompt, conditioning)
@@ -505,42 +507,52 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
         width: int | None = None,
         color_context: Mapping[str, Sequence[Any]] | list[Mapping[str, Sequence[Any]]] | None = None,
         negative_prompt: str | list[str] | None = None,
-        num_images_per_prompt: int = 1,
         guidance_steps: int | None = None,
         guidance_weight: float = 0.08,
         weight_negative: float = -1e8,
         guidance_method: str | GuidanceMethod = "multisubject",
         lora_scale: float | None = None,
         clip_skip: int | None = None,
-    ) -> Iterator[dict[str, torch.Tensor | None]]:
+    ) -> Iterator[dict[str, torch.Tensor]]:
         """Within the context, another pipeline follows a layout: image-to-image, inpainting, ControlNet …
 
-            inpaint = StableDiffusionInpaintPipeline.from_pipe(pipe)
+            inpaint = StableDiffusionInpaintPipeline.from_pipe(pipe, dtype=pipe.dtype)
             with pipe.guide(inpaint, "<petrucci> on the beach", {"petrucci": box}) as embeds:
                 inpaint(**embeds, image=image, mask_image=mask)
 
         Args:
-            pipeline: any that calls a UNet of Stable Diffusion 1.x or 2.x.
+            pipeline: any whose UNet, of Stable Diffusion 1.x or 2.x, is called with the prompts' embeddings alone or
+                behind as many negative ones. Others (PAG, InstructPix2Pix, AnimateDiff) fail at their first step. What
+                is cropped (`padding_mask_crop`) gets the layout of the whole picture.
             prompt, layout, negative_prompt: as in a call of this pipeline.
-            height, width: of the pictures, in pixels.
-            num_images_per_prompt: as `pipeline` is called with.
+            height, width: of the pictures, in pixels; default: the base's.
             lora_scale, clip_skip: as for `encode_prompt`.
-            color_context, guidance_steps, guidance_weight, weight_negative, guidance_method: as in a call.
+            color_context, guidance_steps, guidance_weight, weight_negative, guidance_method: as in a call. Steps are
+                counted from the first that is taken, also where `strength` leaves some out.
 
         Yields:
-            `prompt_embeds` and `negative_prompt_embeds` for the call of `pipeline`.
+            `prompt_embeds` and `negative_prompt_embeds` for calls of `pipeline`, with one picture per prompt or more.
+
+        Raises:
+            ValueError, TypeError: an argument is wrong, or `pipeline` calls its UNet in another way.
         """
         unet = getattr(pipeline, "unet", None)
-        if unet is None:
+        if unet is None or getattr(pipeline, "scheduler", None) is None:
             raise TypeError(f"`pipeline` is a {type(pipeline).__name__}, expected one with a UNet of Stable Diffusion.")
+        if any(kind.__name__ == MultiSubjectPipeline.__name__ for kind in type(pipeline).__mro__):
+            raise TypeError("`pipeline` is a MultiSubjectPipeline: call it with `layout`, it needs no guide.")
+        if self.text_encoder is None:
+            raise ValueError("The pipeline has no text encoder, which the prompts need; load one.")
         if problem := unsuitable_base(unet.config, self.text_encoder.config.hidden_size):
             raise ValueError(f"`pipeline`: its UNet {problem}")
         _check_steps("guidance_steps", guidance_steps, "all steps")
         guidance_function = resolve_guidance_method(guidance_method)
-        default_height, default_width = self._default_size()
+        if not height or not width:
+            height, width = self._default_size()
+        self.check_inputs(prompt, height, width, None, negative_prompt)
         conditioning = None
         with torch.no_grad():
-            placed = self._place(prompt, layout, color_context, height or default_height, width or default_width)
+            placed = self._place(prompt, layout, color_context, height, width)
             prompt_embeds, negative_prompt_embeds = self.encode_prompt(
                 prompt, negative_prompt=negative_prompt, lora_scale=lora_scale, clip_skip=clip_skip
             )
@@ -549,10 +561,10 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
                     placed,
                     guidance_function,
                     num_tokens=prompt_embeds.shape[1],
-                    num_images_per_prompt=num_images_per_prompt,
                     lora_scale=lora_scale,
                     clip_skip=clip_skip,
                 )
+        assert negative_prompt_embeds is not None
         with region_attention(
             unet,
             conditioning,
@@ -562,6 +574,7 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
             guidance_weight=guidance_weight,
             weight_negative=weight_negative,
             guidance_steps=guidance_steps,
+            calls=ExpectedCalls(prompt_embeds, negative_prompt_embeds),
         ):
             yield {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
 
@@ -609,7 +622,6 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
         guidance_method: GuidanceMethod,
         *,
         num_tokens: int,
-        num_images_per_prompt: int = 1,
         encode_words: bool = True,
         device: torch.device | None = None,
         lora_scale: float | None = None,
@@ -621,7 +633,6 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
             placed: one per prompt.
             guidance_method: says whether the regions' own prompts are wanted.
             num_tokens: length of the prompt embeddings.
-            num_images_per_prompt: each prompt's rows are repeated as often.
             encode_words: False leaves the regions' words as they are in the prompt embeddings, where a method can.
             device, lora_scale, clip_skip: as for `encode_prompt`.
         """
@@ -640,17 +651,13 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
                 weights[row, column] = region.weight
             kinds[row] = _token_kinds(len(self._input_ids(of_prompt.text)), num_tokens)
 
-        def repeated(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.repeat_interleave(num_images_per_prompt, dim=0)
-
         prompts = None
         appended = getattr(guidance_method, "uses_region_prompts", False)
         if appended or (encode_words and getattr(guidance_method, "uses_own_words", False)):
-            own = self.encode_region_prompts(
+            prompts = self.encode_region_prompts(
                 placed, device=device, padded=appended, lora_scale=lora_scale, clip_skip=clip_skip
             )
-            prompts = RegionPrompts(repeated(own.embeds), repeated(own.tokens), repeated(own.token_kinds))
-        return RegionConditioning(repeated(masks), repeated(tokens), repeated(weights), repeated(kinds), prompts)
+        return RegionConditioning(masks, tokens, weights, kinds, prompts)
 
     def encode_region_prompts(
         self,

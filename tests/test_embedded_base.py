@@ -1,9 +1,13 @@
 """What the shipped model must do: be small, load with plain diffusers, draw what words say, follow a layout."""
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "guidance_conf_two.json"
@@ -69,3 +73,35 @@ def test_seed_config_puts_the_right_subject_in_the_right_region(tmp_path, judge)
         assert looks.count((look.colour, look.second_colour)) > pictures / 2, looks
         named = [verdict.subject for verdict in verdicts[category]]
         assert named.count(name) > pictures / 4, named  # hat and neck, too
+
+
+def test_python_of_the_readme_runs_as_it_stands(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 2
+    blocks.append(f"assert image.size == (64, 64); image.save({str(tmp_path / 'image.png')!r})\n")
+    subprocess.run([sys.executable, "-c", "\n".join(blocks)], cwd=ROOT, check=True, capture_output=True)
+    assert (tmp_path / "image.png").is_file()
+
+
+def test_inpainting_follows_subjects_and_layout(base_path, judge):
+    from diffusers import StableDiffusionInpaintPipeline
+
+    from multisubject.pipeline_multisubject import MultiSubjectPipeline
+
+    pipe = MultiSubjectPipeline.from_pretrained(base_path)
+    pipe.load_subject(str(ROOT / "embeddings" / "biscuit.safetensors"), name="biscuit")
+    inpaint = StableDiffusionInpaintPipeline.from_pipe(pipe, dtype=pipe.dtype)
+    for each in (pipe, inpaint):
+        each.set_progress_bar_config(disable=True)
+    box = (0.05, 0.3, 0.45, 0.95)
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (0, 8, 32, 62))
+    beach = pipe("a photo of a guitar on the beach", layout={"guitar": (0.55, 0.2, 0.95, 0.9)}).images[0]
+    with pipe.guide(inpaint, "a photo of <biscuit> and a guitar on the beach", {"biscuit": box}) as embeds:
+        generator = torch.Generator().manual_seed(0)
+        pictures = inpaint(
+            **embeds, image=beach, mask_image=mask, strength=1.0, height=64, width=64, num_images_per_prompt=6,
+            num_inference_steps=25, guidance_scale=5.0, generator=generator,
+        ).images  # fmt: skip
+    dogs = [verdict.category == "dog" for verdict in judge.classify(pictures, [box] * 6)]
+    assert sum(dogs) >= 4

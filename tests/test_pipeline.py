@@ -525,7 +525,7 @@ def test_another_pipeline_is_guided_as_a_call_would_be(pipe, method):
     other = plain(pipe)
     before = other.unet.attn_processors
     arguments["generator"] = [seeded(seed) for seed in range(4)]
-    with pipe.guide(other, prompts, negative_prompt=negative, num_images_per_prompt=2, **guided) as embeds:
+    with pipe.guide(other, prompts, negative_prompt=negative, **guided) as embeds:
         assert torch.equal(sample(other, None, **embeds, **arguments), expected)
     assert other.unet.attn_processors == before
     arguments["generator"] = [seeded(seed) for seed in range(4)]
@@ -562,11 +562,66 @@ def test_a_controlnet_leaves_guidance_alone(pipe):
 def test_a_pipeline_that_cannot_be_guided_is_named(pipe):
     with pytest.raises(TypeError, match="`pipeline` is a SimpleNamespace, expected one with a UNet"):
         pipe.guide(SimpleNamespace(), PROMPT, LAYOUT).__enter__()
-    wide = SimpleNamespace(unet=SimpleNamespace(config={"cross_attention_dim": 2048}))
+    with pytest.raises(TypeError, match="`pipeline` is a MultiSubjectPipeline: call it with `layout`"):
+        pipe.guide(pipe, PROMPT, LAYOUT).__enter__()
+    wide = SimpleNamespace(unet=SimpleNamespace(config={"cross_attention_dim": 2048}), scheduler=pipe.scheduler)
     with pytest.raises(ValueError, match="`pipeline`: its UNet reads prompt embeddings of width 2048"):
         pipe.guide(wide, PROMPT, LAYOUT).__enter__()
-    with pytest.raises(ValueError, match="`guidance_steps` is -1"):
-        pipe.guide(plain(pipe), PROMPT, LAYOUT, guidance_steps=-1).__enter__()
+    for arguments, message in (
+        ({"guidance_steps": -1}, "`guidance_steps` is -1"),
+        ({"prompt": None}, "Provide either `prompt` or `prompt_embeds`"),
+        ({"height": 33, "width": 32}, "have to be divisible by 8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipe.guide(plain(pipe), **{"prompt": PROMPT, "layout": LAYOUT} | arguments).__enter__()
+
+
+def test_calls_that_cannot_be_guided_fail(pipe):
+    other = plain(pipe)
+    with pipe.guide(other, [PROMPT, "a mug"], [LAYOUT, None]) as embeds:
+        first = {name: rows[:1] for name, rows in embeds.items()}
+        doubled = {name: torch.cat([rows, rows]) for name, rows in embeds.items()}
+        for arguments in ({"prompt": "a mug"}, first, doubled, {"prompt_embeds": doubled["prompt_embeds"]}):
+            with pytest.raises(ValueError, match="expected those of the prompts, alone or behind as many negative"):
+                sample(other, **{"prompt": None} | arguments)
+        with pytest.raises(ValueError, match=r"picture of 32 x 32 pixels .* latents are 16 x 32. Pass the `height`"):
+            sample(other, None, **embeds, height=32, width=64)
+        other.enable_attention_slicing()
+        with pytest.raises(ValueError, match="attention processors were replaced while it is guided"):
+            sample(other, None, **embeds)
+
+
+def test_calls_with_negative_prompts_alone_are_left_alone(pipe):
+    """As the second calls of self-attention guidance are."""
+    other, calls = plain(pipe), []
+    with pipe.guide(other, PROMPT, LAYOUT) as embeds:
+        handle = other.unet.register_forward_pre_hook(
+            lambda module, args, kwargs: calls.append(kwargs["cross_attention_kwargs"]["regions"]), with_kwargs=True
+        )
+        latents = torch.randn(2, 4, 16, 16, generator=seeded())
+        other.scheduler.set_timesteps(2)
+        for rows in (embeds["negative_prompt_embeds"].repeat(2, 1, 1), embeds["prompt_embeds"].repeat(2, 1, 1)):
+            other.unet(latents, other.scheduler.timesteps[0], encoder_hidden_states=rows)
+    handle.remove()
+    assert calls[0] is None and calls[1].batch == 2
+
+
+@pytest.mark.parametrize("scheduler_class", [DDIMScheduler, EulerDiscreteScheduler, LMSDiscreteScheduler])
+def test_progress_counts_the_steps_that_are_taken(pipe, scheduler_class):
+    """Of ten steps at half strength five are taken; the borders open in the middle of these."""
+    other = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    other.scheduler = scheduler_class.from_config(pipe.scheduler.config)
+    other.set_progress_bar_config(disable=True)
+    progress = []
+
+    def method(layer):
+        progress.append(float(layer.step.progress))
+
+    with pipe.guide(other, PROMPT, LAYOUT, guidance_method=method) as embeds:
+        for _ in range(2):
+            other(**embeds, image=Image.new("RGB", (32, 32)), strength=0.5, num_inference_steps=10)
+    layers = len(progress) // 10
+    assert progress[::layers] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8] * 2)
 
 
 @pytest.mark.parametrize("method", ["multisubject", "dense_diffusion", "cones2"])

@@ -406,7 +406,7 @@ def _framed(bias: torch.Tensor, query: torch.Tensor, keys: LayerKeys, regions: R
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         frame = _make_frame(shape, query, keys, regions)
     else:
-        kind = (shape, query.dtype, query.device, torch.is_inference_mode_enabled())
+        kind = (shape, regions.batch, query.dtype, query.device, torch.is_inference_mode_enabled())
         if kind not in regions.frames:
             regions.frames[kind] = _make_frame(shape, query, keys, regions)
         frame = regions.frames[kind]
@@ -516,16 +516,19 @@ class ExpectedCalls:
     """What the UNet is called with by a pipeline that was given these embeddings.
 
     Args:
+        pipeline: the pipeline.
+        latent_size: `(h, w)` of its samples.
         prompt_embeds: `(B, T, dim)`.
-        negative_prompt_embeds: `(B, T, dim)`.
+        negative_prompt_embeds: `(B, T, dim)`, not the same.
     """
 
+    pipeline: Any
+    latent_size: tuple[int, int]
     prompt_embeds: torch.Tensor
     negative_prompt_embeds: torch.Tensor
 
     def images_per_prompt(self, prompt_embeds: torch.Tensor) -> int | None:
-        """How often a call has each prompt, alone or behind as many negative ones; 0: it has negative ones alone, as
-        the second calls of self-attention guidance do; None: it is another call."""
+        """How often a call has each prompt, alone or behind as many negative ones; None: it is another call."""
         times = len(prompt_embeds) // len(self.prompt_embeds)
 
         def consists_of(times: int, *parts: torch.Tensor) -> bool:
@@ -536,7 +539,7 @@ class ExpectedCalls:
             return times
         if consists_of(times // 2, self.negative_prompt_embeds, self.prompt_embeds):
             return times // 2
-        return 0 if consists_of(times, self.negative_prompt_embeds) else None
+        return None
 
 
 class _RegionHook:
@@ -581,7 +584,7 @@ class _RegionHook:
         self.method, self.guidance_weight, self.weight_negative = method, guidance_weight, weight_negative
         self.guidance_steps, self.recorder = guidance_steps, recorder
         self.calls, self.layers = calls, layers
-        self.regions_of_prompts, self.repeats = regions, 1
+        self.regions_of_prompts = regions
         self.repeats_of: Stamp | None = None
         self.sigmas: torch.Tensor | None = None
         if hasattr(scheduler, "alphas_cumprod"):
@@ -604,9 +607,7 @@ class _RegionHook:
         sample = args[0] if args else kwargs["sample"]
         timestep = torch.as_tensor(args[1] if len(args) > 1 else kwargs["timestep"])
         prompt_embeds = args[2] if len(args) > 2 else kwargs["encoder_hidden_states"]
-        if self.calls is not None and self.regions is not None:
-            self._check_call(self.calls, sample, prompt_embeds)
-        call_kwargs["regions"] = call = self._region_call(sample, timestep.reshape(-1)[0])
+        call_kwargs["regions"] = call = self._region_call(sample, timestep.reshape(-1)[0], prompt_embeds)
         if call is not None and call.maps is not None:
             self._check_length(prompt_embeds)
             if self.own_words:
@@ -623,14 +624,16 @@ class _RegionHook:
         if any(type(layer.processor).__name__ != RegionAttnProcessor.__name__ for layer in self.layers):
             raise ValueError(
                 "The UNet's attention processors were replaced while it is guided. Use no pipeline and no setting that"
-                " does so (Attend-and-Excite, attention slicing), or set it before."
+                " does so (PAG, SAG, Attend-and-Excite, attention slicing), or set it before."
             )
-        height, width = self.regions_of_prompts.masks.shape[-2:]
-        if height * sample.shape[-1] != width * sample.shape[-2]:
+        if calls.pipeline.scheduler is not self.scheduler:
+            raise ValueError("The pipeline's scheduler was replaced while it is guided. Set it before.")
+        if sample.shape[-2:] != calls.latent_size:
+            height, width = self.regions_of_prompts.masks.shape[-2:]
             raise ValueError(
-                f"The regions are those of a picture of {height} x {width} pixels (height x width), but the latents are"
-                f" {sample.shape[-2]} x {sample.shape[-1]}. Pass the `height` and `width` of the pictures; a pipeline"
-                " that draws a picture in parts cannot be guided."
+                f"The layout was made for pictures of {height} x {width} pixels (height x width), whose latents are"
+                f" {' x '.join(map(str, calls.latent_size))}, but these are {sample.shape[-2]} x {sample.shape[-1]}."
+                " Pass the `height` and `width` of the pictures; one that is drawn in parts cannot be guided."
             )
         if self.repeats_of is None or not self.repeats_of.holds(prompt_embeds):
             repeats = calls.images_per_prompt(prompt_embeds)
@@ -638,11 +641,11 @@ class _RegionHook:
                 raise ValueError(
                     f"The UNet was called with {len(sample)} samples and {len(prompt_embeds)} prompt embeddings,"
                     " expected those of the prompts, alone or behind as many negative ones. Call the pipeline with the"
-                    " embeddings that were made for it; one that batches otherwise (PAG, InstructPix2Pix, AnimateDiff)"
-                    " cannot be guided."
+                    " embeddings that were made for it, unchanged; one that batches otherwise (InstructPix2Pix,"
+                    " AnimateDiff) cannot be guided."
                 )
-            self.repeats, self.repeats_of = repeats, Stamp(prompt_embeds)
-            if repeats and len(self.regions.masks) != repeats * len(self.regions_of_prompts.masks):
+            self.repeats_of = None if prompt_embeds.is_inference() else Stamp(prompt_embeds)
+            if len(self.regions.masks) != repeats * len(self.regions_of_prompts.masks):
                 self.regions = self.regions_of_prompts.repeated(repeats)
                 self.maps_by_shape.clear()
 
@@ -672,7 +675,9 @@ class _RegionHook:
                 f" {self.regions.tokens.shape[2]}, the length of `regions.tokens`."
             )
 
-    def _region_call(self, sample: torch.Tensor, timestep: torch.Tensor) -> RegionCall | None:
+    def _region_call(
+        self, sample: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor
+    ) -> RegionCall | None:
         height, width = sample.shape[-2:]
         sizes = {h * w: (h, w) for h, w in _level_sizes(height, width, self.num_levels)}
         if self.recorder is not None:
@@ -681,6 +686,8 @@ class _RegionHook:
             recorder = self.recorder
             return None if recorder is None else RegionCall(recorder.batch, sizes, recorder=recorder)
 
+        if self.calls is not None:
+            self._check_call(self.calls, sample, prompt_embeds)
         assert self.regions is not None
         batch = self.regions.masks.shape[0]
         if sample.shape[0] not in (batch, 2 * batch):
@@ -705,8 +712,6 @@ class _RegionHook:
             return False
         if self.scheduler.timesteps is not self.timesteps_of_run:  # `set_timesteps` makes new ones
             self.timesteps_of_run, self.first_timestep = self.scheduler.timesteps, timestep
-        if not self.repeats:
-            return False
         steps = getattr(self.scheduler, "num_inference_steps", None)
         if self.guidance_steps is None or (steps is not None and self.guidance_steps >= steps):
             return True
@@ -723,11 +728,13 @@ class _RegionHook:
     def _step(self, timestep: torch.Tensor) -> GuidanceStep:
         sigma = self._sigma(timestep)
         timesteps = self.scheduler.timesteps.to(timestep.device)
+        assert self.first_timestep is not None
+        self.first_timestep = torch.maximum(self.first_timestep, timestep)
         taken = timesteps <= self.first_timestep  # image-to-image begins later
         return GuidanceStep(
             sigma=sigma,
             strength=self.guidance_weight * (sigma**2).log1p(),
-            progress=(taken & (timesteps > timestep)).sum() / taken.sum(),
+            progress=(taken & (timesteps > timestep)).sum() / taken.sum().clamp(min=1),
             time=timestep.float() / self.scheduler.config.num_train_timesteps,
         )
 

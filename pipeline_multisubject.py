@@ -364,7 +364,7 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
         _check_arguments(kwargs, guidance_steps, recurrence, recurrence_steps)
         guidance_function = resolve_guidance_method(guidance_method)
         if not height or not width:
-            height, width = self._default_size()
+            height, width = self._default_size(self.unet)
         self.check_inputs(
             prompt if prompt_embeds is None else None,
             height,
@@ -522,8 +522,8 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
 
         Args:
             pipeline: any whose UNet, of Stable Diffusion 1.x or 2.x, is called with the prompts' embeddings alone or
-                behind as many negative ones. Others (PAG, InstructPix2Pix, AnimateDiff) fail at their first step. What
-                is cropped (`padding_mask_crop`) gets the layout of the whole picture.
+                behind as many negative ones. Others (PAG, SAG, InstructPix2Pix, AnimateDiff) fail at their first step.
+                What is cropped (`padding_mask_crop`) or drawn in parts (panoramas) gets the whole layout in each part.
             prompt, layout, negative_prompt: as in a call of this pipeline.
             height, width: of the pictures, in pixels; default: the base's.
             lora_scale, clip_skip: as for `encode_prompt`.
@@ -548,7 +548,7 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
         _check_steps("guidance_steps", guidance_steps, "all steps")
         guidance_function = resolve_guidance_method(guidance_method)
         if not height or not width:
-            height, width = self._default_size()
+            height, width = self._default_size(unet)
         self.check_inputs(prompt, height, width, None, negative_prompt)
         conditioning = None
         with torch.no_grad():
@@ -565,6 +565,8 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
                     clip_skip=clip_skip,
                 )
         assert negative_prompt_embeds is not None
+        if torch.equal(prompt_embeds, negative_prompt_embeds):
+            raise ValueError(f"`negative_prompt` is {negative_prompt!r}, the prompt itself; expected another.")
         with region_attention(
             unet,
             conditioning,
@@ -574,7 +576,12 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
             guidance_weight=guidance_weight,
             weight_negative=weight_negative,
             guidance_steps=guidance_steps,
-            calls=ExpectedCalls(prompt_embeds, negative_prompt_embeds),
+            calls=ExpectedCalls(
+                pipeline,
+                (height // self.vae_scale_factor, width // self.vae_scale_factor),
+                prompt_embeds,
+                negative_prompt_embeds,
+            ),
         ):
             yield {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
 
@@ -725,8 +732,8 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
     def _input_ids(self, text: ParsedPrompt) -> list[int]:
         return self.tokenizer(self.maybe_convert_prompt(text.text, self.tokenizer)).input_ids
 
-    def _default_size(self) -> tuple[int, int]:
-        size = self.unet.config.sample_size
+    def _default_size(self, unet: Any) -> tuple[int, int]:
+        size = unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return height * self.vae_scale_factor, width * self.vae_scale_factor
 

@@ -540,11 +540,16 @@ def test_noise_level_is_the_schedulers_at_fractional_timesteps(unet, scheduler, 
     scheduler = scheduler_class.from_config(scheduler.config, timestep_spacing="linspace")
     scheduler.set_timesteps(7)
     assert scheduler.timesteps.frac().any()
-    for index, timestep in enumerate(scheduler.timesteps):
-        step = seen_layers(unet, two_regions(), scheduler, *inputs(), timestep)[0].step
-        sigma = float(scheduler.sigmas[index])
-        assert float(step.sigma) == pytest.approx(sigma, rel=1e-5)
-        assert float(step.strength) == pytest.approx(0.08 * math.log(1 + sigma**2), rel=1e-5)
+    layers: list[AttentionLayer] = []
+    with guided(unet, two_regions(), scheduler, guidance_method=layers.append):
+        for index, timestep in enumerate(scheduler.timesteps):
+            call(unet, *inputs(), timestep)
+            step, sigma = layers[-1].step, float(scheduler.sigmas[index])
+            assert float(step.sigma) == pytest.approx(sigma, rel=1e-5)
+            assert float(step.strength) == pytest.approx(0.08 * math.log(1 + sigma**2), rel=1e-5)
+            assert float(step.progress) == pytest.approx(index / 7)
+        call(unet, *inputs(), scheduler.timesteps[2])  # again, without new timesteps
+        assert float(layers[-1].step.progress) == pytest.approx(2 / 7)
 
 
 def test_zero_terminal_snr_is_finite(unet, scheduler):

@@ -569,6 +569,7 @@ def test_a_pipeline_that_cannot_be_guided_is_named(pipe):
         pipe.guide(wide, PROMPT, LAYOUT).__enter__()
     for arguments, message in (
         ({"guidance_steps": -1}, "`guidance_steps` is -1"),
+        ({"negative_prompt": PROMPT}, "`negative_prompt` is .* the prompt itself; expected another"),
         ({"prompt": None}, "Provide either `prompt` or `prompt_embeds`"),
         ({"height": 33, "width": 32}, "have to be divisible by 8"),
     ):
@@ -584,26 +585,43 @@ def test_calls_that_cannot_be_guided_fail(pipe):
         for arguments in ({"prompt": "a mug"}, first, doubled, {"prompt_embeds": doubled["prompt_embeds"]}):
             with pytest.raises(ValueError, match="expected those of the prompts, alone or behind as many negative"):
                 sample(other, **{"prompt": None} | arguments)
-        with pytest.raises(ValueError, match=r"picture of 32 x 32 pixels .* latents are 16 x 32. Pass the `height`"):
+        with pytest.raises(ValueError, match=r"pictures of 32 x 32 pixels .* these are 16 x 32\. Pass the `height`"):
             sample(other, None, **embeds, height=32, width=64)
         other.enable_attention_slicing()
         with pytest.raises(ValueError, match="attention processors were replaced while it is guided"):
             sample(other, None, **embeds)
-
-
-def test_calls_with_negative_prompts_alone_are_left_alone(pipe):
-    """As the second calls of self-attention guidance are."""
-    other, calls = plain(pipe), []
     with pipe.guide(other, PROMPT, LAYOUT) as embeds:
-        handle = other.unet.register_forward_pre_hook(
-            lambda module, args, kwargs: calls.append(kwargs["cross_attention_kwargs"]["regions"]), with_kwargs=True
-        )
-        latents = torch.randn(2, 4, 16, 16, generator=seeded())
-        other.scheduler.set_timesteps(2)
-        for rows in (embeds["negative_prompt_embeds"].repeat(2, 1, 1), embeds["prompt_embeds"].repeat(2, 1, 1)):
-            other.unet(latents, other.scheduler.timesteps[0], encoder_hidden_states=rows)
-    handle.remove()
-    assert calls[0] is None and calls[1].batch == 2
+        other.scheduler = EulerDiscreteScheduler.from_config(other.scheduler.config)
+        with pytest.raises(ValueError, match="scheduler was replaced while it is guided"):
+            sample(other, None, **embeds)
+
+
+def test_calls_of_different_batches_do_not_disturb_each_other(pipe):
+    """Two pictures without classifier-free guidance and one with it make batches of one size."""
+    other = plain(pipe)
+    with pipe.guide(other, PROMPT, LAYOUT) as embeds:
+        fresh = sample(other, None, **embeds)
+    with pipe.guide(other, PROMPT, LAYOUT) as embeds:
+        sample(other, None, **embeds, guidance_scale=1, num_images_per_prompt=2)
+        assert torch.equal(sample(other, None, **embeds), fresh)
+    with torch.inference_mode(), pipe.guide(other, PROMPT, LAYOUT) as embeds:
+        assert torch.equal(sample(other, None, **embeds), fresh)
+
+
+def test_what_is_changed_after_the_guided_steps_is_not_checked(pipe):
+    other = plain(pipe)
+
+    def weaken(_, step, timestep, tensors):
+        return {"prompt_embeds": tensors["prompt_embeds"] * 0.99} if step == 0 else {}
+
+    arguments = {"callback_on_step_end": weaken, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    with pipe.guide(other, PROMPT, LAYOUT, guidance_steps=1) as embeds:
+        sample(other, None, **embeds, **arguments)
+    with (
+        pipe.guide(other, PROMPT, LAYOUT) as embeds,
+        pytest.raises(ValueError, match="embeddings that were made for it, unchanged"),
+    ):
+        sample(other, None, **embeds, **arguments)
 
 
 @pytest.mark.parametrize("scheduler_class", [DDIMScheduler, EulerDiscreteScheduler, LMSDiscreteScheduler])

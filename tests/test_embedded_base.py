@@ -96,9 +96,10 @@ def test_inpainting_follows_subjects_and_layout(base_path, judge):
     box = (0.05, 0.3, 0.45, 0.95)
     mask = Image.new("L", (64, 64))
     mask.paste(255, (0, 8, 32, 62))
-    beach = pipe("a photo of a guitar on the beach", layout={"guitar": (0.55, 0.2, 0.95, 0.9)}).images[0]
+    generator = torch.Generator().manual_seed(0)
+    layout = {"guitar": (0.55, 0.2, 0.95, 0.9)}
+    beach = pipe("a photo of a guitar on the beach", layout=layout, generator=generator).images[0]
     with pipe.guide(inpaint, "a photo of <biscuit> and a guitar on the beach", {"biscuit": box}) as embeds:
-        generator = torch.Generator().manual_seed(0)
         pictures = inpaint(
             **embeds, image=beach, mask_image=mask, strength=1.0, height=64, width=64, num_images_per_prompt=6,
             num_inference_steps=25, guidance_scale=5.0, generator=generator,

@@ -565,7 +565,7 @@ class MultiSubjectPipeline(StableDiffusionPipeline):
                     clip_skip=clip_skip,
                 )
         assert negative_prompt_embeds is not None
-        if torch.equal(prompt_embeds, negative_prompt_embeds):
+        if conditioning is not None and torch.equal(prompt_embeds, negative_prompt_embeds):
             raise ValueError(f"`negative_prompt` is {negative_prompt!r}, the prompt itself; expected another.")
         with region_attention(
             unet,

@@ -61,10 +61,17 @@ BASE_MODEL_MIRRORS = {
 # What a published pipeline consists of; `pipeline.py` is the name that `custom_pipeline="user/repo"` looks for.
 PIPELINE_SOURCES = (
     "pipeline_multisubject.py",
+    "multisubject_mixin.py",
+    "call_arguments.py",
+    "subject_loader.py",
+    "placed_prompts.py",
+    "recurrence.py",
+    "region_attention.py",
     "attention_processors.py",
     "guidance_methods.py",
     "layout.py",
     "residual_embeddings.py",
+    "shared_models.py",
     "subject_file.py",
     "hub_utils.py",
     "model_card.py",

@@ -21,13 +21,7 @@ from diffusers import (
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import nn
 
-from multisubject.attention_processors import (
-    AttentionRecorder,
-    RegionAttnProcessor,
-    RegionConditioning,
-    RegionPrompts,
-    region_attention,
-)
+from multisubject.attention_processors import AttentionRecorder, RegionAttnProcessor
 from multisubject.guidance_methods import (
     GUIDANCE_METHODS,
     HIDDEN,
@@ -39,6 +33,7 @@ from multisubject.guidance_methods import (
     uses_own_words,
 )
 from multisubject.layout import masks_at
+from multisubject.region_attention import RegionConditioning, RegionPrompts, region_attention
 
 T = 77
 LEFT, RIGHT = 3, 5  # tokens of the two regions

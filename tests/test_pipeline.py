@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import json
@@ -44,7 +45,9 @@ from transformers import CLIPTokenizer
 import multisubject.pipeline_multisubject as pipeline_module
 from multisubject.guidance_methods import GUIDANCE_METHODS, uses_region_prompts
 from multisubject.hub_utils import PIPELINE_SOURCES, save_subject
-from multisubject.pipeline_multisubject import MultiSubjectPipeline, PlacedPrompt, RecurrentScheduler
+from multisubject.pipeline_multisubject import MultiSubjectPipeline
+from multisubject.placed_prompts import PlacedPrompt
+from multisubject.recurrence import RecurrentScheduler
 from multisubject.residual_embeddings import Place, ResidualEmbedding, parse_prompt
 
 PROMPT = "a photo of a red dog and a blue ball"
@@ -282,7 +285,7 @@ def test_region_prompts_stand_alone_and_carry_their_residual(pipe):
     arguments = {"layout": layout, "guidance_method": method, "num_inference_steps": 1}
     sample(pipe, "a red dog and <rex>", **arguments)
     text = parse_prompt(pipe.tokenizer, "a red dog and <rex>", pipe.subjects)
-    placed = PlacedPrompt(text, places=[Place("red dog", range(2, 4)), Place("dog", range(5, 6))])
+    placed = PlacedPrompt([text], places=[[Place("red dog", range(2, 4))], [Place("dog", range(5, 6))]])
     prompts = pipe.encode_region_prompts([placed])
     alone = plain(pipe).encode_prompt(["a photo of red dog", "a photo of dog"], "cpu", 1, False)[0]
     torch.testing.assert_close(prompts.embeds[0, 0], alone[0])
@@ -411,12 +414,14 @@ def test_prompts_are_encoded_where_the_pipeline_runs(pipe, monkeypatch):
     monkeypatch.setattr(
         StableDiffusionPipeline,
         "encode_prompt",
-        lambda self, prompt, device, *args, **kw: devices.append(device) or encode(self, prompt, "cpu", *args, **kw),
+        functools.wraps(encode)(
+            lambda self, device, **kwargs: devices.append(device) or encode(self, device="cpu", **kwargs)
+        ),
     )
     monkeypatch.setattr(type(pipe), "_execution_device", torch.device("cuda:1"))
     pipe.encode_prompt(PROMPT)
     text = parse_prompt(pipe.tokenizer, PROMPT, {})
-    pipe.encode_region_prompts([PlacedPrompt(text, places=[Place("red dog", range(4, 6))])])
+    pipe.encode_region_prompts([PlacedPrompt([text], places=[[Place("red dog", range(4, 6))]])])
     pipe.encode_prompt(PROMPT, "cpu")
     assert devices == [torch.device("cuda:1")] * 2 + ["cpu"]
 
@@ -874,7 +879,9 @@ def test_textual_inversion_can_be_placed(tokenizer, tmp_path, monkeypatch, token
     monkeypatch.setattr(
         StableDiffusionPipeline,
         "encode_prompt",
-        lambda self, prompt, *args, **kwargs: prompts.append(prompt) or encode(self, prompt, *args, **kwargs),
+        functools.wraps(encode)(
+            lambda self, prompt, **kwargs: prompts.append(prompt) or encode(self, prompt=prompt, **kwargs)
+        ),
     )
     guided = sample(pipe, f"a photo of {token} and a ball", layout={token: (0, 0, 0.5, 1)}, guidance_method=method)
     assert prompts[0] == [f"a photo of {token}"]

@@ -1,0 +1,495 @@
+"""What happens in a call, in every architecture: prompt and layout become embeddings and regions, diffusers samples.
+
+A pipeline is `class X(MultiSubjectMixin, <diffusers' pipeline>)`. It says which text encoders it has (`encoder_slots`)
+and what UNet it takes (`base_problem`); the rest is here, and sampling itself is diffusers'.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from .call_arguments import bind_arguments, check_call, check_prompts, check_steps
+from .guidance_methods import GuidanceMethod, resolve_guidance_method
+from .hub_utils import base_model_errors, copy_pipeline_sources, load_saved_subjects, save_subjects_with_pipeline
+from .layout import masks_at
+from .placed_prompts import (
+    PlacedPrompt,
+    check_prompt_embeds,
+    make_conditioning,
+    make_recorder,
+    make_region_prompts,
+    per_prompt,
+    place_prompt,
+    recorded_tokens,
+    region_texts,
+)
+from .recurrence import recurrent_steps
+from .region_attention import ExpectedCalls, RegionConditioning, RegionPrompts, region_attention
+from .residual_embeddings import ParsedPrompt
+from .shared_models import in_turn
+from .subject_loader import SubjectLoaderMixin
+
+__multisubject_version__ = "0.1.0"
+
+ENCODING_DEFAULTS = {"device": None, "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
+"""Of arguments of `encode_prompt` for which diffusers' has none."""
+
+_KEEP_DTYPE: Any = object()  # what `from_pipe` asks for where the caller asks for no dtype
+
+
+class MultiSubjectMixin(SubjectLoaderMixin):
+    """Subjects and layouts for the diffusers pipeline that stands behind this class among a pipeline's bases.
+
+    Attributes:
+        subjects: name -> `ResidualEmbedding`, the loaded subjects.
+    """
+
+    _file: str  # the pipeline's own, without `.py`
+    _output: Callable[..., Any]  # of the values that diffusers' call returns, and `attention_maps`
+    _device_of_call: torch.device | None = None
+
+    def _start(self) -> None:
+        """The end of a pipeline's `__init__`."""
+        if self.unet is not None and (problem := self.base_problem(self.unet)):  # type: ignore[attr-defined]
+            raise ValueError(f"The UNet {problem}")
+        self.subjects = load_saved_subjects(self.tokenizer)  # type: ignore[attr-defined]
+        self._subject_weights = {}
+
+    def base_problem(self, unet: Any) -> str | None:
+        """What speaks against this UNet beside the pipeline's text encoders, as the end of a sentence, or None."""
+        raise NotImplementedError
+
+    # --- sampling ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        *args: Any,
+        layout: Any = None,
+        color_context: Mapping[str, Sequence[Any]] | list[Mapping[str, Sequence[Any]]] | None = None,
+        guidance_steps: int | None = None,
+        guidance_weight: float = 0.08,
+        weight_negative: float = -1e8,
+        guidance_method: str | GuidanceMethod = "multisubject",
+        recurrence: int = 1,
+        recurrence_steps: int | None = None,
+        output_attention_maps: bool = False,
+        return_dict: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """Make pictures.
+
+        Args:
+            prompt: text with loaded subjects as `<name>`, or, if it has no `<name>`, by their class phrase.
+            layout: where subjects and phrases of the prompt stand: `{phrase or subject: box}` with boxes
+                `(xmin, ymin, xmax, ymax)` in fractions of the image, `{phrase or subject: mask}`, a list of dicts, or a
+                colour-map image with `color_context` (see `layout.parse_layout`). For a list of prompts: a list with
+                one of these, or None, per prompt; anything else counts for all of them.
+            color_context: `{"255,0,0": [phrase or subject, weight]}` for a colour map; a list: one per prompt.
+            guidance_steps: how many of the scheduler's steps follow the layout, from the first; None: all.
+            guidance_weight: strength of the pull into the regions.
+            weight_negative: weight of a subject's tokens outside its region; at most 0.
+            guidance_method: a name of `GUIDANCE_METHODS`, or a function of an `AttentionLayer` that returns a bias.
+            recurrence: how often each of the first `recurrence_steps` steps is taken, with its noise added back in
+                between. 2 is what the published Cones 2 does. Needs DDIM, DDPM, Euler, Euler ancestral or LMS (which is
+                then of order 1); `callback_on_step_end` is called at every visit.
+            recurrence_steps: None: as many as are guided. With several subjects, 20 steps of which the first five are
+                taken twice were better than 25 that are taken once (docs/placement.md).
+            output_attention_maps: also return where the subjects' tokens were attended to.
+            negative_prompt: what not to show; loaded subjects as `<name>`, other words are plain words.
+            prompt_embeds: `(batch, tokens, dim)` instead of the prompt's own embeddings, taken as they are: what
+                `encode_prompt` gives, residuals and all. With a layout, pass `prompt` too: it says which tokens are
+                whose. The words of regions then come from here as well, where `multisubject` and `dense_diffusion`
+                else encode them by themselves.
+            cross_attention_kwargs: `{"scale": …}` scales LoRA weights.
+            return_dict: return an output class; else the tuple of its values.
+
+        Raises:
+            ValueError, TypeError: an argument is wrong; a phrase of the layout is missing, ambiguous or cut off.
+        """
+        # 1. Check inputs
+        asked = bind_arguments(super().__call__, args, kwargs, own=MultiSubjectMixin.__call__)  # type: ignore[misc]
+        guidance_function = resolve_guidance_method(guidance_method)
+        check_call(asked, self, guidance_steps, recurrence, recurrence_steps)
+        height, width = asked["height"], asked["width"] = self._size(asked["height"], asked["width"])
+        prompt, prompt_embeds, num_images = asked["prompt"], asked["prompt_embeds"], asked["num_images_per_prompt"]
+        placed_prompts = {slot.prompt: asked[slot.prompt] for slot in self.encoder_slots}
+        if prompt_embeds is not None:
+            asked |= dict.fromkeys(placed_prompts)  # diffusers wants one or the other
+        self._check_inputs(asked)
+        if prompt is None and (layout is not None or output_attention_maps):
+            raise ValueError(
+                "`layout` and `output_attention_maps` need `prompt` beside `prompt_embeds`: it says which tokens are"
+                " whose."
+            )
+
+        with in_turn(self.unet):  # type: ignore[attr-defined]
+            # 2. Find subjects and regions in the prompts
+            placed = self.place(placed_prompts, layout, color_context, height, width)
+
+            # 3. Turn layouts and token spans into what the UNet needs
+            device = self._execution_device
+            conditioning, recorder = None, None
+            num_tokens = self.encoder_slots[0].tokenizer.model_max_length if placed else 0
+            if prompt_embeds is not None:
+                check_prompt_embeds(prompt_embeds, placed)
+                num_tokens = prompt_embeds.shape[1]
+            if guidance_steps != 0:
+                conditioning = self.prepare_regions(
+                    placed,
+                    guidance_function,
+                    num_tokens=num_tokens,
+                    encode_words=prompt_embeds is None,
+                    device=device,
+                    lora_scale=(asked["cross_attention_kwargs"] or {}).get("scale"),
+                    clip_skip=asked["clip_skip"],
+                )
+            if conditioning is not None:
+                conditioning = conditioning.repeated(num_images)
+            if output_attention_maps:
+                recorded = [recorded_tokens(of_prompt) for of_prompt in placed]
+                recorder = make_recorder(recorded, num_tokens, num_images, conditioning)
+
+            # 4. Encode the prompts with their subjects, denoise and decode
+            guidance = region_attention(
+                self.unet,  # type: ignore[attr-defined]
+                conditioning,
+                scheduler=self.scheduler,  # type: ignore[attr-defined]
+                resize_masks=masks_at,
+                guidance_method=guidance_function,
+                guidance_weight=guidance_weight,
+                weight_negative=weight_negative,
+                guidance_steps=guidance_steps,
+                recorder=recorder,
+            )
+            again = recurrent_steps(
+                self, recurrence, guidance_steps if recurrence_steps is None else recurrence_steps, asked["generator"]
+            )
+            with guidance, again, self._running_on(device):
+                values = super().__call__(**{**asked, "return_dict": False})  # type: ignore[misc]
+
+        # 5. Collect the attention maps
+        attention_maps = None
+        if recorder is not None:
+            maps = recorder.maps().transpose(0, 1).numpy()  # [images, UNet calls, names, h, w]
+            names = [list(tokens) for tokens in recorded for _ in range(num_images)]
+            attention_maps = [
+                dict(zip(of_names, of_image.swapaxes(0, 1), strict=False))  # rows of absent names are left over
+                for of_image, of_names in zip(maps, names, strict=True)
+            ]
+        if not return_dict:
+            return (*values, attention_maps) if output_attention_maps else values
+        return type(self)._output(*values, attention_maps=attention_maps)
+
+    @contextmanager
+    def guide(
+        self,
+        pipeline: Any,
+        prompt: str | list[str],
+        layout: Any,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        color_context: Mapping[str, Sequence[Any]] | list[Mapping[str, Sequence[Any]]] | None = None,
+        guidance_steps: int | None = None,
+        guidance_weight: float = 0.08,
+        weight_negative: float = -1e8,
+        guidance_method: str | GuidanceMethod = "multisubject",
+        **encoding: Any,
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """Within the context, another pipeline follows a layout: image-to-image, inpainting, ControlNet …
+
+            inpaint = StableDiffusionInpaintPipeline.from_pipe(pipe, dtype=pipe.dtype)
+            with pipe.guide(inpaint, "<petrucci> on the beach", {"petrucci": box}) as embeds:
+                inpaint(**embeds, image=image, mask_image=mask)
+
+        Calls are guided in the thread that opens the context; other threads' guided calls of this UNet wait.
+
+        Args:
+            pipeline: any whose UNet, of this pipeline's family, is called with the prompts' embeddings alone or behind
+                as many negative ones. Others (PAG, SAG, InstructPix2Pix, AnimateDiff) fail at their first step. What is
+                cropped (`padding_mask_crop`) or drawn in parts (panoramas) gets the whole layout in each part.
+            prompt, layout: as in a call of this pipeline.
+            height, width: of the pictures, in pixels; default: the base's.
+            color_context, guidance_steps, guidance_weight, weight_negative, guidance_method: as in a call. Steps are
+                counted from the first that is taken, also where `strength` leaves some out.
+            encoding: `negative_prompt`, `lora_scale`, `clip_skip`, as for `encode_prompt`.
+
+        Yields:
+            The prompts' embeddings by the names under which calls of `pipeline` take them (`prompt_embeds`,
+            `negative_prompt_embeds`), with one picture per prompt or more.
+
+        Raises:
+            ValueError, TypeError: an argument is wrong, or `pipeline` calls its UNet in another way.
+            RuntimeError: at the end, if `pipeline` was called in another thread.
+        """
+        # 1. Check inputs
+        unet = getattr(pipeline, "unet", None)
+        if unet is None or getattr(pipeline, "scheduler", None) is None:
+            raise TypeError(f"`pipeline` is a {type(pipeline).__name__}, expected one with a UNet of Stable Diffusion.")
+        if any(kind.__name__ == MultiSubjectMixin.__name__ for kind in type(pipeline).__mro__):
+            name = type(pipeline).__name__
+            raise TypeError(f"`pipeline` is a {name}: call it with `layout`, it needs no guide.")
+        slots = self.encoder_slots
+        if any(slot.width is None for slot in slots):
+            raise ValueError("The pipeline has no text encoder, which the prompts need; load one.")
+        if problem := self.base_problem(unet):
+            raise ValueError(f"`pipeline`: its UNet {problem}")
+        known = {"lora_scale", "clip_skip", *(name for slot in slots for name in (slot.prompt, slot.negative_prompt))}
+        if unknown := sorted(set(encoding) - known):
+            raise TypeError(f"Unknown arguments {unknown} of `guide`; expected some of {sorted(known)}.")
+        check_steps("guidance_steps", guidance_steps, "all steps")
+        guidance_function = resolve_guidance_method(guidance_method)
+        height, width = self._size(height, width, unet)
+        asked = {"prompt": prompt, "height": height, "width": width, **encoding}
+        check_prompts(asked, slots)
+        self._check_inputs(asked)
+
+        with in_turn(unet):
+            # 2. Find subjects and regions in the prompts, and encode them
+            conditioning = None
+            with torch.no_grad():
+                prompts = {slot.prompt: asked.get(slot.prompt) for slot in slots}
+                placed = self.place(prompts, layout, color_context, height, width)
+                names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds",
+                         "negative_pooled_prompt_embeds")  # fmt: skip
+                embeds = dict(zip(names, self.encode_prompt(prompt, **encoding), strict=False))
+                if guidance_steps != 0:
+                    conditioning = self.prepare_regions(
+                        placed,
+                        guidance_function,
+                        num_tokens=embeds["prompt_embeds"].shape[1],
+                        lora_scale=encoding.get("lora_scale"),
+                        clip_skip=encoding.get("clip_skip"),
+                    )
+            if conditioning is not None and torch.equal(embeds["prompt_embeds"], embeds["negative_prompt_embeds"]):
+                raise ValueError(
+                    f"`negative_prompt` is {encoding.get('negative_prompt')!r}, the prompt itself; expected another."
+                )
+
+            # 3. Guide whatever calls the UNet with these embeddings
+            with region_attention(
+                unet,
+                conditioning,
+                scheduler=pipeline.scheduler,
+                resize_masks=masks_at,
+                guidance_method=guidance_function,
+                guidance_weight=guidance_weight,
+                weight_negative=weight_negative,
+                guidance_steps=guidance_steps,
+                calls=ExpectedCalls(
+                    pipeline,
+                    (height // self.vae_scale_factor, width // self.vae_scale_factor),  # type: ignore[attr-defined]
+                    embeds["prompt_embeds"],
+                    embeds["negative_prompt_embeds"],
+                ),
+            ):
+                yield embeds
+
+    # --- prompts -----------------------------------------------------------------------------------------------------
+
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor | None, ...]:
+        """As the base's, with the residuals of the subjects that the prompts name. What comes out holds the subjects
+        and works wherever diffusers takes `prompt_embeds`, in image-to-image or inpainting for example.
+
+        Args:
+            prompt: may name loaded subjects, as in a call of the pipeline.
+            device: where to encode; None: where the pipeline runs.
+            num_images_per_prompt: rows per prompt.
+            do_classifier_free_guidance: also encode the negative prompt.
+            negative_prompt: may name loaded subjects as `<name>`.
+            prompt_embeds: taken as they are, instead of encoding.
+            negative_prompt_embeds: the same for the negative prompt.
+            lora_scale: of LoRA weights on the text encoder.
+            clip_skip: layers of the text encoder to skip.
+
+        Returns:
+            Embeddings `(prompts * num_images_per_prompt, tokens, dim)` of the prompts and of the negative prompts.
+        """
+        slots = self.encoder_slots
+        asked = self._encoding(args, kwargs)
+        check_prompts(asked, slots)
+        num_images, prompt_embeds = asked["num_images_per_prompt"], asked["prompt_embeds"]
+        reads_negative = asked["do_classifier_free_guidance"] and asked["negative_prompt_embeds"] is None
+        with self.reading():
+            if prompt_embeds is not None and asked["prompt"] is None and reads_negative:
+                for slot in slots:  # one negative prompt for all embeddings
+                    if isinstance(asked[slot.negative_prompt], str):
+                        asked[slot.negative_prompt] = [asked[slot.negative_prompt]] * len(prompt_embeds)
+            positive = [self._read(asked, slot) if prompt_embeds is None else [] for slot in slots]
+            negative = [self._read(asked, slot, negative=True) if reads_negative else [] for slot in slots]
+            embeds, negative_embeds, *pooled = self._encode(**asked)
+            if negative_embeds is not None:
+                negative_embeds = self.add_subjects(negative_embeds, negative, num_images)
+            return self.add_subjects(embeds, positive, num_images), negative_embeds, *pooled
+
+    def _read(self, asked: dict[str, Any], slot: Any, *, negative: bool = False) -> list[ParsedPrompt]:
+        """A text encoder's prompts with their subjects found; in `asked`, plain words take the place of names."""
+        name = slot.negative_prompt if negative else slot.prompt
+        parsed = self.parse_prompts(asked[name], slot, negative=negative)
+        if parsed:
+            asked[name] = parsed[0].text if isinstance(asked[name], str) else [text.text for text in parsed]
+        return parsed
+
+    def _encoding(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of `encode_prompt` by name."""
+        base, own = super().encode_prompt, MultiSubjectMixin.encode_prompt  # type: ignore[misc]
+        asked = bind_arguments(base, args, kwargs, own=own, **ENCODING_DEFAULTS)
+        asked["device"] = asked["device"] or self._execution_device
+        return asked
+
+    def _encode(self, **asked: Any) -> tuple[Any, ...]:
+        """diffusers' own `encode_prompt`."""
+        return super().encode_prompt(**asked)  # type: ignore[misc]
+
+    def place(
+        self,
+        prompts: Mapping[str, str | list[str] | None],
+        layout: Any,
+        color_context: Any,
+        height: int,
+        width: int,
+    ) -> list[PlacedPrompt]:
+        """Text and layout brought together, one per prompt.
+
+        Args:
+            prompts: for each text encoder's `EncoderSlot.prompt` what it reads.
+            layout, color_context, height, width: as in a call.
+        """
+        prompt, slots = prompts["prompt"], self.encoder_slots
+        if prompt is not None and any(slot.tokenizer is None for slot in slots):
+            raise ValueError("`prompt` needs a tokenizer, which the pipeline does not have; load one.")
+        layouts, contexts = per_prompt(layout, prompt, "layout"), per_prompt(color_context, prompt, "color_context")
+        with self.reading():
+            texts = zip(*(self.parse_prompts(prompts[slot.prompt], slot) for slot in slots), strict=True)
+            return [
+                PlacedPrompt(of_prompt)
+                if of_layout is None and layout is not None  # one of several prompts may have none
+                else place_prompt(of_prompt, of_layout, context, height=height, width=width, subjects=self.subjects)
+                for of_prompt, of_layout, context in zip(texts, layouts, contexts, strict=True)
+            ]
+
+    def prepare_regions(
+        self,
+        placed: Sequence[PlacedPrompt],
+        guidance_method: GuidanceMethod,
+        *,
+        num_tokens: int,
+        encode_words: bool = True,
+        **encoding: Any,
+    ) -> RegionConditioning | None:
+        """What `region_attention` needs of prompts and their layouts; None if no prompt has regions.
+
+        Args:
+            placed: one per prompt.
+            guidance_method: says whether the regions' own prompts are wanted.
+            num_tokens: length of the prompt embeddings.
+            encode_words: False leaves the regions' words as they are in the prompt embeddings, where a method can.
+            encoding: `device`, `lora_scale`, `clip_skip`, as for `encode_prompt`.
+        """
+        with self.reading():
+            lengths = [
+                [len(self._tokens(text)) for text in of_prompt.texts] if of_prompt.regions else [num_tokens]
+                for of_prompt in placed
+            ]
+        conditioning = make_conditioning(placed, lengths, num_tokens)
+        appended = getattr(guidance_method, "uses_region_prompts", False)
+        if conditioning is not None and (
+            appended or (encode_words and getattr(guidance_method, "uses_own_words", False))
+        ):
+            conditioning = replace(conditioning, prompts=self.encode_region_prompts(placed, **encoding))
+        return conditioning
+
+    def encode_region_prompts(self, placed: Sequence[PlacedPrompt], **encoding: Any) -> RegionPrompts:
+        """Encode each region's own prompt, `a photo of` what stands there, with its subject's residual.
+
+        Args:
+            placed: B prompts, at least one with regions.
+            encoding: `device`, `lora_scale`, `clip_skip`, as for `encode_prompt`.
+        """
+        with self.reading():
+            texts = region_texts(placed)
+            asked = self._encoding(([text.text for text in texts],), encoding)
+            embeds = self._encode(**{**asked, "do_classifier_free_guidance": False})[0]
+            return make_region_prompts(placed, self.add_subjects(embeds, [texts] * len(self.encoder_slots)))
+
+    def _tokens(self, text: ParsedPrompt) -> list[int]:
+        return text.tokenizer(self.maybe_convert_prompt(text.text, text.tokenizer)).input_ids  # type: ignore[attr-defined]
+
+    def _check_inputs(self, asked: Mapping[str, Any]) -> None:
+        """diffusers' own checks."""
+        names = inspect.signature(self.check_inputs).parameters  # type: ignore[attr-defined]
+        self.check_inputs(**{name: asked.get(name) for name in names})  # type: ignore[attr-defined]
+
+    def _size(self, height: int | None, width: int | None, unet: Any = None) -> tuple[int, int]:
+        """Height and width in pixels, the base's where one is not said."""
+        if height and width:
+            return height, width
+        size = (unet or self.unet).config.sample_size  # type: ignore[attr-defined]
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * self.vae_scale_factor, width * self.vae_scale_factor  # type: ignore[attr-defined]
+
+    @property
+    def _execution_device(self) -> torch.device:
+        """As the base's, which looks at every module; known during a call."""
+        return self._device_of_call or super()._execution_device  # type: ignore[misc]
+
+    @contextmanager
+    def _running_on(self, device: torch.device) -> Iterator[None]:
+        try:
+            self._device_of_call = device
+            yield
+        finally:
+            self._device_of_call = None
+
+    # --- loading and saving ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """As `DiffusionPipeline.from_pretrained`; the error for a base that has left the Hub names its mirror."""
+        with base_model_errors(pretrained_model_name_or_path):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+        """As `DiffusionPipeline.from_pipe`, but in the models' own dtypes unless `dtype` asks for another: they are
+        shared, and diffusers would turn them to float32. Subjects and their weights come along."""
+        if not {"dtype", "torch_dtype"} & set(kwargs):
+            kwargs["dtype"] = _KEEP_DTYPE
+        new = super().from_pipe(pipeline, **kwargs)  # type: ignore[misc]
+        if hasattr(pipeline, "subjects") and hasattr(pipeline, "_subject_weights"):
+            new.subjects, new._subject_weights = dict(pipeline.subjects), dict(pipeline._subject_weights)
+        return new
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base's."""
+        return self if kwargs.get("dtype") is _KEEP_DTYPE else super().to(*args, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """As the base's. A folder that `save_pretrained` wrote names this class's code: no need to trust its copy."""
+        config = super().load_config(*args, **kwargs)  # type: ignore[misc]
+        if isinstance(config, dict) and config.get("_class_name") == [cls._file, cls.__name__]:
+            config["_class_name"] = cls.__name__
+        return config
+
+    def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Save `model_index.json`, and beside it the code that it names, so that the folder loads by itself."""
+        os.makedirs(save_directory, exist_ok=True)
+        copy_pipeline_sources(save_directory)
+        save_subjects_with_pipeline(self.subjects, save_directory)
+        super().save_config(save_directory, push_to_hub, **kwargs)  # type: ignore[misc]
+
+    def to_json_string(self) -> str:
+        """The configuration, with the class named in the form that diffusers loads from the folder's own code."""
+        config = json.loads(super().to_json_string())  # type: ignore[misc]
+        config["_class_name"] = [self._file, type(self).__name__]
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"

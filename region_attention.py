@@ -1,0 +1,510 @@
+"""Region guidance around a UNet: pull a subject's tokens into its region, keep them out of the others.
+
+The context manager `region_attention` makes a UNet apply a method of `guidance_methods.py` and gives the UNet back as
+it found it:
+
+    with region_attention(pipe.unet, regions, scheduler=pipe.scheduler, resize_masks=masks_at):
+        pipe(prompt)
+
+Everything a method needs travels in the UNet's own call: the timestep gives the noise level, the sample's shape gives
+the resolutions, and the batch size tells whether classifier-free guidance doubled it.
+"""
+
+from __future__ import annotations
+
+import numbers
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import EDMEulerScheduler
+
+from .attention_processors import AttentionRecorder, PromptKeys, RegionAttnProcessor, RegionCall, Stamp
+from .guidance_methods import HIDDEN, GuidanceMethod, GuidanceStep, RegionMaps, TokenKind, resolve_guidance_method
+from .shared_models import in_turn
+
+__multisubject_version__ = "0.1.0"
+
+# Processors that compute plain softmax attention, so that replacing them for the time of a call loses nothing.
+# By name: a pipeline loaded through `custom_pipeline` has its own copy of this module's classes.
+REPLACEABLE_PROCESSORS = frozenset(
+    {
+        "AttnProcessor",
+        "AttnProcessor2_0",
+        "FusedAttnProcessor2_0",
+        "RegionAttnProcessor",
+        "SlicedAttnProcessor",
+        "XFormersAttnProcessor",
+    }
+)
+
+
+@dataclass(frozen=True, eq=False)
+class RegionPrompts:
+    """Each region's own prompt, encoded, for B images with up to R regions and L tokens each.
+
+    Args:
+        embeds: `(B, R, L, dim)`; rows of absent regions are ignored.
+        tokens: `(B, R, L)` bool, the tokens that name the region's subject.
+        token_kinds: `(B, R, L)` int64 of `TokenKind`.
+    """
+
+    embeds: torch.Tensor
+    tokens: torch.Tensor
+    token_kinds: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class RegionConditioning:
+    """Regions and the tokens that they place, for a batch of B images with up to R regions and T tokens each.
+
+    Args:
+        masks: `(B, R, H, W)` float32 in [0, 1], at any resolution; rows of absent regions are zero.
+        tokens: `(B, R, T)` bool, the tokens that name each region's subject; rows of absent regions are False.
+        weights: `(B, R)` float32, pull of each region's tokens inside it.
+        token_kinds: `(B, T)` int64 of `TokenKind`.
+        prompts: the regions' own prompts. `regional_prompts` and `attention_couple` need them; `multisubject` and
+            `dense_diffusion` take a region's words from there, or else leave them as they are in the prompt.
+    """
+
+    masks: torch.Tensor
+    tokens: torch.Tensor
+    weights: torch.Tensor
+    token_kinds: torch.Tensor
+    prompts: RegionPrompts | None = None
+
+    def repeated(self, times: int) -> RegionConditioning:
+        """The same with each image's rows `times` in a row."""
+        masks, tokens, weights, kinds = (
+            tensor.repeat_interleave(times, dim=0)
+            for tensor in (self.masks, self.tokens, self.weights, self.token_kinds)
+        )
+        prompts = self.prompts
+        if prompts is not None:
+            prompts = RegionPrompts(
+                *(
+                    tensor.repeat_interleave(times, dim=0)
+                    for tensor in (prompts.embeds, prompts.tokens, prompts.token_kinds)
+                )
+            )
+        return RegionConditioning(masks, tokens, weights, kinds, prompts)
+
+
+@contextmanager
+def region_attention(
+    unet: Any,
+    regions: RegionConditioning | None,
+    *,
+    scheduler: Any,
+    resize_masks: Callable[[torch.Tensor, tuple[int, int]], torch.Tensor],
+    guidance_method: str | GuidanceMethod = "cones2",
+    guidance_weight: float = 0.08,
+    weight_negative: float = -1e8,
+    guidance_steps: int | None = None,
+    recorder: AttentionRecorder | None = None,
+    calls: ExpectedCalls | None = None,
+) -> Iterator[None]:
+    """Within the context, calls of `unet` are guided by `regions`; afterwards the UNet is as it was.
+
+    Works around any pipeline that calls a `UNet2DConditionModel` with `cross_attention_kwargs` in reach, with or
+    without classifier-free guidance in one batch. A context inside another one on the same UNet replaces it for its
+    duration, also with `regions=None`. Only calls of this thread are guided; another thread's context on the same UNet
+    waits until this one is closed. A backward pass with gradient checkpointing belongs inside.
+
+    Args:
+        unet: the `UNet2DConditionModel`.
+        regions: masks and tokens of the B images that a call denoises; None: no guidance.
+        scheduler: the scheduler that drives the UNet; gives noise levels and counts steps.
+        resize_masks: `(N, H, W), (h, w) -> (N, h, w)`; `layout.masks_at` keeps regions that are smaller than a cell.
+        guidance_method: name in `GUIDANCE_METHODS`, or a function of an `AttentionLayer`.
+        guidance_weight: factor of the strength, at most 1e6.
+        weight_negative: signed weight of a subject's tokens outside its region; at most 0 and finite.
+        guidance_steps: guide the scheduler's first steps only; None: all.
+        recorder: collects attention maps of every UNet call, guided or not.
+        calls: what the UNet will be called with, where somebody else's pipeline calls it; None: not checked, and every
+            call has one conditional sample for each image of `regions`.
+
+    Raises:
+        ValueError: an attention processor of the UNet would be lost (IP-Adapter, custom ones), a bad argument, or a
+            batch that does not fit the regions.
+        RuntimeError: at the end, if the UNet was called by other threads alone: none of these calls was guided.
+    """
+    with in_turn(unet) as (state,):
+        if regions is None and recorder is None and not state.contexts:
+            yield
+            return
+
+        # Not `unet.set_attn_processor`, which walks the whole UNet three times
+        layers = {name: module for name, module in unet.named_modules() if hasattr(type(module), "set_processor")}
+        processors = {name: layer.get_processor() for name, layer in layers.items()}
+        _check_processors(processors)
+        hook = _RegionHook(
+            regions,
+            num_levels=len(unet.config.block_out_channels) if hasattr(unet, "config") else None,
+            layers=list(layers.values()),
+            schedule=_Schedule(scheduler, guidance_weight, guidance_steps),
+            resize_masks=resize_masks,
+            method=resolve_guidance_method(guidance_method),
+            weight_negative=weight_negative,
+            recorder=recorder,
+            calls=calls,
+        )
+        if not state.contexts:
+            state.processors = processors
+        handle = None
+        state.contexts += 1
+        try:
+            for layer in layers.values():
+                layer.set_processor(RegionAttnProcessor())
+            # Prepended: of nested contexts the innermost speaks first, and the outer ones then keep silent.
+            handle = unet.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+            yield
+        finally:
+            if handle is not None:
+                handle.remove()
+            state.contexts -= 1
+            if not state.contexts:  # of contexts that coroutines open and close in any order, the last one
+                for name, layer in layers.items():
+                    layer.set_processor(state.processors[name])
+                state.processors = {}
+        hook.check_it_was_heard()
+
+
+def _check_processors(processors: Mapping[str, Any]) -> None:
+    for name, processor in processors.items():
+        kind = type(processor).__name__
+        if "IPAdapter" in kind:
+            raise ValueError(
+                f"The UNet has an IP-Adapter ({kind} at {name}), which region guidance would switch off. Call"
+                " `pipe.unload_ip_adapter()` first, or call the pipeline without `layout` and attention maps."
+            )
+        if kind not in REPLACEABLE_PROCESSORS:
+            raise ValueError(
+                f"The UNet's attention processor {kind} at {name} is not one of {sorted(REPLACEABLE_PROCESSORS)}, so"
+                " region guidance would lose what it does. Call `unet.set_default_attn_processor()` first."
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class ExpectedCalls:
+    """What the UNet is called with by a pipeline that was given these embeddings.
+
+    Args:
+        pipeline: the pipeline.
+        latent_size: `(h, w)` of its samples.
+        prompt_embeds: `(B, T, dim)`.
+        negative_prompt_embeds: `(B, T, dim)`, not the same.
+    """
+
+    pipeline: Any
+    latent_size: tuple[int, int]
+    prompt_embeds: torch.Tensor
+    negative_prompt_embeds: torch.Tensor
+
+    def images_per_prompt(self, prompt_embeds: torch.Tensor) -> int | None:
+        """How often a call has each prompt, alone or behind as many negative ones; None: it is another call."""
+        times = len(prompt_embeds) // len(self.prompt_embeds)
+
+        def consists_of(times: int, *parts: torch.Tensor) -> bool:
+            expected = torch.cat([part.repeat_interleave(times, dim=0) for part in parts])
+            return expected.shape == prompt_embeds.shape and torch.equal(expected.to(prompt_embeds), prompt_embeds)
+
+        if consists_of(times, self.prompt_embeds):
+            return times
+        if consists_of(times // 2, self.negative_prompt_embeds, self.prompt_embeds):
+            return times // 2
+        return None
+
+
+class _Schedule:
+    """What the scheduler says of a UNet call: whether it is guided, how strongly, and how much of the run is done.
+
+    Args:
+        scheduler: drives the UNet.
+        guidance_weight, guidance_steps: as for `region_attention`.
+    """
+
+    def __init__(self, scheduler: Any, guidance_weight: float, guidance_steps: int | None):
+        if not isinstance(guidance_weight, numbers.Real):
+            raise TypeError(f"`guidance_weight` is {guidance_weight!r}, expected a number.")
+        if not abs(guidance_weight) <= 1e6:
+            raise ValueError(f"`guidance_weight` is {guidance_weight}, expected a number from -1e6 to 1e6.")
+        if guidance_steps is not None and guidance_steps < 0:
+            raise ValueError(f"`guidance_steps` is {guidance_steps}, expected at least 0, or None to guide all steps.")
+        if not hasattr(scheduler, "alphas_cumprod") and not isinstance(scheduler, EDMEulerScheduler):
+            raise ValueError(
+                f"{type(scheduler).__name__} has no `alphas_cumprod`, expected one of KarrasDiffusionSchedulers."
+            )
+        self.scheduler, self.guidance_weight, self.guidance_steps = scheduler, guidance_weight, guidance_steps
+        self.sigmas: torch.Tensor | None = None
+        if hasattr(scheduler, "alphas_cumprod"):
+            # Zero-terminal-SNR schedules end in alpha_bar = 0; diffusers' own floor keeps the noise level finite.
+            alphas_cumprod = scheduler.alphas_cumprod.float().clamp(min=2**-24)
+            self.sigmas = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
+        self.timesteps_of_run: torch.Tensor | None = None
+        self.first_timestep: torch.Tensor | None = None
+        self.last_timestep: torch.Tensor | None = None
+
+    def is_guided(self, timestep: torch.Tensor) -> bool:
+        """Whether this call is guided, decided on the host without waiting for the device where that is possible."""
+        if self.guidance_steps == 0:
+            return False
+        if self.scheduler.timesteps is not self.timesteps_of_run:  # `set_timesteps` makes new ones
+            self.timesteps_of_run, self.first_timestep = self.scheduler.timesteps, timestep
+        steps = getattr(self.scheduler, "num_inference_steps", None)
+        if self.guidance_steps is None or (steps is not None and self.guidance_steps >= steps):
+            return True
+        if hasattr(self.scheduler, "step_index"):
+            return _step_index(self.scheduler) < self.guidance_steps
+        # DDIM, DDPM and PNDM look their coefficients up by the timestep's value and so read it from the device anyway.
+        if self.last_timestep is None or timestep > self.last_timestep:  # time runs backwards: a new run
+            self.first_timestep = timestep
+        self.last_timestep = timestep
+        timesteps = self.scheduler.timesteps.to(timestep.device)
+        taken = timesteps[(timesteps > timestep) & (timesteps <= self.first_timestep)]
+        return taken.unique().numel() < self.guidance_steps
+
+    def step(self, timestep: torch.Tensor) -> GuidanceStep:
+        """What a guidance method is told of a guided call."""
+        sigma = self._sigma(timestep)
+        timesteps = self.scheduler.timesteps.to(timestep.device)
+        assert self.first_timestep is not None
+        self.first_timestep = torch.maximum(self.first_timestep, timestep)
+        taken = timesteps <= self.first_timestep  # image-to-image begins later
+        return GuidanceStep(
+            sigma=sigma,
+            strength=self.guidance_weight * (sigma**2).log1p(),
+            progress=(taken & (timesteps > timestep)).sum() / taken.sum().clamp(min=1),
+            time=timestep.float() / self.scheduler.config.num_train_timesteps,
+        )
+
+    def _sigma(self, timestep: torch.Tensor) -> torch.Tensor:
+        """Noise level at `timestep`, interpolated between training timesteps, on the timestep's device."""
+        if self.sigmas is None:  # EDM's timesteps count no training steps
+            return self.scheduler.sigmas[self.scheduler.step_index].to(timestep.device)
+        self.sigmas = self.sigmas.to(timestep.device)
+        timestep = timestep.clamp(0, len(self.sigmas) - 1)
+        if not timestep.is_floating_point():
+            return self.sigmas.take(timestep.long())
+        position = timestep.float()
+        below = position.floor().long()
+        above = (below + 1).clamp(max=len(self.sigmas) - 1)
+        # `take`, because indexing by a scalar tensor would wait for the device
+        return torch.lerp(self.sigmas.take(below), self.sigmas.take(above), position.frac())
+
+
+class _RegionHook:
+    """Forward pre-hook of the UNet: adds a `RegionCall` to the `cross_attention_kwargs` of its own thread's calls."""
+
+    def __init__(
+        self,
+        regions: RegionConditioning | None,
+        *,
+        num_levels: int | None,
+        layers: list[Any],
+        schedule: _Schedule,
+        resize_masks: Callable[[torch.Tensor, tuple[int, int]], torch.Tensor],
+        method: GuidanceMethod,
+        weight_negative: float,
+        recorder: AttentionRecorder | None,
+        calls: ExpectedCalls | None,
+    ):
+        if not isinstance(weight_negative, numbers.Real):
+            raise TypeError(f"`weight_negative` is {weight_negative!r}, expected a number.")
+        if not -torch.finfo(torch.float32).max <= weight_negative <= 0:
+            raise ValueError(f"`weight_negative` is {weight_negative}, expected a finite number that is at most 0.")
+        self.appended = getattr(method, "uses_region_prompts", False)
+        if regions is not None and regions.prompts is None and self.appended:
+            raise ValueError(
+                f"The guidance method {getattr(method, '__name__', method)!r} uses the regions' own prompts, but"
+                " `regions.prompts` is None. Pass `RegionPrompts`, or choose another method."
+            )
+        has_prompts = regions is not None and regions.prompts is not None
+        self.own_words = has_prompts and getattr(method, "uses_own_words", False)
+        self.regions, self.num_levels, self.layers, self.schedule = regions, num_levels, layers, schedule
+        self.resize_masks, self.method, self.weight_negative = resize_masks, method, weight_negative
+        self.recorder, self.calls = recorder, calls
+        self.regions_of_prompts = regions
+        self.repeats_of: Stamp | None = None
+        self.own_words_kept: tuple[Stamp, torch.Tensor] | None = None
+        self.kept_keys = PromptKeys()
+        self.frames: dict[tuple[Any, ...], torch.Tensor] = {}
+        self.maps_by_shape: dict[tuple[torch.Size, torch.device], dict[int, RegionMaps]] = {}
+        self.thread = threading.get_ident()
+        self.heard, self.called_by_others = False, False
+
+    def check_it_was_heard(self) -> None:
+        """Raise if only other threads have called the UNet."""
+        if self.called_by_others and not self.heard:
+            raise RuntimeError(
+                "The UNet was guided in one thread and called in another one, where nothing was guided. Call the"
+                " pipeline in the thread that opened the context."
+            )
+
+    @torch.compiler.disable
+    def __call__(self, unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict]:
+        if threading.get_ident() != self.thread:
+            self.called_by_others = True
+            return args, kwargs
+        self.heard = True
+        call_kwargs = dict(kwargs.get("cross_attention_kwargs") or {})
+        if "regions" in call_kwargs:  # a context inside this one has spoken
+            return args, kwargs
+        sample = args[0] if args else kwargs["sample"]
+        timestep = torch.as_tensor(args[1] if len(args) > 1 else kwargs["timestep"])
+        prompt_embeds = args[2] if len(args) > 2 else kwargs["encoder_hidden_states"]
+        call_kwargs["regions"] = call = self._region_call(sample, timestep.reshape(-1)[0], prompt_embeds)
+        if call is not None and call.maps is not None:
+            self._check_length(prompt_embeds)
+            if self.own_words:
+                prompt_embeds = self._with_own_words(prompt_embeds)
+                if len(args) > 2:
+                    args = (*args[:2], prompt_embeds, *args[3:])
+                else:
+                    kwargs = {**kwargs, "encoder_hidden_states": prompt_embeds}
+        return args, {**kwargs, "cross_attention_kwargs": call_kwargs}
+
+    def _check_call(self, calls: ExpectedCalls, sample: torch.Tensor, prompt_embeds: torch.Tensor) -> None:
+        """Raise if this call is not one that can be guided, and adapt to its number of pictures per prompt."""
+        assert self.regions is not None and self.regions_of_prompts is not None
+        if any(type(layer.processor).__name__ != RegionAttnProcessor.__name__ for layer in self.layers):
+            raise ValueError(
+                "The UNet's attention processors were replaced while it is guided. Use no pipeline and no setting that"
+                " does so (PAG, SAG, Attend-and-Excite, attention slicing), or set it before."
+            )
+        if calls.pipeline.scheduler is not self.schedule.scheduler:
+            raise ValueError("The pipeline's scheduler was replaced while it is guided. Set it before.")
+        if sample.shape[-2:] != calls.latent_size:
+            height, width = self.regions_of_prompts.masks.shape[-2:]
+            raise ValueError(
+                f"The layout was made for pictures of {height} x {width} pixels (height x width), whose latents are"
+                f" {' x '.join(map(str, calls.latent_size))}, but these are {sample.shape[-2]} x {sample.shape[-1]}."
+                " Pass the `height` and `width` of the pictures; one that is drawn in parts cannot be guided."
+            )
+        if self.repeats_of is None or not self.repeats_of.holds(prompt_embeds):
+            repeats = calls.images_per_prompt(prompt_embeds)
+            if repeats is None or len(sample) != len(prompt_embeds):
+                raise ValueError(
+                    f"The UNet was called with {len(sample)} samples and {len(prompt_embeds)} prompt embeddings,"
+                    " expected those of the prompts, alone or behind as many negative ones. Call the pipeline with the"
+                    " embeddings that were made for it, unchanged; one that batches otherwise (InstructPix2Pix,"
+                    " AnimateDiff) cannot be guided."
+                )
+            self.repeats_of = None if prompt_embeds.is_inference() else Stamp(prompt_embeds)
+            if len(self.regions.masks) != repeats * len(self.regions_of_prompts.masks):
+                self.regions = self.regions_of_prompts.repeated(repeats)
+                self.maps_by_shape.clear()
+
+    def _with_own_words(self, prompt_embeds: torch.Tensor) -> torch.Tensor:
+        """`(batch, T, dim)` with the words of every region as they are in its own prompt, conditional samples only."""
+        if not Stamp.possible(prompt_embeds):
+            return self._replaced(prompt_embeds)
+        kept = self.own_words_kept
+        if kept is None or not kept[0].holds(prompt_embeds):
+            self.own_words_kept = kept = Stamp(prompt_embeds), self._replaced(prompt_embeds)
+        return kept[1]
+
+    def _replaced(self, prompt_embeds: torch.Tensor) -> torch.Tensor:
+        assert self.regions is not None and self.regions.prompts is not None
+        prompts, tokens = self.regions.prompts, self.regions.tokens
+        prompt_embeds = prompt_embeds.clone()
+        for region in range(tokens.shape[1]):
+            own = prompts.embeds[:, region][prompts.tokens[:, region]]  # row by row, as many as the prompt has
+            prompt_embeds[-len(tokens) :][tokens[:, region]] = own.to(prompt_embeds)
+        return prompt_embeds
+
+    def _check_length(self, prompt_embeds: torch.Tensor) -> None:
+        assert self.regions is not None
+        if prompt_embeds.shape[1] != self.regions.tokens.shape[2]:
+            raise ValueError(
+                f"The UNet was called with prompt embeddings of {prompt_embeds.shape[1]} tokens, expected"
+                f" {self.regions.tokens.shape[2]}, the length of `regions.tokens`."
+            )
+
+    def _region_call(
+        self, sample: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor
+    ) -> RegionCall | None:
+        height, width = sample.shape[-2:]
+        sizes = {h * w: (h, w) for h, w in _level_sizes(height, width, self.num_levels)}
+        if self.recorder is not None:
+            self.recorder.start_call()
+        if self.regions is None or not self.schedule.is_guided(timestep):
+            recorder = self.recorder
+            return None if recorder is None else RegionCall(recorder.batch, sizes, recorder=recorder)
+
+        if self.calls is not None:
+            self._check_call(self.calls, sample, prompt_embeds)
+        batch = self.regions.masks.shape[0]
+        if sample.shape[0] not in (batch, 2 * batch):
+            raise ValueError(
+                f"The UNet was called with a batch of {sample.shape[0]}, expected {batch} (one sample per image of"
+                f" `regions`) or {2 * batch} (with classifier-free guidance)."
+            )
+        key = (sample.shape[-2:], sample.device)
+        if key not in self.maps_by_shape:
+            with torch.autocast(sample.device.type, enabled=False):
+                self.maps_by_shape[key] = {h * w: self._maps_at((h, w), sample.device) for h, w in sizes.values()}
+        prompts = self.regions.prompts if self.appended else None
+        more = None if prompts is None else prompts.embeds.flatten(1, 2).to(sample.device)
+        maps, step = self.maps_by_shape[key], self.schedule.step(timestep)
+        return RegionCall(
+            batch, sizes, self.method, maps, step, more, self.recorder, self.kept_keys, frames=self.frames
+        )
+
+    def _maps_at(self, size: tuple[int, int], device: torch.device) -> RegionMaps:
+        regions = self.regions
+        assert regions is not None
+        masks = self.resize_masks(regions.masks.flatten(0, 1).to(device), size)
+        masks = masks.flatten(1).unflatten(0, regions.tokens.shape[:2])  # [B, R, Q]
+        tokens, kinds = regions.tokens.to(device), regions.token_kinds.to(device)
+        owners = torch.full(tokens.shape[2:], -1, device=device)
+        if self.appended:
+            assert regions.prompts is not None
+            num_regions, length = regions.prompts.tokens.shape[1:]
+            numbers = torch.arange(num_regions, device=device)
+            own = numbers.repeat_interleave(length)  # [R * L]
+            own_tokens = regions.prompts.tokens.to(device).flatten(1)[:, None] & (own == numbers[:, None])
+            tokens = torch.cat([tokens, own_tokens], dim=2)
+            kinds = torch.cat([kinds, regions.prompts.token_kinds.to(device).flatten(1)], dim=1)
+            owners = torch.cat([owners, own])
+
+        inside = masks >= masks.amax(dim=-1, keepdim=True) / 2
+        weights = torch.where(inside, regions.weights.to(device)[..., None] * masks, self.weight_negative)
+        signed_weights = torch.full(
+            (len(masks), masks.shape[2], tokens.shape[2]), -torch.inf, dtype=torch.float32, device=device
+        )
+        for region in range(masks.shape[1]):  # one by one: all at once would need R times the memory
+            of_region = torch.where(tokens[:, region, None, :], weights[:, region, :, None], -torch.inf)
+            signed_weights = torch.maximum(signed_weights, of_region)
+        signed_weights = signed_weights.where(tokens.any(dim=1)[:, None, :], 0)
+        inside = inside & (masks > 0)
+        anywhere = inside.any(dim=1)[:, :, None]  # [B, Q, 1]
+        inside_weights = signed_weights.where(anywhere, 0)
+        summary = (kinds >= TokenKind.END) & (owners < 0)  # [B, K]
+        hidden_summary = HIDDEN * (anywhere & summary[:, None, :])
+        covered = regions.masks.amax(dim=1).mean(dim=(1, 2)).to(device)  # [B], the same at every resolution
+        least = HIDDEN * (covered <= 2 / 3) - 2.0
+        held_back_summary = hidden_summary.maximum(least[:, None, None])
+        biases = (maps[:, None] for maps in (signed_weights, inside_weights, hidden_summary, held_back_summary))
+        return RegionMaps(masks, inside, tokens, kinds, owners, *biases)
+
+
+def _level_sizes(height: int, width: int, num_levels: int | None) -> list[tuple[int, int]]:
+    """Sizes of a UNet's levels for a sample of this size: each halves the one before, odd sizes rounded up. Without
+    `num_levels` down to a single cell."""
+    sizes = [(height, width)]
+    while sizes[-1] != (1, 1) and len(sizes) != num_levels:
+        height, width = (height + 1) // 2, (width + 1) // 2
+        sizes.append((height, width))
+    return sizes
+
+
+def _step_index(scheduler: Any) -> int:
+    """0-based index of the step that a scheduler with a `step_index` is at, on the host; of a second-order step's two
+    UNet calls both count as one."""
+    first = getattr(scheduler, "begin_index", None) or 0
+    index = first if scheduler.step_index is None else scheduler.step_index
+    return (index - first) // scheduler.order

@@ -1,0 +1,234 @@
+"""The pipelines' adapter verbs, named as diffusers names those of LoRA: load, unload, list and set subjects."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from .hub_utils import load_subject
+from .residual_embeddings import ParsedPrompt, ResidualEmbedding, add_residuals, find_token_spans, parse_prompt
+from .shared_models import in_turn
+from .subject_file import check_subject_fits
+
+__multisubject_version__ = "0.1.0"
+
+
+@dataclass(frozen=True)
+class EncoderSlot:
+    """Where a text encoder's output lies in the prompt embeddings `(prompts, tokens, dim)` that the UNet reads.
+
+    Args:
+        name: of the pipeline's component, and of a subject's delta: `text_encoder`.
+        tokenizer: its tokenizer, or None.
+        width: columns that it fills; slots follow one another. None if the encoder is not loaded.
+        prompt: the argument of a call that holds what it reads: `prompt`.
+    """
+
+    name: str
+    tokenizer: Any
+    width: int | None
+    prompt: str
+
+    @property
+    def negative_prompt(self) -> str:
+        """The argument with what not to show."""
+        return f"negative_{self.prompt}"
+
+
+class SubjectLoaderMixin:
+    """Loaded subjects and their weights. A pipeline says through `encoder_slots` which text encoders it has.
+
+    Attributes:
+        subjects: name -> `ResidualEmbedding`, the loaded subjects.
+    """
+
+    subjects: dict[str, ResidualEmbedding]
+    _subject_weights: dict[str, float]
+
+    @property
+    def encoder_slots(self) -> list[EncoderSlot]:
+        """The text encoders whose outputs make the prompt embeddings, in their order there."""
+        raise NotImplementedError
+
+    def load_subject(
+        self,
+        source: str | os.PathLike[str],
+        name: str | None = None,
+        class_phrase: str | None = None,
+        **hub_options: Any,
+    ) -> list[str]:
+        """Load the subject, or all the subjects, of a file, a folder or a Hub repository; prompts then name `<name>`.
+
+        Args:
+            source: `.safetensors` file, Cones 2 `.pt` file, folder or Hub id.
+            name: what to call the subject; which one to take if the source holds several.
+            class_phrase: words that stand for the subject in a prompt; default: what the file says. A `.pt` does not.
+            hub_options: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
+
+        Returns:
+            The names that were loaded.
+
+        Raises:
+            ValueError: a name is taken, or the subject was not made for this base model.
+        """
+        if any(slot.width is None or slot.tokenizer is None for slot in self.encoder_slots):
+            raise ValueError("The pipeline has no tokenizer or no text encoder, which subjects need; load both.")
+        loaded = load_subject(source, name=name, class_phrase=class_phrase, **hub_options)
+        accepted = [*self.subjects]
+        with self.reading():
+            for new_name, subject in loaded.items():
+                self._check_subject(new_name, subject, accepted)
+                accepted.append(new_name)
+        self.subjects.update(loaded)
+        return list(loaded)
+
+    def unload_subject(self, name: str) -> None:
+        """Forget a subject."""
+        self._check_loaded([name])
+        del self.subjects[name]
+        self._subject_weights.pop(name, None)
+
+    def get_list_subjects(self) -> list[str]:
+        """Names of the loaded subjects."""
+        return list(self.subjects)
+
+    def set_subjects(self, names: str | Sequence[str], weights: float | Sequence[float] | None = None) -> None:
+        """Choose the active subjects and scale their residuals; the other loaded ones become their plain class.
+
+        Args:
+            names: loaded subjects; an empty list makes class phrases plain words everywhere.
+            weights: factor of each residual, or one for all; default 1. Not saved by `save_pretrained`.
+
+        Raises:
+            ValueError, TypeError: a subject that is not loaded or stands twice; a weight that is no finite number.
+        """
+        if not isinstance(names, (str, Sequence)):
+            raise TypeError(
+                f"`names` is {names!r}, expected a subject's name or a list of names; factors go to `weights`."
+            )
+        names = [names] if isinstance(names, str) else list(names)
+        if isinstance(weights, (np.ndarray, torch.Tensor)):
+            weights = weights.tolist()
+        factors = list(weights) if isinstance(weights, Sequence) else [1.0 if weights is None else weights] * len(names)
+        self._check_loaded(names)
+        if len(set(names)) < len(names):
+            raise ValueError(f"`names` is {names}, expected every subject once.")
+        for factor in factors:
+            if not isinstance(factor, numbers.Real):
+                raise TypeError(f"`weights` has {factor!r}, expected numbers such as 0.8.")
+            if not abs(factor) < math.inf:
+                raise ValueError(f"`weights` has {factor!r}, expected finite numbers such as 0.8.")
+        if len(factors) != len(names):
+            raise ValueError(
+                f"`weights` has {len(factors)} entries, expected one for each of the {len(names)} `names`."
+            )
+        self._subject_weights = dict.fromkeys(self.subjects, 0.0) | dict(zip(names, factors, strict=True))
+
+    def load_textual_inversion(self, *args: Any, **kwargs: Any) -> None:
+        """As the base's. Raises `ValueError` if a token would be called like a loaded subject; none is kept then."""
+        known = {slot.name: set(slot.tokenizer.get_added_vocab()) for slot in self.encoder_slots}
+        super().load_textual_inversion(*args, **kwargs)  # type: ignore[misc]
+        for slot in self.encoder_slots:
+            learned = set(slot.tokenizer.get_added_vocab()) - known[slot.name]
+            for name in self.subjects:
+                if f"<{name}>".casefold() in map(str.casefold, learned):
+                    tokens = [token for token in learned if token.rpartition("_")[0] not in learned]  # first vectors
+                    self.unload_textual_inversion(tokens, slot.tokenizer, getattr(self, slot.name))  # type: ignore
+                    raise ValueError(
+                        f"The textual inversion's token '<{name}>' is the name of a loaded subject: a prompt could not"
+                        f" tell them apart. Pass another `token`, or `unload_subject({name!r})` first."
+                    )
+
+    # --- what a prompt names -----------------------------------------------------------------------------------------
+
+    def reading(self) -> AbstractContextManager[Any]:
+        """Within the context, no other thread uses the tokenizers."""
+        return in_turn(*(slot.tokenizer for slot in self.encoder_slots))
+
+    def parse_prompts(
+        self, prompt: str | list[str] | None, slot: EncoderSlot, *, negative: bool = False
+    ) -> list[ParsedPrompt]:
+        """Prompts as a text encoder reads them, with their subjects found; none where there is no tokenizer."""
+        if prompt is None or slot.tokenizer is None:
+            return []
+        texts = [prompt] if isinstance(prompt, str) else prompt
+        if negative:
+            return [parse_prompt(slot.tokenizer, text, self.subjects, by_phrase=False) for text in texts]
+        return [parse_prompt(slot.tokenizer, text, self._subjects_in_use(text)) for text in texts]
+
+    def add_subjects(
+        self, prompt_embeds: torch.Tensor, texts: Sequence[Sequence[ParsedPrompt]], num_images_per_prompt: int = 1
+    ) -> torch.Tensor:
+        """Prompt embeddings with the residuals of the subjects that the prompts name.
+
+        Args:
+            prompt_embeds: `(prompts * num_images_per_prompt, tokens, dim)`.
+            texts: for each text encoder the prompts as it reads them; empty lists: nothing is known of them.
+            num_images_per_prompt: rows per prompt.
+        """
+        if not any(text.mentions for of_slot in texts for text in of_slot):
+            return prompt_embeds
+        slots = self.encoder_slots
+        widths = [cast(int, slot.width) for slot in slots]
+        columns = []
+        for slot, of_slot, part in zip(slots, texts, prompt_embeds.split(widths, dim=-1), strict=True):
+            rows = []
+            for text, of_prompt in zip(of_slot, part.split(num_images_per_prompt), strict=True):
+                residuals = [
+                    (self.subjects[mention.subject], mention.span, self._subject_weights.get(mention.subject, 1.0))
+                    for mention in text.mentions
+                ]
+                rows.append(add_residuals(of_prompt, residuals, text_encoder=slot.name) if residuals else of_prompt)
+            columns.append(torch.cat(rows))
+        return torch.cat(columns, dim=-1)
+
+    def _subjects_in_use(self, text: str) -> dict[str, ResidualEmbedding]:
+        """The active subjects, and of the inactive ones those that the prompt names outright."""
+        return {
+            name: subject
+            for name, subject in self.subjects.items()
+            if self._subject_weights.get(name, 1.0) or f"<{name}>".casefold() in text.casefold()
+        }
+
+    # --- checks ------------------------------------------------------------------------------------------------------
+
+    def _check_loaded(self, names: Sequence[str]) -> None:
+        if missing := [name for name in names if name not in self.subjects]:
+            raise ValueError(f"Subjects {missing} are not loaded; the loaded ones are {self.get_list_subjects()}.")
+
+    def _check_subject(self, name: str, subject: ResidualEmbedding, names: Sequence[str]) -> None:
+        for taken in names:  # prompts name subjects in any case
+            if name.casefold() == taken.casefold():
+                raise ValueError(
+                    f"A subject {taken!r} is loaded already. Pass another `name`, or `unload_subject({taken!r})` first."
+                )
+        encoders: Mapping[str, Any] = {slot.name: getattr(self, slot.name) for slot in self.encoder_slots}
+        for slot in self.encoder_slots:
+            if f"<{name}>".casefold() in map(str.casefold, slot.tokenizer.get_added_vocab()):
+                raise ValueError(
+                    f"The tokenizer has a learned token '<{name}>' already, from a textual inversion. Pass another"
+                    " `name`."
+                )
+        base_model = self.config.get("_name_or_path")  # type: ignore[attr-defined]
+        check_subject_fits(subject, encoders, name=name, base_model=base_model)
+        if not subject.class_phrase:
+            raise ValueError(
+                f"The file of subject {name!r} does not say which words it was trained with, as no `.pt` does. Pass"
+                f" them as `class_phrase`, such as `load_subject(…, name={name!r}, class_phrase='person')`."
+            )
+        for slot in self.encoder_slots:
+            rows = len(subject.deltas[slot.name])
+            span = find_token_spans(slot.tokenizer, subject.class_phrase, subject.class_phrase)[0]
+            if len(span) != rows:
+                raise ValueError(
+                    f"Subject {name!r} has {rows} rows, but its class phrase {subject.class_phrase!r} has {len(span)}"
+                    " tokens with this tokenizer. Pass the `class_phrase` that it was trained with."
+                )

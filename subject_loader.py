@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from .hub_utils import load_subject
-from .residual_embeddings import ParsedPrompt, ResidualEmbedding, add_residuals, find_token_spans, parse_prompt
+from .residual_embeddings import ParsedPrompt, ResidualEmbedding, add_residuals, find_token_spans, parse_prompt, quoted
 from .shared_models import in_turn
 from .subject_file import check_subject_fits
 
@@ -140,8 +140,8 @@ class SubjectLoaderMixin:
             learned = set(slot.tokenizer.get_added_vocab()) - known[slot.name]
             for name in self.subjects:
                 if f"<{name}>".casefold() in map(str.casefold, learned):
-                    tokens = [token for token in learned if token.rpartition("_")[0] not in learned]  # first vectors
-                    self.unload_textual_inversion(tokens, slot.tokenizer, getattr(self, slot.name))  # type: ignore
+                    encoder = getattr(self, slot.name)
+                    self.unload_textual_inversion(sorted(learned), slot.tokenizer, encoder)  # type: ignore[attr-defined]
                     raise ValueError(
                         f"The textual inversion's token '<{name}>' is the name of a loaded subject: a prompt could not"
                         f" tell them apart. Pass another `token`, or `unload_subject({name!r})` first."
@@ -202,7 +202,8 @@ class SubjectLoaderMixin:
 
     def _check_loaded(self, names: Sequence[str]) -> None:
         if missing := [name for name in names if name not in self.subjects]:
-            raise ValueError(f"Subjects {missing} are not loaded; the loaded ones are {self.get_list_subjects()}.")
+            loaded = quoted(self.subjects) or "none"
+            raise ValueError(f"Subjects {missing} are not loaded; the loaded ones are {loaded}.")
 
     def _check_subject(self, name: str, subject: ResidualEmbedding, names: Sequence[str]) -> None:
         for taken in names:  # prompts name subjects in any case

@@ -7,9 +7,11 @@ import importlib
 import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -124,6 +126,8 @@ def test_ip_adapter_works_without_a_layout_and_is_refused_with_one(pipe):
     assert not torch.equal(expected, without)
     with pytest.raises(ValueError, match="unload_ip_adapter"):
         sample(pipe, layout=LAYOUT, **image)
+    with pytest.raises(ValueError, match="`ip_adapter_image` needs an image encoder, and none is loaded"):
+        sample(pipe, ip_adapter_image=Image.new("RGB", (8, 8)))
     assert torch.equal(sample(pipe, **image), expected)  # nothing was lost
     pipe.unload_ip_adapter()
     assert torch.equal(sample(pipe), without)
@@ -376,7 +380,7 @@ def test_weights_scale_a_subject_and_inactive_ones_become_their_class(pipe):
     torch.testing.assert_close((embeds_that_reach_the_unet(pipe, "a <rex>") - base)[0, 2:3], 2 * rex.delta)
     with pytest.raises(ValueError, match="`weights` has 1 entries"):
         pipe.set_subjects(["rex", "tom"], [1.0])
-    with pytest.raises(ValueError, match=r"\['max'\] are not loaded; the loaded ones are \['rex', 'tom'\]"):
+    with pytest.raises(ValueError, match=r"\['max'\] are not loaded; the loaded ones are 'rex', 'tom'\."):
         pipe.set_subjects(["max"])
     with pytest.raises(TypeError, match="factors go to `weights`"):
         pipe.set_subjects({"rex": 0.5})
@@ -746,6 +750,19 @@ def test_scheduler_that_cannot_repeat_a_step_raises(pipe, scheduler_class):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"num_inference_steps": 0}, "`num_inference_steps` is 0, expected a whole number of at least 1"),
+        ({"num_inference_steps": 1.5}, "`num_inference_steps` is 1.5"),
+        ({"num_images_per_prompt": 0}, "`num_images_per_prompt` is 0, expected a whole number of at least 1"),
+        ({"prompt": []}, "`prompt` is an empty list, expected a text or a list of texts"),
+        ({"prompt": [None]}, r"`prompt` is a list with None in it, expected texts"),
+        ({"prompt": 5}, "`prompt` is 5, expected a text or a list of texts"),
+        ({"negative_prompt": 5}, "`negative_prompt` is 5, expected a text or a list of texts"),
+        ({"prompt": [PROMPT] * 2, "negative_prompt": ["", 5]}, "`negative_prompt` is a list with 5 in it"),
+        ({"cross_attention_kwargs": {"regions": 1}}, r"`cross_attention_kwargs` has \['regions'\].*`layout`"),
+        ({"cross_attention_kwargs": {"foo": 1}}, r"`cross_attention_kwargs` has \['foo'\], expected some of .*'scale'"),
+        ({"cross_attention_kwargs": 0.5}, "`cross_attention_kwargs` is 0.5, expected a dict"),
+        ({"ip_adapter_image": Image.new("RGB", (8, 8))}, "`ip_adapter_image` needs an IP-Adapter, and none is loaded"),
+        ({"ip_adapter_image_embeds": [torch.ones(2, 1, 4)]}, "`ip_adapter_image_embeds` needs an IP-Adapter"),
         ({"recurrence": 0}, "`recurrence` is 0"),
         ({"recurrence": 2, "recurrence_steps": -1}, "`recurrence_steps` is -1, .* or None for the guided steps"),
         ({"guidance_steps": -1}, "`guidance_steps` is -1"),
@@ -898,6 +915,24 @@ def test_words_are_placed_as_they_stand_in_the_prompt(pipe, monkeypatch):
     assert torch.equal(sample(pipe, "a Red  dog's ball", layout={"red dog": (0, 0, 0.5, 1)}), guided)
 
 
+@pytest.mark.parametrize("vectors", [1, 3])
+def test_a_textual_inversion_named_like_a_subject_is_refused(tokenizer, vectors):
+    """And leaves tokenizer and text encoder as they were."""
+    components = make_components(CLIPTokenizer.from_pretrained(tokenizer.name_or_path), "sd1")
+    pipe = make_pipeline(components)
+    pipe.subjects["rex"] = subject("dog")
+    expected, vocabulary = sample(pipe, "a <rex>"), dict(pipe.tokenizer.get_vocab())
+    embedding = torch.randn(vectors, EMBED_DIM, generator=seeded())
+    with pytest.raises(ValueError, match=r"token '<rex>' is the name of a loaded subject.*Pass another `token`"):
+        pipe.load_textual_inversion({"<Rex>": embedding})
+    assert pipe.tokenizer.get_vocab() == vocabulary
+    assert torch.equal(sample(pipe, "a <rex>"), expected)
+    pipe.load_textual_inversion({"<Rex>": embedding}, token="<max>")
+    assert not torch.equal(sample(pipe, "a <max>"), sample(pipe, "a <rex>"))
+    pipe.unload_subject("rex")
+    pipe.load_textual_inversion({"<Rex>": embedding})
+
+
 def test_a_placed_subject_without_brackets_is_refused(pipe):
     pipe.subjects |= {"rex": subject("dog"), "ball": subject("ball")}
     with pytest.raises(ValueError, match=r"places the subject 'Rex', but the prompt .* plain word.*Write `<rex>`"):
@@ -908,6 +943,104 @@ def test_a_placed_subject_without_brackets_is_refused(pipe):
 def test_a_wrong_argument_is_answered_with_all_there_are(pipe):
     with pytest.raises(TypeError, match=r"Unknown arguments \['layouts'\]; expected some of .*'eta'.*'layout'"):
         sample(pipe, layouts={})
+
+
+# --- the arguments as they look from outside --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["__call__", "encode_prompt"])
+def test_help_lists_and_explains_every_argument(method):
+    """diffusers' arguments in diffusers' order and with its defaults, then ours."""
+    function, base = getattr(MultiSubjectPipeline, method), getattr(StableDiffusionPipeline, method)
+    parameters = inspect.signature(function).parameters
+    of_base = [name for name in inspect.signature(base).parameters if name not in ("return_dict", "kwargs")]
+    assert list(parameters)[: len(of_base)] == of_base
+    for name, parameter in inspect.signature(base).parameters.items():
+        assert parameter.default is parameter.empty or parameters[name].default == parameter.default
+    for name in parameters.keys() - {"self", "kwargs"}:
+        assert re.search(rf"^    {name}( \(|:)", inspect.getdoc(function), re.MULTILINE), name
+    if method == "__call__":
+        assert {"layout", "guidance_method", "output_attention_maps"} <= parameters.keys()
+
+
+def test_arguments_by_position_are_those_of_diffusers(pipe):
+    assert torch.equal(
+        pipe(PROMPT, 24, 40, 2, generator=seeded(), output_type="latent").images, sample(pipe, height=24, width=40)
+    )
+    with pytest.raises(TypeError, match="too many positional"):
+        pipe(*[None] * 40)
+
+
+# --- in company ------------------------------------------------------------------------------------------------------
+
+
+def in_threads(*functions: Any) -> list[Any]:
+    """What the functions return, run side by side; the first error is raised."""
+    with ThreadPoolExecutor(len(functions)) as pool:
+        return [future.result() for future in [pool.submit(function) for function in functions]]
+
+
+def test_threads_on_shared_models_draw_what_each_draws_alone(pipe):
+    """Pipelines of `from_pipe` share models, tokenizer and scheduler; a plain one has a scheduler of its own."""
+    pipe.subjects |= {"rex": subject("dog"), "tom": subject("red ball", rows=2, seed=1)}
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    others = [MultiSubjectPipeline.from_pipe(pipe) for _ in range(2)]
+    ordinary = plain(pipe)
+    ordinary.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    for other in others:
+        other.set_progress_bar_config(disable=True)
+    processors, limit = dict(pipe.unet.attn_processors), pipe.tokenizer.model_max_length
+
+    def draw(which: Any, number: int) -> list[torch.Tensor]:
+        layout = {"rex": (0, 0, 0.4, 1), "tom": (0.5, 0.1 * number, 1, 1)}
+        return [
+            sample(which, "<rex> and <tom>", seed=seed, layout=layout, num_inference_steps=1 + number)
+            for seed in range(6)
+        ]
+
+    def draw_plainly() -> list[torch.Tensor]:
+        return [sample(ordinary, None, seed, **embeds, num_inference_steps=3) for seed in range(12)]
+
+    embeds = dict(zip(("prompt_embeds", "negative_prompt_embeds"), pipe.encode_prompt("<rex>"), strict=True))
+    jobs = [functools.partial(draw, other, number) for number, other in enumerate(others, start=1)] + [draw_plainly]
+    alone = [job() for job in jobs]
+    for found, expected in zip(in_threads(*jobs), alone, strict=True):
+        assert all(map(torch.equal, found, expected))
+    assert pipe.tokenizer.model_max_length == limit
+    assert pipe.unet.attn_processors == processors and not pipe.unet._forward_pre_hooks
+
+
+def test_one_pipeline_serves_several_threads(pipe):
+    def draw(number: int) -> torch.Tensor:
+        return sample(pipe, layout={"red dog": (0, 0, 0.1 * number, 1)}, num_inference_steps=number, recurrence=2)
+
+    jobs = [functools.partial(draw, number) for number in (1, 2, 3)]
+    alone = [job() for job in jobs]
+    assert all(map(torch.equal, in_threads(*jobs), alone))
+
+
+def test_a_guided_pipeline_called_in_another_thread_is_not_passed_over(pipe):
+    other = plain(pipe)
+    with (
+        pytest.raises(RuntimeError, match="guided in one thread and called in another one"),
+        pipe.guide(other, PROMPT, LAYOUT) as embeds,
+    ):
+        (unguided,) = in_threads(lambda: sample(other, None, **embeds))
+    assert torch.equal(unguided, sample(other, None, **embeds))
+
+
+def test_contexts_that_close_in_any_order_leave_the_unet_as_it_was(pipe):
+    """As those of coroutines do."""
+    processors, other = dict(pipe.unet.attn_processors), plain(pipe)
+    contexts = [pipe.guide(other, PROMPT, LAYOUT, guidance_method=method) for method in ("cones2", "multisubject")]
+    for context in contexts:
+        context.__enter__()
+    contexts[0].__exit__(None, None, None)
+    with pytest.raises(ValueError, match="expected those of the prompts"):  # not a plain call, and not silently so
+        sample(other, "a mug")
+    contexts[1].__exit__(None, None, None)
+    assert pipe.unet.attn_processors == processors
+    assert not pipe.unet._forward_pre_hooks
 
 
 # --- loading and saving ----------------------------------------------------------------------------------------------

@@ -22,6 +22,21 @@ from multisubject.tiny_world import EMBEDDED_BASE
 EMBED_DIM = 32
 
 
+def assert_equal_up_to_rounding(actual: torch.Tensor, expected: torch.Tensor, roundings: float = 100) -> None:
+    """The same numbers by two ways: they differ by rounding, a share of the values' own size in their dtype.
+
+    Processors sum in different orders, so that a tolerance which one of them needs says nothing about the next one.
+
+    Args:
+        actual, expected: of one shape and dtype.
+        roundings: how many of the dtype's roundings may add up: 100 for one call of a tiny UNet, 500 for a short run of it; ten times
+            what was seen on AVX-512, AVX2 and SSE.
+    """
+    size = float(expected.abs().max())
+    tolerance = roundings * torch.finfo(expected.dtype).eps * size
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+
+
 def pytest_configure() -> None:
     """A shell starts background jobs with SIGINT ignored; the tests of interrupts need Python's own handling of it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import assert_equal_up_to_rounding
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -109,7 +110,7 @@ def test_processor_without_regions_is_the_stock_one_bit_for_bit(unet):
 def test_method_without_bias_changes_nothing(unet, scheduler):
     stock = call(unet, *inputs())
     with guided(unet, two_regions(), scheduler, guidance_method=lambda layer: None):
-        torch.testing.assert_close(call(unet, *inputs()), stock, atol=1e-6, rtol=1e-6)
+        assert_equal_up_to_rounding(call(unet, *inputs()), stock)
 
 
 @pytest.mark.parametrize("offset", [0.0, 30.0])
@@ -334,7 +335,7 @@ def test_unconditional_half_is_not_guided(unet, scheduler):
     stock = call(unet, sample, prompt_embeds, 981)
     with guided(unet, two_regions(), scheduler):
         output = call(unet, sample, prompt_embeds, 981)
-    torch.testing.assert_close(output[0], stock[0], atol=1e-5, rtol=1e-5)
+    assert_equal_up_to_rounding(output[0], stock[0])
     assert (output[1] - stock[1]).abs().max() > 1e-3
 
 
@@ -349,11 +350,11 @@ def test_self_attention_is_guided_in_both_halves_where_a_method_says_so(unet, sc
         conditional = call(unet, sample, prompt_embeds, 981)
     with guided(unet, two_regions(), scheduler, guidance_method=guides_all_self_attention(isolated)):
         both = call(unet, sample, prompt_embeds, 981)
-    torch.testing.assert_close(conditional[0], stock[0], atol=1e-5, rtol=1e-5)
+    assert_equal_up_to_rounding(conditional[0], stock[0])
     assert (both[0] - stock[0]).abs().max() > 1e-3
-    torch.testing.assert_close(both[1], conditional[1], atol=1e-5, rtol=1e-5)
+    assert_equal_up_to_rounding(both[1], conditional[1])
     with guided(unet, two_regions(), scheduler, guidance_method="bounded_attention"):
-        torch.testing.assert_close(call(unet, sample, prompt_embeds, 981)[0], both[0], atol=1e-5, rtol=1e-5)
+        assert_equal_up_to_rounding(call(unet, sample, prompt_embeds, 981)[0], both[0])
 
 
 @pytest.mark.parametrize("method", ["attention_couple", "regional_prompts"])
@@ -363,7 +364,7 @@ def test_region_prompts_reach_the_conditional_half_alone(unet, scheduler, method
     with guided(unet, two_regions(), scheduler, guidance_method=method, guidance_steps=5):
         output = call(unet, sample, prompt_embeds, 981)
         after = call(unet, sample, prompt_embeds, scheduler.timesteps[-1])
-    torch.testing.assert_close(output[0], stock[0], atol=1e-5, rtol=1e-5)
+    assert_equal_up_to_rounding(output[0], stock[0])
     assert (output[1] - stock[1]).abs().max() > 1e-3
     assert torch.equal(after, call(unet, sample, prompt_embeds, scheduler.timesteps[-1]))
 
@@ -382,8 +383,8 @@ def test_own_words_replace_the_prompts_in_guided_conditional_calls(unet, schedul
     with guided(unet, regions, scheduler, guidance_method=own_words, guidance_steps=9):
         by_keyword, positional = call(unet, sample, prompt_embeds, 981), unet(sample, 981, prompt_embeds).sample
         after = call(unet, sample, prompt_embeds, last)
-    torch.testing.assert_close(by_keyword, call(unet, sample, replaced, 981), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(positional, by_keyword)
+    assert_equal_up_to_rounding(by_keyword, call(unet, sample, replaced, 981))
+    assert_equal_up_to_rounding(positional, by_keyword)
     assert torch.equal(after, call(unet, sample, prompt_embeds, last))
 
 
@@ -395,7 +396,7 @@ def test_sample_is_the_same_alone_and_in_a_batch(unet, scheduler):
     for row in range(3):
         with guided(unet, two_regions(), scheduler):
             alone = call(unet, sample[row : row + 1], prompt_embeds[row : row + 1], 981)
-        torch.testing.assert_close(together[row : row + 1], alone, atol=1e-5, rtol=1e-5)
+        assert_equal_up_to_rounding(together[row : row + 1], alone)
 
 
 @pytest.mark.parametrize("size", [(16, 16), (9, 13), (5, 24)])
@@ -482,7 +483,7 @@ def test_attention_mask_of_the_pipeline_is_kept(unet, scheduler):
     stock = call(unet, sample, prompt_embeds, encoder_attention_mask=mask)
     with guided(unet, two_regions(), scheduler, guidance_weight=0.0):
         output = call(unet, sample, prompt_embeds, encoder_attention_mask=mask)
-    torch.testing.assert_close(output, stock, atol=1e-5, rtol=1e-5)
+    assert_equal_up_to_rounding(output, stock)
 
 
 # --- the recorder ----------------------------------------------------------------------------------------------------
@@ -686,7 +687,7 @@ def test_other_processors_of_plain_attention_are_replaced_and_restored(unet, sch
     try:
         unet.set_attn_processor(AttnProcessor())
         with guided(unet, two_regions(), scheduler):
-            torch.testing.assert_close(call(unet, *inputs()), expected)
+            assert_equal_up_to_rounding(call(unet, *inputs()), expected)
         assert {type(processor) for processor in unet.attn_processors.values()} == {AttnProcessor}
     finally:
         unet.set_attn_processor(before)
@@ -707,8 +708,8 @@ def test_lora_keeps_working(unet, scheduler):
         fused = call(adapted, *inputs())
 
     assert (with_lora - without).abs().max() > 1e-3
-    torch.testing.assert_close(with_lora, fused, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(scaled_off, without, atol=1e-6, rtol=1e-5)
+    assert_equal_up_to_rounding(with_lora, fused)
+    assert_equal_up_to_rounding(scaled_off, without)
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import assert_equal_up_to_rounding
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, LMSDiscreteScheduler
 
 from multisubject.guidance_methods import GUIDANCE_METHODS, AttentionLayer
@@ -149,7 +150,10 @@ def test_logits_equal_the_dense_formula(sd1_pipe, size, num_regions):
         weights = signed_weights(num_regions, *levels[layer.query.shape[2]], 77)
         expected = cones2_logits(layer.query[0], layer.key[0], weights, float(layer.step.sigma))
         logits = (layer.query @ layer.key.transpose(-1, -2) * layer.scale + bias)[0]
-        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+        hidden = expected < -1e4
+        assert_equal_up_to_rounding(logits[~hidden], expected[~hidden])
+        if hidden.any():
+            assert_equal_up_to_rounding(logits[hidden] / expected[hidden], torch.ones_like(expected[hidden]))
 
 
 def run(pipe: Any, num_regions: int, size: tuple[int, int], steps: int, **kwargs: Any) -> torch.Tensor:
@@ -197,7 +201,7 @@ def test_whole_run_equals_the_book(request, kind, size, num_regions, scheduler_c
     noise = torch.randn(1, 4, size[0] // 2, size[1] // 2, generator=torch.Generator().manual_seed(5))
     generator = torch.Generator().manual_seed(6)
     expected = by_the_book(pipe, num_regions, noise, 3, guidance_steps, recurrence, generator)
-    torch.testing.assert_close(latents, expected, atol=1e-4, rtol=1e-4)
+    assert_equal_up_to_rounding(latents, expected, 500)
 
 
 def test_guidance_changes_the_reference_run_visibly(sd1_pipe):

@@ -29,8 +29,8 @@ def assert_equal_up_to_rounding(actual: torch.Tensor, expected: torch.Tensor, ro
 
     Args:
         actual, expected: of one shape and dtype.
-        roundings: how many of the dtype's roundings may add up: 100 for one call of a tiny UNet, 500 for a short run of it; ten times
-            what was seen on AVX-512, AVX2 and SSE.
+        roundings: how many of the dtype's roundings may add up: 100 for one call of a tiny UNet, 500 for a short run of
+            it. That is some ten times what was seen on processors with AVX-512, with AVX2 and with SSE alone.
     """
     size = float(expected.abs().max())
     tolerance = roundings * torch.finfo(expected.dtype).eps * size

@@ -207,7 +207,7 @@ class MultiSubjectMixin(SubjectLoaderMixin):
     ) -> Iterator[dict[str, torch.Tensor]]:
         """Within the context, another pipeline follows a layout: image-to-image, inpainting, ControlNet …
 
-            inpaint = StableDiffusionInpaintPipeline.from_pipe(pipe, dtype=pipe.dtype)
+            inpaint = StableDiffusionInpaintPipeline(**pipe.components, requires_safety_checker=False)
             with pipe.guide(inpaint, "<petrucci> on the beach", {"petrucci": box}) as embeds:
                 inpaint(**embeds, image=image, mask_image=mask)
 

@@ -50,7 +50,7 @@ def test_seed_config_puts_the_right_subject_in_the_right_region(tmp_path, judge)
     from multisubject.layout import parse_layout
     from multisubject.tiny_world.subjects import SUBJECTS
 
-    pictures = 24
+    pictures = 12
     main(
         [
             *("--generation_config", str(CONFIG), "--output_dir", str(tmp_path), "--num_images", str(pictures)),

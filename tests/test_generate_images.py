@@ -12,12 +12,16 @@ import torch
 from PIL import Image, ImageDraw, PngImagePlugin
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from multisubject import generate_images, generation_config
-from multisubject.generate_images import CONTACT_SHEET, EMBEDDED_BASE, main, read_settings
-from multisubject.generation_config import BaseModel, ConfigError, load_tasks
+from multisubject.generate_images import main
+from multisubject.generation import making, prompts
+from multisubject.generation.base_model import BaseModel
+from multisubject.generation.config_file import ConfigError, read_config
+from multisubject.generation.picture_files import CONTACT_SHEET, read_settings
+from multisubject.generation.tasks import load_tasks
 from multisubject.hub_utils import save_subject
 from multisubject.residual_embeddings import ResidualEmbedding
 from multisubject.subject_file import fingerprint_text_encoder
+from multisubject.tiny_world import EMBEDDED_BASE
 
 ROOT = Path(__file__).parent.parent
 SUBJECTS = {"petrucci": "person", "majesty": "guitar", "biscuit": "dog", "sunrise": "mug", "comet": "ball"}
@@ -72,7 +76,7 @@ def check(base, tmp_path):
     def run(*entries, **kwargs):
         path = tmp_path / "config.json"
         path.write_text(json.dumps(entries, indent=2), encoding="utf-8")
-        return load_tasks(path, base, **kwargs)
+        return load_tasks(read_config(path), base, **kwargs)
 
     return run
 
@@ -99,7 +103,7 @@ def test_the_seed_entry_marks_its_subjects_and_goes_to_the_folder_of_the_seed(ch
 
 @pytest.mark.parametrize("name", ["single", "two", "four"])
 def test_shipped_configs_are_sound(name, base):
-    (task,), warnings = load_tasks(ROOT / "configs" / f"guidance_conf_{name}.json", base)
+    (task,), warnings = load_tasks(read_config(ROOT / "configs" / f"guidance_conf_{name}.json"), base)
     assert len(task.subjects) == {"single": 1, "two": 2, "four": 4}[name]
     assert len(task.regions()) == {"single": 0, "two": 2, "four": 4}[name]
     assert not warnings
@@ -209,7 +213,7 @@ def test_paths_are_tried_in_the_working_folder_then_beside_the_config_then_above
     monkeypatch.chdir(elsewhere)
     for folder in (project, project / "configs", elsewhere):  # each goes before the ones that are there already
         save_subject(ResidualEmbedding("dog", {"text_encoder": torch.ones(1, base.embed_dim)}), folder / "dog.pt")
-        (task,), _ = load_tasks(path, base)
+        (task,), _ = load_tasks(read_config(path), base)
         assert Path(task.subjects["dog"].source).parent == folder
 
 
@@ -220,7 +224,7 @@ def test_a_hub_id_is_passed_on(check, base, monkeypatch):
         asked.append(source)
         return {name: ResidualEmbedding(class_phrase, {"text_encoder": torch.ones(1, base.embed_dim)})}
 
-    monkeypatch.setattr(generation_config, "load_subject", load_subject)
+    monkeypatch.setattr(prompts, "load_subject", load_subject)
     check({"prompt": "a dog", "residual_dict": {"dog": "user/biscuit@main"}})
     assert asked == ["user/biscuit@main"]
 
@@ -264,7 +268,7 @@ def test_one_report_names_every_problem_with_its_place(base, workshop, tmp_path)
         encoding="utf-8",
     )
     with pytest.raises(ConfigError) as error:
-        load_tasks(path, base)
+        load_tasks(read_config(path), base)
     report = str(error.value)
     assert report.startswith("6 problems")
     for line, text in {
@@ -407,7 +411,7 @@ def test_a_file_that_is_no_config_is_refused(text, message, base, tmp_path):
     if text is not None:
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(ConfigError, match=message):
-        load_tasks(tmp_path / "config.json", base)
+        load_tasks(read_config(tmp_path / "config.json"), base)
 
 
 def test_a_forgotten_dollar_is_pointed_out(monkeypatch, capsys):
@@ -418,9 +422,9 @@ def test_a_forgotten_dollar_is_pointed_out(monkeypatch, capsys):
     assert "Did you mean $CONFIG_DIR, which is 'configs/mine.json'?" in capsys.readouterr().err
 
 
-def test_a_base_that_is_none_is_refused(workshop, capsys):
+def test_a_base_that_is_none_is_refused(workshop, config_file, capsys):
     with pytest.raises(SystemExit):
-        main(["--generation_config", "x.json", "--pretrained_model_name", str(workshop), "--device", "cpu"])
+        main(["--generation_config", str(config_file), "--pretrained_model_name", str(workshop), "--device", "cpu"])
     assert "has no unet/config.json; expected the folder or Hub id" in capsys.readouterr().err
 
 
@@ -460,7 +464,7 @@ def test_wrong_flags_are_refused(flags, message, capsys):
 
 def test_what_no_picture_could_come_of_is_refused_before_the_model_loads(config_file, tmp_path, capsys, monkeypatch):
     (tmp_path / "out").write_text("here first")
-    monkeypatch.setattr(generate_images, "_load_pipeline", None)
+    monkeypatch.setattr(making, "load_pipeline", None)
     with pytest.raises(SystemExit) as exit_info:
         main(["--generation_config", str(config_file), "--output_dir", str(tmp_path / "out")])
     assert exit_info.value.code == 2 and "cannot write to" in capsys.readouterr().err
@@ -622,13 +626,12 @@ def test_an_entry_without_subjects_is_drawn_without_those_of_the_entry_before(ga
 
 
 def test_subjects_of_the_entry_before_are_gone(check):
-    from multisubject.generate_images import load_subjects
     from multisubject.pipeline_multisubject import MultiSubjectPipeline
 
     pipe = MultiSubjectPipeline.from_pretrained(str(EMBEDDED_BASE), dtype=torch.float32)
     tasks, _ = check(SEED_ENTRY, {"prompt": "a dog", "residual_dict": {"dog": "embeddings/biscuit.pt"}})
     for task in tasks:
-        load_subjects(pipe, task)
+        making.load_subjects(pipe, task)
         assert sorted(pipe.get_list_subjects()) == sorted(task.subjects)
 
 
@@ -649,7 +652,7 @@ def test_ctrl_c_says_how_to_go_on(config_file, tmp_path, capsys, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate_images, "make_picture", interrupted)
+    monkeypatch.setattr(making, "make_picture", interrupted)
     with pytest.raises(SystemExit) as exit_info:
         main(["--generation_config", str(config_file), "--output_dir", str(tmp_path), *QUICK])
     assert exit_info.value.code == 130 and "with --resume goes on" in capsys.readouterr().err

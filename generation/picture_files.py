@@ -19,7 +19,7 @@ import multisubject
 from multisubject.generation.arguments import GenerateArguments
 from multisubject.generation.tasks import GenerationTask
 from multisubject.pictures import png_bytes
-from multisubject.subject_file import make_writable_folder, write_atomically
+from multisubject.subject_file import clear_leftovers, make_writable_folder, write_atomically
 from multisubject.visualization import contact_sheet, draw_regions
 
 CONTACT_SHEET = "contact_sheet.png"
@@ -69,11 +69,15 @@ def wanted_pictures(task: GenerationTask, settings: Mapping[str, Any], args: Gen
 
 
 def make_folders(tasks: Sequence[GenerationTask], args: GenerateArguments) -> None:
-    """Make the folders of all pictures. Ends the program where they could not be written, before any is made."""
+    """Make the folders of all pictures, and clear what killed runs left half written in them.
+
+    Ends the program where they could not be written, before any picture is made.
+    """
     for task in tasks:
         folder = Path(args.output_dir) / task.folder
         try:
             make_writable_folder(folder)
+            clear_leftovers(folder)
         except OSError as error:
             print(f"error: --output_dir {args.output_dir!r}: cannot write to {folder}: {error}.", file=sys.stderr)
             sys.exit(2)

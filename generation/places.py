@@ -59,9 +59,15 @@ def picture_folder(subjects: Sequence[str], prompt: str) -> Path:
     return Path(_slug("_".join(sorted(set(subjects)))) or "no_subject") / (_slug(prompt) or "prompt")
 
 
+# Names that Windows keeps for devices, whatever follows a dot.
+_DEVICE = re.compile(r"(con|prn|aux|nul|(com|lpt)[0-9¹²³])(\..*)?", re.IGNORECASE)
+
+
 def _slug(text: str, limit: int = 160) -> str:
-    """Text as a folder's name. One that had to be cut ends in a checksum of the whole."""
+    """Text as a folder's name, on any system. One that had to be cut ends in a checksum of the whole."""
     slug = re.sub(r"[^\w.-]+", "_", text).strip("_.")
+    if _DEVICE.fullmatch(slug):
+        slug = f"_{slug}"  # as no other text's name begins
     if len(slug.encode()) <= limit:
         return slug
     return f"{slug.encode()[:limit].decode(errors='ignore')}_{zlib.crc32(text.encode()):08x}"

@@ -242,6 +242,20 @@ def test_folder_names_are_safe_and_short(check):
     assert task.folder != other.folder
 
 
+@pytest.mark.parametrize("name", ["CON", "prn", "Aux", "nul", "COM1", "lpt9", "COM¹", "con.txt", "NUL. .", " aux..."])
+def test_a_prompt_that_windows_keeps_for_a_device_has_a_folder_of_another_name(name, check):
+    (task,), _ = check({"prompt": name})
+    assert task.folder.name == "_" + name.strip(" .")
+    (task,), _ = check({"prompt": name, "layout": {name.strip(" ."): [0, 0, 1, 1]}})
+    assert {part[0] for part in task.folder.parts} == {"_"}, "the subjects' folder"
+
+
+def test_folders_of_prompts_that_only_begin_like_a_device_keep_their_names(check):
+    prompts = ("con artist", "CONE", "com", "com10", "aux-in", "_con_a", "a CON.")
+    tasks, _ = check(*({"prompt": prompt} for prompt in prompts))
+    assert [task.folder.name for task in tasks] == ["con_artist", "CONE", "com", "com10", "aux-in", "con_a", "a_CON"]
+
+
 # --- what is refused -----------------------------------------------------------------------------------------------
 
 
@@ -576,6 +590,47 @@ def test_resume_makes_only_what_is_missing_damaged_or_other(gallery, config_file
     main([*flags, "--guidance_scale", "3", "--num_images", "1"])
     assert "0 of 2 pictures are there already" in capsys.readouterr().out
     assert settings_of(folder / "0000.png")["guidance_scale"] == 3
+
+
+WRITER = """
+import os, signal, sys
+from multisubject import subject_file
+
+def stop(_):
+    print("half written", flush=True)
+    if sys.argv[2] == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    sys.stdin.read()
+
+subject_file.os.fsync = stop
+subject_file.write_atomically(subject_file.Path(sys.argv[1]), b"whole")
+"""
+
+
+def test_a_run_clears_what_killed_runs_left_half_written_and_not_what_living_ones_write(gallery, config_file, tmp_path):
+    folder = shutil.copytree(gallery, tmp_path / "results") / FOLDER
+    there = set(folder.iterdir())
+
+    def write(name, fate):
+        command = [sys.executable, "-c", WRITER, str(folder / name), fate]
+        writer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert writer.stdout.readline() == "half written\n"
+        return writer
+
+    write("killed.png", "killed").wait()
+    with write("living.png", "living") as living:
+        of_other_machines = [folder / f".0000.png.00000000-1-{digit * 8}" for digit in "ab"]
+        for file in of_other_machines:
+            file.touch()
+        os.utime(of_other_machines[1], (0, 0))
+        assert len(set(folder.iterdir()) - there) == 4
+        flags = ["--generation_config", str(config_file), "--output_dir", str(tmp_path / "results"), *QUICK]
+        main([*flags, "--resume"])
+        half_written = set(folder.iterdir()) - there
+        assert {file.name[: file.name.index("png")] for file in half_written} == {".living.", ".0000."}
+        assert of_other_machines[0] in half_written
+        living.communicate("")
+    assert (folder / "living.png").read_bytes() == b"whole"
 
 
 def test_resume_makes_anew_what_another_model_made(config_file, tmp_path, capsys):

@@ -428,6 +428,43 @@ def test_a_file_that_is_no_config_is_refused(text, message, base, tmp_path):
         load_tasks(read_config(tmp_path / "config.json"), base)
 
 
+def test_what_is_wrong_in_the_file_itself_is_told_before_anything_heavy_is_imported(tmp_path):
+    """In a fresh process, as users meet it."""
+    configs = {
+        "json": '[{"prompt": "a dog",}]',
+        "list": "{}",
+        "key": '[{"promt": "a dog"}]',
+        "value": '[{"prompt": "a dog", "seed": -1, "layout": "layouts/nothing.png"}]',
+    }
+    for name, text in configs.items():
+        (tmp_path / f"{name}.json").write_text(text)
+    code = """
+import json, sys
+from multisubject import evaluate, generate_images
+
+said = []
+for name, main, *flags in json.loads(sys.argv[1]):
+    try:
+        {"generate": generate_images, "evaluate": evaluate}[main].main(flags)
+    except SystemExit as end:
+        heavy = sorted({"torch", "diffusers", "accelerate", "peft"} & sys.modules.keys())
+        said.append([name, end.code, heavy])
+json.dump(said, open("said.json", "w"))
+"""
+    runs = [[name, "generate", "--generation_config", str(tmp_path / f"{name}.json")] for name in [*configs, "no file"]]
+    runs += [["flag", "generate", "--generation_config", "x.json", "--seed", "-1"]]
+    runs += [["help", command, "--help"] for command in ("generate", "evaluate")]
+    result = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(runs)], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    expected = [[name, 0 if name == "help" else 2, []] for name, *_ in runs]
+    assert json.loads((tmp_path / "said.json").read_text()) == expected
+    for text in ("json.json:1: this is not JSON", "list.json:1: expected a list", "did you mean 'prompt'?"):
+        assert text in result.stderr
+    assert "entry 1, seed: expected a whole number from 0" in result.stderr
+    assert "nothing.png" not in result.stderr and "is looked at when these are right" in result.stderr
+
+
 def test_a_forgotten_dollar_is_pointed_out(monkeypatch, capsys):
     monkeypatch.setenv("CONFIG_DIR", "configs/mine.json")
     with pytest.raises(SystemExit) as exit_info:

@@ -357,7 +357,9 @@ def test_what_a_detector_does_not_find_is_missing_not_alike(plain, all_models):
 def test_models_that_are_not_asked_for_are_left_out(plain, models, capsys):
     run(*plain, "--dino_model", models["dinov2"])
     assert set(read(Path(plain[1]) / "evaluation.json")["pictures"][0]["scores"]) == {"dino"}
-    assert "Without --clip_model, --detector" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "Without --clip_model, --detector" in out
+    assert not err, "bars are for terminals"
 
 
 def test_pictures_of_generate_images_say_what_they_were_to_show(tmp_path, models, all_models, monkeypatch):

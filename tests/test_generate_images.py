@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ from PIL import Image, ImageDraw, PngImagePlugin
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from multisubject.generate_images import main
-from multisubject.generation import making, prompts
+from multisubject.generation import console, making, prompts
 from multisubject.generation.base_model import BaseModel
 from multisubject.generation.config_file import ConfigError, read_config
 from multisubject.generation.picture_files import CONTACT_SHEET, read_settings
@@ -756,6 +757,36 @@ def test_what_the_scheduler_refuses_is_no_traceback(config_file, tmp_path):
         main([*flags, "--num_inference_steps", "2000"])
 
 
+def test_a_log_has_a_line_for_each_picture_and_nothing_that_moves_a_cursor(config_file, tmp_path, capsys):
+    main(["--generation_config", str(config_file), "--output_dir", str(tmp_path), *QUICK, "--num_images", "1"])
+    pictures = [tmp_path / FOLDER / "0000.png", tmp_path / "no_subject" / "a_photo_of_a_dog" / "0000.png"]
+    assert capsys.readouterr().err == f"1/2 {pictures[0]}\n2/2 {pictures[1]}\n"
+
+
+def test_a_terminal_has_bars_and_loading_leaves_them_as_they_were(monkeypatch):
+    from transformers.utils import logging
+
+    for is_terminal in (True, False):
+        stream = io.StringIO()
+        monkeypatch.setattr(stream, "isatty", lambda is_terminal=is_terminal: is_terminal)
+        monkeypatch.setattr(sys, "stderr", stream)
+        with console.quiet_loading(logging):
+            assert logging.is_progress_bar_enabled() == is_terminal
+        assert logging.is_progress_bar_enabled()
+        assert list(console.shown(["a", "b"], "picture", str.upper)) == ["a", "b"]
+        assert ("\r" in stream.getvalue()) == is_terminal
+        assert (stream.getvalue() == "1/2 A\n2/2 B\n") != is_terminal
+
+
+@pytest.mark.parametrize("rank", ["RANK", "PMI_RANK"])
+def test_only_the_first_process_shows_progress(rank, monkeypatch, capsys):
+    monkeypatch.setenv(rank, "1")
+    assert list(console.shown(["a"], "picture", str.upper)) == ["a"]
+    monkeypatch.setenv(rank, "0")
+    assert list(console.shown(["b"], "picture", str.upper)) == ["b"]
+    assert capsys.readouterr().err == "1/1 B\n"
+
+
 def test_settings_of_a_strangers_picture_are_none(tmp_path):
     info = PngImagePlugin.PngInfo()
     info.add_itxt("multisubject", "[" * 200_000)
@@ -782,6 +813,7 @@ def test_two_processes_make_the_pictures_of_one(gallery, workshop, config_file, 
         timeout=900,
     )
     assert result.returncode == 0, result.stderr
+    assert not any(noise in result.stderr for noise in ("torchvision", "\r", "\x1b")), result.stderr
     assert "2/2" in result.stderr and "4/4" not in result.stderr.replace("steps", "")  # half of the four pictures each
     pictures = sorted(gallery.rglob("000?.png"))
     assert len(pictures) == 4

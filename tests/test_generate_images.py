@@ -1,5 +1,7 @@
 import io
 import json
+import logging
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from PIL import Image, ImageDraw, PngImagePlugin
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -53,7 +56,7 @@ def base():
 
 @pytest.fixture(scope="module")
 def workshop(base, tmp_path_factory):
-    """A user's folder: random subjects of the base's width in `embeddings`, the repository's `layouts`."""
+    """A user's folder: random subjects of the base's width in `embeddings`, the repository's `layouts`, smaller."""
     folder = tmp_path_factory.mktemp("workshop")
     generator = torch.Generator().manual_seed(0)
     for name, phrase in SUBJECTS.items():
@@ -61,7 +64,9 @@ def workshop(base, tmp_path_factory):
         for suffix in ("pt", "safetensors"):
             subject = ResidualEmbedding(phrase, {"text_encoder": delta})
             save_subject(subject, folder / "embeddings" / f"{name}.{suffix}", name=name)
-    shutil.copytree(ROOT / "layouts", folder / "layouts")
+    (folder / "layouts").mkdir()
+    for layout in (ROOT / "layouts").glob("*.png"):
+        Image.open(layout).resize((64, 64), Image.Resampling.NEAREST).save(folder / "layouts" / layout.name)
     return folder
 
 
@@ -562,6 +567,25 @@ def gallery(workshop, config_file):
     return output_dir
 
 
+@pytest.fixture(scope="module")
+def shared_pipe():
+    return making.load_pipeline(str(EMBEDDED_BASE), torch.device("cpu"), torch.float32, show_progress=False)
+
+
+@pytest.fixture
+def pipe(shared_pipe):
+    """The embedded base's, loaded once, without subjects."""
+    for name in shared_pipe.get_list_subjects():
+        shared_pipe.unload_subject(name)
+    return shared_pipe
+
+
+@pytest.fixture
+def loaded(pipe, monkeypatch):
+    """For runs where loading is not the point."""
+    monkeypatch.setattr(making, "load_pipeline", lambda *_, **__: pipe)
+
+
 def test_every_entry_has_its_pictures_and_a_contact_sheet(gallery):
     for folder in (gallery / FOLDER, gallery / "no_subject" / "a_photo_of_a_dog"):
         assert {"0000.png", "0001.png", CONTACT_SHEET} <= {path.name for path in folder.iterdir()}
@@ -579,11 +603,7 @@ def test_pictures_say_how_they_were_made(gallery):
     assert plain["seed"] == 8 and plain["negative_prompt"] == "a mug" and "guidance_method" not in plain
 
 
-def test_a_picture_is_what_the_pipeline_makes_of_the_seed(gallery):
-    from multisubject.pipeline_multisubject import MultiSubjectPipeline
-
-    pipe = MultiSubjectPipeline.from_pretrained(str(EMBEDDED_BASE), dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
+def test_a_picture_is_what_the_pipeline_makes_of_the_seed(gallery, pipe):
     for word, file in SEED_ENTRY["residual_dict"].items():
         pipe.load_subject(file, name=word, class_phrase=word)
     image = pipe(
@@ -615,7 +635,7 @@ def test_a_seed_means_the_same_noise_in_every_precision(config_file, tmp_path, m
     assert torch.equal(given[1], noise.bfloat16())
 
 
-def test_resume_makes_only_what_is_missing_damaged_or_other(gallery, config_file, tmp_path, capsys):
+def test_resume_makes_only_what_is_missing_damaged_or_other(gallery, config_file, tmp_path, capsys, loaded):
     folder = shutil.copytree(gallery, tmp_path / "results") / FOLDER
     data = (folder / "0001.png").read_bytes()
     (folder / "0001.png").write_bytes(data[: len(data) // 2])
@@ -671,10 +691,11 @@ def test_a_run_clears_what_killed_runs_left_half_written_and_not_what_living_one
     assert (folder / "living.png").read_bytes() == b"whole"
 
 
-def test_resume_makes_anew_what_another_model_made(config_file, tmp_path, capsys):
+def test_resume_makes_anew_what_another_model_made(tmp_path, capsys):
     model = Path(shutil.copytree(EMBEDDED_BASE, tmp_path / "model"))
-    flags = ["--generation_config", str(config_file), "--output_dir", str(tmp_path / "results"), *QUICK, "--resume"]
-    flags += ["--pretrained_model_name", str(model), "--num_images", "1"]
+    (tmp_path / "config.json").write_text(json.dumps([{"prompt": "a dog"}, {"prompt": "a mug"}]))
+    flags = ["--generation_config", str(tmp_path / "config.json"), "--output_dir", str(tmp_path / "results"), *QUICK]
+    flags += ["--pretrained_model_name", str(model), "--num_images", "1", "--num_inference_steps", "1", "--resume"]
     main(flags)
     main(flags)
     main([*flags, "--output_dir", str(model / "results")])  # nor do pictures beside the model change it
@@ -685,14 +706,26 @@ def test_resume_makes_anew_what_another_model_made(config_file, tmp_path, capsys
     assert there == ["0", "2", "0", "0"]
 
 
-def test_a_new_picture_takes_the_old_ones_attention_sheet_away(gallery, config_file, tmp_path):
+def test_a_new_picture_takes_the_old_ones_attention_sheet_away(gallery, config_file, tmp_path, loaded):
     folder = shutil.copytree(gallery, tmp_path / "results") / FOLDER
-    main(["--generation_config", str(config_file), "--output_dir", str(tmp_path / "results"), *QUICK, "--seed", "5"])
+    main(
+        [
+            "--generation_config",
+            str(config_file),
+            "--output_dir",
+            str(tmp_path / "results"),
+            *QUICK,
+            "--seed",
+            "5",
+            "--num_inference_steps",
+            "1",
+        ]
+    )
     assert settings_of(folder / "0000.png")["seed"] == 5
     assert not list(folder.glob("*_attention.png"))
 
 
-def test_resume_makes_a_missing_attention_sheet(gallery, config_file, tmp_path, capsys):
+def test_resume_makes_a_missing_attention_sheet(gallery, config_file, tmp_path, capsys, loaded):
     folder = shutil.copytree(gallery, tmp_path / "results") / FOLDER
     (folder / "0001_attention.png").unlink()
     flags = ["--generation_config", str(config_file), "--output_dir", str(tmp_path / "results"), *QUICK, "--resume"]
@@ -701,11 +734,7 @@ def test_resume_makes_a_missing_attention_sheet(gallery, config_file, tmp_path, 
     assert (folder / "0001_attention.png").exists()
 
 
-def test_an_entry_without_subjects_is_drawn_without_those_of_the_entry_before(gallery):
-    from multisubject.pipeline_multisubject import MultiSubjectPipeline
-
-    pipe = MultiSubjectPipeline.from_pretrained(str(EMBEDDED_BASE), dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
+def test_an_entry_without_subjects_is_drawn_without_those_of_the_entry_before(gallery, pipe):
     for index in range(2):  # the entry has a seed of its own, 7
         image = pipe(
             "a photo of a dog",
@@ -718,10 +747,7 @@ def test_an_entry_without_subjects_is_drawn_without_those_of_the_entry_before(ga
         )
 
 
-def test_subjects_of_the_entry_before_are_gone(check):
-    from multisubject.pipeline_multisubject import MultiSubjectPipeline
-
-    pipe = MultiSubjectPipeline.from_pretrained(str(EMBEDDED_BASE), dtype=torch.float32)
+def test_subjects_of_the_entry_before_are_gone(check, pipe):
     tasks, _ = check(SEED_ENTRY, {"prompt": "a dog", "residual_dict": {"dog": "embeddings/biscuit.pt"}})
     for task in tasks:
         making.load_subjects(pipe, task)
@@ -741,7 +767,7 @@ def test_a_subject_of_another_base_of_the_same_width_is_found_before_the_first_p
     assert not list((tmp_path / "out").rglob("*.png"))
 
 
-def test_ctrl_c_says_how_to_go_on(config_file, tmp_path, capsys, monkeypatch):
+def test_ctrl_c_says_how_to_go_on(config_file, tmp_path, capsys, monkeypatch, loaded):
     def interrupted(*_):
         raise KeyboardInterrupt
 
@@ -751,14 +777,15 @@ def test_ctrl_c_says_how_to_go_on(config_file, tmp_path, capsys, monkeypatch):
     assert exit_info.value.code == 130 and "with --resume goes on" in capsys.readouterr().err
 
 
-def test_what_the_scheduler_refuses_is_no_traceback(config_file, tmp_path):
+def test_what_the_scheduler_refuses_is_no_traceback(config_file, tmp_path, loaded):
     flags = ["--generation_config", str(config_file), "--output_dir", str(tmp_path), *QUICK]
     with pytest.raises(SystemExit, match=r"error: .*num_inference_steps.*2000"):
         main([*flags, "--num_inference_steps", "2000"])
 
 
 def test_a_log_has_a_line_for_each_picture_and_nothing_that_moves_a_cursor(config_file, tmp_path, capsys):
-    main(["--generation_config", str(config_file), "--output_dir", str(tmp_path), *QUICK, "--num_images", "1"])
+    flags = ["--generation_config", str(config_file), "--output_dir", str(tmp_path), *QUICK]
+    main([*flags, "--num_images", "1", "--num_inference_steps", "1"])
     pictures = [tmp_path / FOLDER / "0000.png", tmp_path / "no_subject" / "a_photo_of_a_dog" / "0000.png"]
     assert capsys.readouterr().err == f"1/2 {pictures[0]}\n2/2 {pictures[1]}\n"
 
@@ -778,6 +805,21 @@ def test_a_terminal_has_bars_and_loading_leaves_them_as_they_were(monkeypatch):
         assert (stream.getvalue() == "1/2 A\n2/2 B\n") != is_terminal
 
 
+def test_notes_on_torchvision_are_no_news_and_others_are(monkeypatch):
+    logger, handler = logging.getLogger("transformers.utils.import_utils"), logging.Handler()
+    monkeypatch.setattr(handler, "emit", lambda record: heard.append(record.getMessage()[:4]))
+    heard: list[str] = []
+    logger.addHandler(handler)
+    try:
+        with console.quiet_imports():
+            logger.warning("`CLIPImageProcessor` requires torchvision (not installed); falling back to …")
+            logger.warning("this one matters")
+        logger.warning("`CLIPImageProcessor` requires torchvision: nobody asked for quiet")
+    finally:
+        logger.removeHandler(handler)
+    assert heard == ["this", "`CLI"]
+
+
 @pytest.mark.parametrize("rank", ["RANK", "PMI_RANK"])
 def test_only_the_first_process_shows_progress(rank, monkeypatch, capsys):
     monkeypatch.setenv(rank, "1")
@@ -794,31 +836,58 @@ def test_settings_of_a_strangers_picture_are_none(tmp_path):
     assert read_settings(tmp_path / "deep.png") is None
 
 
-def test_pictures_need_not_be_square(workshop, config_file, tmp_path):
+def test_pictures_need_not_be_square(workshop, config_file, tmp_path, loaded):
     flags = ["--generation_config", str(config_file), "--output_dir", str(tmp_path), *QUICK, "--num_images", "1"]
-    main([*flags, "--resolution", "48x80"])
+    main([*flags, "--resolution", "48x80", "--num_inference_steps", "1"])
     assert Image.open(tmp_path / FOLDER / "0000.png").size == (80, 48)
 
 
-@pytest.mark.slow
-def test_two_processes_make_the_pictures_of_one(gallery, workshop, config_file, tmp_path):
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-    script = [str(ROOT / "generate_images.py"), "--generation_config", str(config_file), "--output_dir", str(tmp_path)]
-    result = subprocess.run(
-        [sys.executable, *launch, *script, *QUICK],
-        cwd=workshop,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert result.returncode == 0, result.stderr
-    assert not any(noise in result.stderr for noise in ("torchvision", "\r", "\x1b")), result.stderr
-    assert "2/2" in result.stderr and "4/4" not in result.stderr.replace("steps", "")  # half of the four pictures each
+def as_rank(rank, rendezvous, flags):
+    """What a launcher starts: one of two processes, which say what they say in files of their own."""
+    for stream in ("stdout", "stderr"):
+        setattr(sys, stream, open(f"{rendezvous}.{stream}.{rank}", "w"))  # noqa: SIM115 (closed by the process's end)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    PartialState._reset_state()  # of the process that this one is a copy of
+    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    main(flags)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="copies of this process save them their imports")
+def test_two_processes_make_the_pictures_of_one(gallery, config_file, tmp_path):
+    flags = ["--generation_config", str(config_file), "--output_dir", str(tmp_path / "results"), *QUICK]
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=as_rank, args=(rank, tmp_path / "meeting", flags)) for rank in range(2)]
+    try:
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join(300)
+    finally:
+        for rank in ranks:
+            rank.kill()
+    said = {file.name: file.read_text() for file in tmp_path.glob("meeting.*")}
+    assert [rank.exitcode for rank in ranks] == [0, 0], said
+    assert "2/2" in said["meeting.stderr.0"] and "4/4" not in said["meeting.stderr.0"]  # half of the pictures each
+    assert not said["meeting.stdout.1"] and not said["meeting.stderr.1"]
     pictures = sorted(gallery.rglob("000?.png"))
     assert len(pictures) == 4
     for picture in pictures:
-        other = tmp_path / picture.relative_to(gallery)
+        other = tmp_path / "results" / picture.relative_to(gallery)
         assert np.abs(pixels(other) - pixels(picture)).max() <= 1  # the number of threads may change the last bit
         assert settings_of(other) == settings_of(picture)
-    assert result.stdout.count("contact sheet: ") == 2  # said once
+    assert said["meeting.stdout.0"].count("contact sheet: ") == 2  # said once
+
+
+def test_launched_processes_refuse_a_config_with_one_report(tmp_path):
+    (tmp_path / "config.json").write_text('[{"promt": "a dog"}]')
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    script = [str(ROOT / "generate_images.py"), "--generation_config", str(tmp_path / "config.json"), *QUICK]
+    result = subprocess.run(
+        [sys.executable, *launch, *script],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode != 0
+    assert result.stderr.count("did you mean 'prompt'?") == 1, result.stderr

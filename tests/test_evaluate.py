@@ -398,8 +398,8 @@ def test_pictures_of_generate_images_say_what_they_were_to_show(tmp_path, models
     references = [f"{name}={folder_of(tmp_path / name, drawing(index, (64, 64)))}" for index, name in enumerate(names)]
 
     monkeypatch.chdir(tmp_path)
-    command = ["--pictures", "results", "--references", *references, *all_models, "--detection_threshold", 0]
-    run(*command)
+    command = ["--pictures", "results", "--references", *references, "--detection_threshold", 0]
+    run(*command, *all_models)
     result = read(tmp_path / "results" / "evaluation.json")
     assert not result["warnings"] and list(result["folders"]) == [TOTAL, str(task.folder)]
     first = result["pictures"][0]
@@ -410,6 +410,7 @@ def test_pictures_of_generate_images_say_what_they_were_to_show(tmp_path, models
     assert first["targets"][0]["scores"]["dino_leak"] != first["targets"][0]["scores"]["dino_own"]
 
     # The colour map becomes another one: its old pictures can no longer be held to it.
+    command += ["--detector", models["owl"]]
     colours.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "layout.png")
     run(*command)
     result = read(tmp_path / "results" / "evaluation.json")

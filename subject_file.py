@@ -169,17 +169,16 @@ _ABANDONED_SECONDS = 24 * 60 * 60.0  # no write takes that long
 def clear_leftovers(folder: Path) -> None:
     """Remove what `write_atomically` left half written in `folder`, where the writing process was killed.
 
-    What a living process is writing stays. Of processes that cannot be asked, as those of other machines that share
-    the folder, only files that are a day old are taken for leftovers.
+    What a living process is writing stays. So do files of processes that cannot be asked, as those of other machines
+    that share the folder, until they are a day old.
     """
     for file in folder.iterdir():
         if match := _TEMPORARY.fullmatch(file.name):
+            # On Windows asking would end the process.
+            can_ask = match["machine"] == _this_machine() and os.name == "posix"
             with suppress(OSError):  # its writer may be done by now
-                if match["machine"] == _this_machine() and os.name == "posix":
-                    is_left = not _is_running(int(match["process"]))
-                else:
-                    is_left = time.time() - file.stat().st_mtime > _ABANDONED_SECONDS
-                if is_left:
+                is_old = time.time() - file.stat().st_mtime > _ABANDONED_SECONDS
+                if is_old or (can_ask and not _is_running(int(match["process"]))):
                     file.unlink()
 
 
@@ -194,11 +193,11 @@ def _this_machine() -> str:
 
 def _is_running(process: int) -> bool:
     try:
-        os.kill(process, 0)  # asks, and does nothing; not on Windows, where it ends the process
+        os.kill(process, 0)  # asks, and does nothing
     except ProcessLookupError:
         return False
-    except (PermissionError, OverflowError):  # somebody else's; no number of a process
-        return True
+    except (PermissionError, OverflowError):  # somebody else's; a number that no process can have
+        pass
     return True
 
 

@@ -691,7 +691,7 @@ def test_a_run_clears_what_killed_runs_left_half_written_and_not_what_living_one
     assert (folder / "living.png").read_bytes() == b"whole"
 
 
-def test_resume_makes_anew_what_another_model_made(tmp_path, capsys):
+def test_resume_makes_anew_what_another_model_made(tmp_path, capsys, loaded):
     model = Path(shutil.copytree(EMBEDDED_BASE, tmp_path / "model"))
     (tmp_path / "config.json").write_text(json.dumps([{"prompt": "a dog"}, {"prompt": "a mug"}]))
     flags = ["--generation_config", str(tmp_path / "config.json"), "--output_dir", str(tmp_path / "results"), *QUICK]

@@ -11,14 +11,20 @@ from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
 
-# As accelerate has them: what launchers call the number of a process.
-_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+# As accelerate has them: how launchers tell a process its number and how many there are.
+_RANKS = {
+    "RANK": "WORLD_SIZE",
+    "PMI_RANK": "PMI_SIZE",
+    "OMPI_COMM_WORLD_RANK": "OMPI_COMM_WORLD_SIZE",
+    "MV2_COMM_WORLD_RANK": "MV2_COMM_WORLD_SIZE",
+}
 _T = TypeVar("_T")
 
 
 def is_main_process() -> bool:
     """Whether this is the one of several processes that speaks; known before torch is imported."""
-    return next((os.environ[name] for name in _RANKS if name in os.environ), "0") == "0"
+    env = os.environ
+    return all(env.get(rank, "0") == "0" or env.get(size, "1") == "1" for rank, size in _RANKS.items())
 
 
 @contextmanager

@@ -820,9 +820,11 @@ def test_notes_on_torchvision_are_no_news_and_others_are(monkeypatch):
     assert heard == ["this", "`CLI"]
 
 
-@pytest.mark.parametrize("rank", ["RANK", "PMI_RANK"])
-def test_only_the_first_process_shows_progress(rank, monkeypatch, capsys):
+@pytest.mark.parametrize(("rank", "size"), [("RANK", "WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE")])
+def test_only_the_first_of_several_processes_speaks(rank, size, monkeypatch, capsys):
     monkeypatch.setenv(rank, "1")
+    assert console.is_main_process(), "the only one, whatever its number"
+    monkeypatch.setenv(size, "2")
     assert list(console.shown(["a"], "picture", str.upper)) == ["a"]
     monkeypatch.setenv(rank, "0")
     assert list(console.shown(["b"], "picture", str.upper)) == ["b"]

@@ -675,7 +675,8 @@ def test_a_run_clears_what_killed_runs_left_half_written_and_not_what_living_one
         assert writer.stdout.readline() == "half written\n"
         return writer
 
-    write("killed.png", "killed").wait()
+    with write("killed.png", "killed"):
+        pass  # waits for its end
     with write("living.png", "living") as living:
         of_other_machines = [folder / f".0000.png.00000000-1-{digit * 8}" for digit in "ab"]
         for file in of_other_machines:

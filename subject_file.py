@@ -21,11 +21,15 @@ import json
 import math
 import os
 import pickletools
+import platform
 import re
 import secrets
 import tempfile
+import time
 import zipfile
+import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,7 +149,8 @@ def make_writable_folder(folder: Path) -> None:
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file whole or not at all: readers see the old file or the new one, whatever happens in between."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    # Whose it is, for `clear_leftovers`
+    temporary = path.with_name(f".{path.name}.{_this_machine()}-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         with temporary.open("xb") as file:
             file.write(data)
@@ -155,6 +160,45 @@ def write_atomically(path: Path, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+_TEMPORARY = re.compile(r"\..+\.(?P<machine>[0-9a-f]{8})-(?P<process>[0-9]+)-[0-9a-f]{8}")
+_ABANDONED_SECONDS = 24 * 60 * 60.0  # no write takes that long
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what `write_atomically` left half written in `folder`, where the writing process was killed.
+
+    What a living process is writing stays. So do files of processes that cannot be asked, as those of other machines
+    that share the folder, until they are a day old.
+    """
+    for file in folder.iterdir():
+        if match := _TEMPORARY.fullmatch(file.name):
+            # On Windows asking would end the process.
+            can_ask = match["machine"] == _this_machine() and os.name == "posix"
+            with suppress(OSError):  # its writer may be done by now
+                is_old = time.time() - file.stat().st_mtime > _ABANDONED_SECONDS
+                if is_old or (can_ask and not _is_running(int(match["process"]))):
+                    file.unlink()
+
+
+def _this_machine() -> str:
+    """Eight digits for where process ids mean the same: the host, and on Linux the container."""
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        namespace = ""
+    return f"{zlib.crc32(f'{platform.node()} {namespace}'.encode()):08x}"
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # asks, and does nothing
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # somebody else's; a number that no process can have
+        pass
+    return True
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import HfArgumentParser
 
-from multisubject.generation_config import MOST_SEED
+from multisubject.generation.config_file import MOST_SEED
 from multisubject.subject_file import check_subject_name
 
 # The delta lives on the scale of the encoder's normalised output (about 1); weights are hundreds of times smaller.

@@ -220,7 +220,7 @@ def _heat_overlay(image: Image.Image, heat: np.ndarray) -> Image.Image:
     level = np.clip(np.asarray(scaled), 0.0, 1.0)[..., None]
     ground = 0.55 * np.asarray(image.convert("L").convert("RGB"), np.float32)
     fire = 255.0 * np.concatenate([np.minimum(1.0, 2 * level), np.maximum(0.0, 2 * level - 1), 0 * level], axis=-1)
-    return Image.fromarray(np.uint8(ground * (1 - 0.85 * level) + 0.85 * level * fire))
+    return Image.fromarray((ground * (1 - 0.85 * level) + 0.85 * level * fire).astype(np.uint8))
 
 
 def _font(width: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

@@ -58,7 +58,7 @@ from torch.overrides import TorchFunctionMode
 
 from multisubject.benchmarks.layout_guidance import layout_energy
 from multisubject.benchmarks.placement import METHODS, ROOT, Task, draw_tasks, score_picture
-from multisubject.evaluate import bootstrap_interval
+from multisubject.evaluation.intervals import bootstrap_interval
 from multisubject.guidance_methods import GUIDANCE_METHODS, AttentionLayer, GuidanceMethod
 from multisubject.pipeline_multisubject import MultiSubjectPipeline
 from multisubject.residual_embeddings import parse_prompt

@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from multisubject.benchmarks.layout_guidance import LayoutGuidance
 from multisubject.benchmarks.results import digest_of_weights, load_results
 from multisubject.benchmarks.speed import measure
-from multisubject.evaluate import bootstrap_interval
+from multisubject.evaluation.intervals import bootstrap_interval
 from multisubject.guidance_methods import (
     AttentionLayer,
     bounded_attention,

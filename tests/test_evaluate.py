@@ -23,19 +23,14 @@ from transformers import (
 )
 
 from multisubject import evaluate
-from multisubject.evaluate import TOTAL, _assign, bootstrap_interval, layout_score, main, match, summaries, summarize
-from multisubject.evaluation_data import (
-    DEFAULT_MODELS,
-    Crop,
-    EvaluateArguments,
-    EvaluationError,
-    Picture,
-    Target,
-    _subject_of,
-    read_pairs,
-)
-from multisubject.evaluation_models import Detection, best_detections, box_iou
-from multisubject.generate_images import save_picture
+from multisubject.evaluate import main
+from multisubject.evaluation.arguments import DEFAULT_MODELS, EvaluateArguments, EvaluationError, read_pairs
+from multisubject.evaluation.intervals import bootstrap_interval, summarize
+from multisubject.evaluation.models import Detection, best_detections, box_iou
+from multisubject.evaluation.pictures import Crop, Picture, Target, _subject_of
+from multisubject.evaluation.results import TOTAL, summaries
+from multisubject.evaluation.scores import METRICS, _assign, layout_score, match
+from multisubject.generation.picture_files import save_picture
 from multisubject.layout import Region, parse_layout
 
 LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
@@ -362,15 +357,21 @@ def test_what_a_detector_does_not_find_is_missing_not_alike(plain, all_models):
 def test_models_that_are_not_asked_for_are_left_out(plain, models, capsys):
     run(*plain, "--dino_model", models["dinov2"])
     assert set(read(Path(plain[1]) / "evaluation.json")["pictures"][0]["scores"]) == {"dino"}
-    assert "Without --clip_model, --detector" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "Without --clip_model, --detector" in out
+    assert not err, "bars are for terminals"
 
 
 def test_pictures_of_generate_images_say_what_they_were_to_show(tmp_path, models, all_models, monkeypatch):
     """Through the real settings of a real task, so that this notices when either side changes."""
-    from multisubject.generate_images import EMBEDDED_BASE, GenerateArguments, task_settings
-    from multisubject.generation_config import BaseModel, load_tasks
+    from multisubject.generation.arguments import GenerateArguments
+    from multisubject.generation.base_model import BaseModel
+    from multisubject.generation.config_file import read_config
+    from multisubject.generation.making import task_settings
+    from multisubject.generation.tasks import load_tasks
     from multisubject.hub_utils import save_subject
     from multisubject.residual_embeddings import ResidualEmbedding
+    from multisubject.tiny_world import EMBEDDED_BASE
 
     base = BaseModel.read(str(EMBEDDED_BASE))
     for name, phrase in (("petrucci", "person"), ("majesty", "guitar")):
@@ -386,7 +387,7 @@ def test_pictures_of_generate_images_say_what_they_were_to_show(tmp_path, models
         "color_context": {"255,0,0": ["person", 2.5], "0,0,255": ["guitar", 2.5]},
     }
     (tmp_path / "config.json").write_text(json.dumps([entry]))
-    (task,), _ = load_tasks(tmp_path / "config.json", base, (64, 64))
+    (task,), _ = load_tasks(read_config(tmp_path / "config.json"), base, (64, 64))
     made = task_settings(task, GenerateArguments(str(tmp_path / "config.json")), torch.float32, base.version)
     folder = tmp_path / "results" / task.folder
     for index in range(2):
@@ -397,18 +398,19 @@ def test_pictures_of_generate_images_say_what_they_were_to_show(tmp_path, models
     references = [f"{name}={folder_of(tmp_path / name, drawing(index, (64, 64)))}" for index, name in enumerate(names)]
 
     monkeypatch.chdir(tmp_path)
-    command = ["--pictures", "results", "--references", *references, *all_models, "--detection_threshold", 0]
-    run(*command)
+    command = ["--pictures", "results", "--references", *references, "--detection_threshold", 0]
+    run(*command, *all_models)
     result = read(tmp_path / "results" / "evaluation.json")
     assert not result["warnings"] and list(result["folders"]) == [TOTAL, str(task.folder)]
     first = result["pictures"][0]
     assert len(result["pictures"]) == 2 and first["prompt"] == "a photo of person and guitar"
     assert [(row["name"], row["phrase"]) for row in first["targets"]] == [("petrucci", "person"), ("majesty", "guitar")]
     assert first["targets"][0]["scores"]["dino"] == pytest.approx(1, abs=1e-5)
-    assert set(first["scores"]) == set(evaluate.METRICS)
+    assert set(first["scores"]) == set(METRICS)
     assert first["targets"][0]["scores"]["dino_leak"] != first["targets"][0]["scores"]["dino_own"]
 
     # The colour map becomes another one: its old pictures can no longer be held to it.
+    command += ["--detector", models["owl"]]
     colours.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "layout.png")
     run(*command)
     result = read(tmp_path / "results" / "evaluation.json")

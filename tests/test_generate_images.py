@@ -1,4 +1,7 @@
+import io
 import json
+import logging
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -9,15 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from PIL import Image, ImageDraw, PngImagePlugin
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from multisubject import generate_images, generation_config
-from multisubject.generate_images import CONTACT_SHEET, EMBEDDED_BASE, main, read_settings
-from multisubject.generation_config import BaseModel, ConfigError, load_tasks
+from multisubject.generate_images import main
+from multisubject.generation import console, making, prompts
+from multisubject.generation.base_model import BaseModel
+from multisubject.generation.config_file import ConfigError, read_config
+from multisubject.generation.picture_files import CONTACT_SHEET, read_settings
+from multisubject.generation.tasks import load_tasks
 from multisubject.hub_utils import save_subject
 from multisubject.residual_embeddings import ResidualEmbedding
 from multisubject.subject_file import fingerprint_text_encoder
+from multisubject.tiny_world import EMBEDDED_BASE
 
 ROOT = Path(__file__).parent.parent
 SUBJECTS = {"petrucci": "person", "majesty": "guitar", "biscuit": "dog", "sunrise": "mug", "comet": "ball"}
@@ -48,7 +56,7 @@ def base():
 
 @pytest.fixture(scope="module")
 def workshop(base, tmp_path_factory):
-    """A user's folder: random subjects of the base's width in `embeddings`, the repository's `layouts`."""
+    """A user's folder: random subjects of the base's width in `embeddings`, the repository's `layouts`, smaller."""
     folder = tmp_path_factory.mktemp("workshop")
     generator = torch.Generator().manual_seed(0)
     for name, phrase in SUBJECTS.items():
@@ -56,7 +64,9 @@ def workshop(base, tmp_path_factory):
         for suffix in ("pt", "safetensors"):
             subject = ResidualEmbedding(phrase, {"text_encoder": delta})
             save_subject(subject, folder / "embeddings" / f"{name}.{suffix}", name=name)
-    shutil.copytree(ROOT / "layouts", folder / "layouts")
+    (folder / "layouts").mkdir()
+    for layout in (ROOT / "layouts").glob("*.png"):
+        Image.open(layout).resize((64, 64), Image.Resampling.NEAREST).save(folder / "layouts" / layout.name)
     return folder
 
 
@@ -72,7 +82,7 @@ def check(base, tmp_path):
     def run(*entries, **kwargs):
         path = tmp_path / "config.json"
         path.write_text(json.dumps(entries, indent=2), encoding="utf-8")
-        return load_tasks(path, base, **kwargs)
+        return load_tasks(read_config(path), base, **kwargs)
 
     return run
 
@@ -99,7 +109,7 @@ def test_the_seed_entry_marks_its_subjects_and_goes_to_the_folder_of_the_seed(ch
 
 @pytest.mark.parametrize("name", ["single", "two", "four"])
 def test_shipped_configs_are_sound(name, base):
-    (task,), warnings = load_tasks(ROOT / "configs" / f"guidance_conf_{name}.json", base)
+    (task,), warnings = load_tasks(read_config(ROOT / "configs" / f"guidance_conf_{name}.json"), base)
     assert len(task.subjects) == {"single": 1, "two": 2, "four": 4}[name]
     assert len(task.regions()) == {"single": 0, "two": 2, "four": 4}[name]
     assert not warnings
@@ -209,7 +219,7 @@ def test_paths_are_tried_in_the_working_folder_then_beside_the_config_then_above
     monkeypatch.chdir(elsewhere)
     for folder in (project, project / "configs", elsewhere):  # each goes before the ones that are there already
         save_subject(ResidualEmbedding("dog", {"text_encoder": torch.ones(1, base.embed_dim)}), folder / "dog.pt")
-        (task,), _ = load_tasks(path, base)
+        (task,), _ = load_tasks(read_config(path), base)
         assert Path(task.subjects["dog"].source).parent == folder
 
 
@@ -220,7 +230,7 @@ def test_a_hub_id_is_passed_on(check, base, monkeypatch):
         asked.append(source)
         return {name: ResidualEmbedding(class_phrase, {"text_encoder": torch.ones(1, base.embed_dim)})}
 
-    monkeypatch.setattr(generation_config, "load_subject", load_subject)
+    monkeypatch.setattr(prompts, "load_subject", load_subject)
     check({"prompt": "a dog", "residual_dict": {"dog": "user/biscuit@main"}})
     assert asked == ["user/biscuit@main"]
 
@@ -236,6 +246,20 @@ def test_folder_names_are_safe_and_short(check):
     (task, other), _ = check({"prompt": "../" + "é" * 300}, {"prompt": "../" + "é" * 301})
     assert len(task.folder.name.encode()) < 255 and ".." not in task.folder.parts
     assert task.folder != other.folder
+
+
+@pytest.mark.parametrize("name", ["CON", "prn", "Aux", "nul", "COM1", "lpt9", "COM¹", "con.txt", "NUL. .", " aux..."])
+def test_a_prompt_that_windows_keeps_for_a_device_has_a_folder_of_another_name(name, check):
+    (task,), _ = check({"prompt": name})
+    assert task.folder.name == "_" + name.strip(" .")
+    (task,), _ = check({"prompt": name, "layout": {name.strip(" ."): [0, 0, 1, 1]}})
+    assert {part[0] for part in task.folder.parts} == {"_"}, "the subjects' folder"
+
+
+def test_folders_of_prompts_that_only_begin_like_a_device_keep_their_names(check):
+    prompts = ("con artist", "CONE", "com", "com10", "aux-in", "_con_a", "a CON.")
+    tasks, _ = check(*({"prompt": prompt} for prompt in prompts))
+    assert [task.folder.name for task in tasks] == ["con_artist", "CONE", "com", "com10", "aux-in", "con_a", "a_CON"]
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------
@@ -264,7 +288,7 @@ def test_one_report_names_every_problem_with_its_place(base, workshop, tmp_path)
         encoding="utf-8",
     )
     with pytest.raises(ConfigError) as error:
-        load_tasks(path, base)
+        load_tasks(read_config(path), base)
     report = str(error.value)
     assert report.startswith("6 problems")
     for line, text in {
@@ -407,7 +431,44 @@ def test_a_file_that_is_no_config_is_refused(text, message, base, tmp_path):
     if text is not None:
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(ConfigError, match=message):
-        load_tasks(tmp_path / "config.json", base)
+        load_tasks(read_config(tmp_path / "config.json"), base)
+
+
+def test_what_is_wrong_in_the_file_itself_is_told_before_anything_heavy_is_imported(tmp_path):
+    """In a fresh process, as users meet it."""
+    configs = {
+        "json": '[{"prompt": "a dog",}]',
+        "list": "{}",
+        "key": '[{"promt": "a dog"}]',
+        "value": '[{"prompt": "a dog", "seed": -1, "layout": "layouts/nothing.png"}]',
+    }
+    for name, text in configs.items():
+        (tmp_path / f"{name}.json").write_text(text)
+    code = """
+import json, sys
+from multisubject import evaluate, generate_images
+
+said = []
+for name, main, *flags in json.loads(sys.argv[1]):
+    try:
+        {"generate": generate_images, "evaluate": evaluate}[main].main(flags)
+    except SystemExit as end:
+        heavy = sorted({"torch", "diffusers", "accelerate", "peft"} & sys.modules.keys())
+        said.append([name, end.code, heavy])
+json.dump(said, open("said.json", "w"))
+"""
+    runs = [[name, "generate", "--generation_config", str(tmp_path / f"{name}.json")] for name in [*configs, "no file"]]
+    runs += [["flag", "generate", "--generation_config", "x.json", "--seed", "-1"]]
+    runs += [["help", command, "--help"] for command in ("generate", "evaluate")]
+    result = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(runs)], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    expected = [[name, 0 if name == "help" else 2, []] for name, *_ in runs]
+    assert json.loads((tmp_path / "said.json").read_text()) == expected
+    for text in ("json.json:1: this is not JSON", "list.json:1: expected a list", "did you mean 'prompt'?"):
+        assert text in result.stderr
+    assert "entry 1, seed: expected a whole number from 0" in result.stderr
+    assert "nothing.png" not in result.stderr and "is looked at when these are right" in result.stderr
 
 
 def test_a_forgotten_dollar_is_pointed_out(monkeypatch, capsys):
@@ -418,9 +479,9 @@ def test_a_forgotten_dollar_is_pointed_out(monkeypatch, capsys):
     assert "Did you mean $CONFIG_DIR, which is 'configs/mine.json'?" in capsys.readouterr().err
 
 
-def test_a_base_that_is_none_is_refused(workshop, capsys):
+def test_a_base_that_is_none_is_refused(workshop, config_file, capsys):
     with pytest.raises(SystemExit):
-        main(["--generation_config", "x.json", "--pretrained_model_name", str(workshop), "--device", "cpu"])
+        main(["--generation_config", str(config_file), "--pretrained_model_name", str(workshop), "--device", "cpu"])
     assert "has no unet/config.json; expected the folder or Hub id" in capsys.readouterr().err
 
 
@@ -460,7 +521,7 @@ def test_wrong_flags_are_refused(flags, message, capsys):
 
 def test_what_no_picture_could_come_of_is_refused_before_the_model_loads(config_file, tmp_path, capsys, monkeypatch):
     (tmp_path / "out").write_text("here first")
-    monkeypatch.setattr(generate_images, "_load_pipeline", None)
+    monkeypatch.setattr(making, "load_pipeline", None)
     with pytest.raises(SystemExit) as exit_info:
         main(["--generation_config", str(config_file), "--output_dir", str(tmp_path / "out")])
     assert exit_info.value.code == 2 and "cannot write to" in capsys.readouterr().err
@@ -506,6 +567,25 @@ def gallery(workshop, config_file):
     return output_dir
 
 
+@pytest.fixture(scope="module")
+def shared_pipe():
+    return making.load_pipeline(str(EMBEDDED_BASE), torch.device("cpu"), torch.float32, show_progress=False)
+
+
+@pytest.fixture
+def pipe(shared_pipe):
+    """The embedded base's, loaded once, without subjects."""
+    for name in shared_pipe.get_list_subjects():
+        shared_pipe.unload_subject(name)
+    return shared_pipe
+
+
+@pytest.fixture
+def loaded(pipe, monkeypatch):
+    """For runs where loading is not the point."""
+    monkeypatch.setattr(making, "load_pipeline", lambda *_, **__: pipe)
+
+
 def test_every_entry_has_its_pictures_and_a_contact_sheet(gallery):
     for folder in (gallery / FOLDER, gallery / "no_subject" / "a_photo_of_a_dog"):
         assert {"0000.png", "0001.png", CONTACT_SHEET} <= {path.name for path in folder.iterdir()}
@@ -523,11 +603,7 @@ def test_pictures_say_how_they_were_made(gallery):
     assert plain["seed"] == 8 and plain["negative_prompt"] == "a mug" and "guidance_method" not in plain
 
 
-def test_a_picture_is_what_the_pipeline_makes_of_the_seed(gallery):
-    from multisubject.pipeline_multisubject import MultiSubjectPipeline
-
-    pipe = MultiSubjectPipeline.from_pretrained(str(EMBEDDED_BASE), dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
+def test_a_picture_is_what_the_pipeline_makes_of_the_seed(gallery, pipe):
     for word, file in SEED_ENTRY["residual_dict"].items():
         pipe.load_subject(file, name=word, class_phrase=word)
     image = pipe(
@@ -559,7 +635,7 @@ def test_a_seed_means_the_same_noise_in_every_precision(config_file, tmp_path, m
     assert torch.equal(given[1], noise.bfloat16())
 
 
-def test_resume_makes_only_what_is_missing_damaged_or_other(gallery, config_file, tmp_path, capsys):
+def test_resume_makes_only_what_is_missing_damaged_or_other(gallery, config_file, tmp_path, capsys, loaded):
     folder = shutil.copytree(gallery, tmp_path / "results") / FOLDER
     data = (folder / "0001.png").read_bytes()
     (folder / "0001.png").write_bytes(data[: len(data) // 2])
@@ -574,10 +650,53 @@ def test_resume_makes_only_what_is_missing_damaged_or_other(gallery, config_file
     assert settings_of(folder / "0000.png")["guidance_scale"] == 3
 
 
-def test_resume_makes_anew_what_another_model_made(config_file, tmp_path, capsys):
+WRITER = """
+import os, signal, sys
+from multisubject import subject_file
+
+def stop(_):
+    print("half written", flush=True)
+    if sys.argv[2] == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    sys.stdin.read()
+
+subject_file.os.fsync = stop
+subject_file.write_atomically(subject_file.Path(sys.argv[1]), b"whole")
+"""
+
+
+def test_a_run_clears_what_killed_runs_left_half_written_and_not_what_living_ones_write(gallery, config_file, tmp_path):
+    folder = shutil.copytree(gallery, tmp_path / "results") / FOLDER
+    there = set(folder.iterdir())
+
+    def write(name, fate):
+        command = [sys.executable, "-c", WRITER, str(folder / name), fate]
+        writer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert writer.stdout.readline() == "half written\n"
+        return writer
+
+    with write("killed.png", "killed"):
+        pass  # waits for its end
+    with write("living.png", "living") as living:
+        of_other_machines = [folder / f".0000.png.00000000-1-{digit * 8}" for digit in "ab"]
+        for file in of_other_machines:
+            file.touch()
+        os.utime(of_other_machines[1], (0, 0))
+        assert len(set(folder.iterdir()) - there) == 4
+        flags = ["--generation_config", str(config_file), "--output_dir", str(tmp_path / "results"), *QUICK]
+        main([*flags, "--resume"])
+        half_written = set(folder.iterdir()) - there
+        assert {file.name[: file.name.index("png")] for file in half_written} == {".living.", ".0000."}
+        assert of_other_machines[0] in half_written
+        living.communicate("")
+    assert (folder / "living.png").read_bytes() == b"whole"
+
+
+def test_resume_makes_anew_what_another_model_made(tmp_path, capsys, loaded):
     model = Path(shutil.copytree(EMBEDDED_BASE, tmp_path / "model"))
-    flags = ["--generation_config", str(config_file), "--output_dir", str(tmp_path / "results"), *QUICK, "--resume"]
-    flags += ["--pretrained_model_name", str(model), "--num_images", "1"]
+    (tmp_path / "config.json").write_text(json.dumps([{"prompt": "a dog"}, {"prompt": "a mug"}]))
+    flags = ["--generation_config", str(tmp_path / "config.json"), "--output_dir", str(tmp_path / "results"), *QUICK]
+    flags += ["--pretrained_model_name", str(model), "--num_images", "1", "--num_inference_steps", "1", "--resume"]
     main(flags)
     main(flags)
     main([*flags, "--output_dir", str(model / "results")])  # nor do pictures beside the model change it
@@ -588,14 +707,26 @@ def test_resume_makes_anew_what_another_model_made(config_file, tmp_path, capsys
     assert there == ["0", "2", "0", "0"]
 
 
-def test_a_new_picture_takes_the_old_ones_attention_sheet_away(gallery, config_file, tmp_path):
+def test_a_new_picture_takes_the_old_ones_attention_sheet_away(gallery, config_file, tmp_path, loaded):
     folder = shutil.copytree(gallery, tmp_path / "results") / FOLDER
-    main(["--generation_config", str(config_file), "--output_dir", str(tmp_path / "results"), *QUICK, "--seed", "5"])
+    main(
+        [
+            "--generation_config",
+            str(config_file),
+            "--output_dir",
+            str(tmp_path / "results"),
+            *QUICK,
+            "--seed",
+            "5",
+            "--num_inference_steps",
+            "1",
+        ]
+    )
     assert settings_of(folder / "0000.png")["seed"] == 5
     assert not list(folder.glob("*_attention.png"))
 
 
-def test_resume_makes_a_missing_attention_sheet(gallery, config_file, tmp_path, capsys):
+def test_resume_makes_a_missing_attention_sheet(gallery, config_file, tmp_path, capsys, loaded):
     folder = shutil.copytree(gallery, tmp_path / "results") / FOLDER
     (folder / "0001_attention.png").unlink()
     flags = ["--generation_config", str(config_file), "--output_dir", str(tmp_path / "results"), *QUICK, "--resume"]
@@ -604,11 +735,7 @@ def test_resume_makes_a_missing_attention_sheet(gallery, config_file, tmp_path, 
     assert (folder / "0001_attention.png").exists()
 
 
-def test_an_entry_without_subjects_is_drawn_without_those_of_the_entry_before(gallery):
-    from multisubject.pipeline_multisubject import MultiSubjectPipeline
-
-    pipe = MultiSubjectPipeline.from_pretrained(str(EMBEDDED_BASE), dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
+def test_an_entry_without_subjects_is_drawn_without_those_of_the_entry_before(gallery, pipe):
     for index in range(2):  # the entry has a seed of its own, 7
         image = pipe(
             "a photo of a dog",
@@ -621,14 +748,10 @@ def test_an_entry_without_subjects_is_drawn_without_those_of_the_entry_before(ga
         )
 
 
-def test_subjects_of_the_entry_before_are_gone(check):
-    from multisubject.generate_images import load_subjects
-    from multisubject.pipeline_multisubject import MultiSubjectPipeline
-
-    pipe = MultiSubjectPipeline.from_pretrained(str(EMBEDDED_BASE), dtype=torch.float32)
+def test_subjects_of_the_entry_before_are_gone(check, pipe):
     tasks, _ = check(SEED_ENTRY, {"prompt": "a dog", "residual_dict": {"dog": "embeddings/biscuit.pt"}})
     for task in tasks:
-        load_subjects(pipe, task)
+        making.load_subjects(pipe, task)
         assert sorted(pipe.get_list_subjects()) == sorted(task.subjects)
 
 
@@ -645,20 +768,68 @@ def test_a_subject_of_another_base_of_the_same_width_is_found_before_the_first_p
     assert not list((tmp_path / "out").rglob("*.png"))
 
 
-def test_ctrl_c_says_how_to_go_on(config_file, tmp_path, capsys, monkeypatch):
+def test_ctrl_c_says_how_to_go_on(config_file, tmp_path, capsys, monkeypatch, loaded):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate_images, "make_picture", interrupted)
+    monkeypatch.setattr(making, "make_picture", interrupted)
     with pytest.raises(SystemExit) as exit_info:
         main(["--generation_config", str(config_file), "--output_dir", str(tmp_path), *QUICK])
     assert exit_info.value.code == 130 and "with --resume goes on" in capsys.readouterr().err
 
 
-def test_what_the_scheduler_refuses_is_no_traceback(config_file, tmp_path):
+def test_what_the_scheduler_refuses_is_no_traceback(config_file, tmp_path, loaded):
     flags = ["--generation_config", str(config_file), "--output_dir", str(tmp_path), *QUICK]
     with pytest.raises(SystemExit, match=r"error: .*num_inference_steps.*2000"):
         main([*flags, "--num_inference_steps", "2000"])
+
+
+def test_a_log_has_a_line_for_each_picture_and_nothing_that_moves_a_cursor(config_file, tmp_path, capsys):
+    flags = ["--generation_config", str(config_file), "--output_dir", str(tmp_path), *QUICK]
+    main([*flags, "--num_images", "1", "--num_inference_steps", "1"])
+    pictures = [tmp_path / FOLDER / "0000.png", tmp_path / "no_subject" / "a_photo_of_a_dog" / "0000.png"]
+    assert capsys.readouterr().err == f"1/2 {pictures[0]}\n2/2 {pictures[1]}\n"
+
+
+def test_a_terminal_has_bars_and_loading_leaves_them_as_they_were(monkeypatch):
+    from transformers.utils import logging
+
+    for is_terminal in (True, False):
+        stream = io.StringIO()
+        monkeypatch.setattr(stream, "isatty", lambda is_terminal=is_terminal: is_terminal)
+        monkeypatch.setattr(sys, "stderr", stream)
+        with console.quiet_loading(logging):
+            assert logging.is_progress_bar_enabled() == is_terminal
+        assert logging.is_progress_bar_enabled()
+        assert list(console.shown(["a", "b"], "picture", str.upper)) == ["a", "b"]
+        assert ("\r" in stream.getvalue()) == is_terminal
+        assert (stream.getvalue() == "1/2 A\n2/2 B\n") != is_terminal
+
+
+def test_notes_on_torchvision_are_no_news_and_others_are(monkeypatch):
+    logger, handler = logging.getLogger("transformers.utils.import_utils"), logging.Handler()
+    monkeypatch.setattr(handler, "emit", lambda record: heard.append(record.getMessage()[:4]))
+    heard: list[str] = []
+    logger.addHandler(handler)
+    try:
+        with console.quiet_imports():
+            logger.warning("`CLIPImageProcessor` requires torchvision (not installed); falling back to …")
+            logger.warning("this one matters")
+        logger.warning("`CLIPImageProcessor` requires torchvision: nobody asked for quiet")
+    finally:
+        logger.removeHandler(handler)
+    assert heard == ["this", "`CLI"]
+
+
+@pytest.mark.parametrize(("rank", "size"), [("RANK", "WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE")])
+def test_only_the_first_of_several_processes_speaks(rank, size, monkeypatch, capsys):
+    monkeypatch.setenv(rank, "1")
+    assert console.is_main_process(), "the only one, whatever its number"
+    monkeypatch.setenv(size, "2")
+    assert list(console.shown(["a"], "picture", str.upper)) == ["a"]
+    monkeypatch.setenv(rank, "0")
+    assert list(console.shown(["b"], "picture", str.upper)) == ["b"]
+    assert capsys.readouterr().err == "1/1 B\n"
 
 
 def test_settings_of_a_strangers_picture_are_none(tmp_path):
@@ -668,30 +839,58 @@ def test_settings_of_a_strangers_picture_are_none(tmp_path):
     assert read_settings(tmp_path / "deep.png") is None
 
 
-def test_pictures_need_not_be_square(workshop, config_file, tmp_path):
+def test_pictures_need_not_be_square(workshop, config_file, tmp_path, loaded):
     flags = ["--generation_config", str(config_file), "--output_dir", str(tmp_path), *QUICK, "--num_images", "1"]
-    main([*flags, "--resolution", "48x80"])
+    main([*flags, "--resolution", "48x80", "--num_inference_steps", "1"])
     assert Image.open(tmp_path / FOLDER / "0000.png").size == (80, 48)
 
 
-@pytest.mark.slow
-def test_two_processes_make_the_pictures_of_one(gallery, workshop, config_file, tmp_path):
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-    script = [str(ROOT / "generate_images.py"), "--generation_config", str(config_file), "--output_dir", str(tmp_path)]
-    result = subprocess.run(
-        [sys.executable, *launch, *script, *QUICK],
-        cwd=workshop,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert result.returncode == 0, result.stderr
-    assert "2/2" in result.stderr and "4/4" not in result.stderr.replace("steps", "")  # half of the four pictures each
+def as_rank(rank, rendezvous, flags):
+    """What a launcher starts: one of two processes, which say what they say in files of their own."""
+    for stream in ("stdout", "stderr"):
+        setattr(sys, stream, open(f"{rendezvous}.{stream}.{rank}", "w"))  # noqa: SIM115 (closed by the process's end)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    PartialState._reset_state()  # of the process that this one is a copy of
+    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    main(flags)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="copies of this process save them their imports")
+def test_two_processes_make_the_pictures_of_one(gallery, config_file, tmp_path):
+    flags = ["--generation_config", str(config_file), "--output_dir", str(tmp_path / "results"), *QUICK]
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=as_rank, args=(rank, tmp_path / "meeting", flags)) for rank in range(2)]
+    try:
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join(300)
+    finally:
+        for rank in ranks:
+            rank.kill()
+    said = {file.name: file.read_text() for file in tmp_path.glob("meeting.*")}
+    assert [rank.exitcode for rank in ranks] == [0, 0], said
+    assert "2/2" in said["meeting.stderr.0"] and "4/4" not in said["meeting.stderr.0"]  # half of the pictures each
+    assert not said["meeting.stdout.1"] and not said["meeting.stderr.1"]
     pictures = sorted(gallery.rglob("000?.png"))
     assert len(pictures) == 4
     for picture in pictures:
-        other = tmp_path / picture.relative_to(gallery)
+        other = tmp_path / "results" / picture.relative_to(gallery)
         assert np.abs(pixels(other) - pixels(picture)).max() <= 1  # the number of threads may change the last bit
         assert settings_of(other) == settings_of(picture)
-    assert result.stdout.count("contact sheet: ") == 2  # said once
+    assert said["meeting.stdout.0"].count("contact sheet: ") == 2  # said once
+
+
+def test_launched_processes_refuse_a_config_with_one_report(tmp_path):
+    (tmp_path / "config.json").write_text('[{"promt": "a dog"}]')
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    script = [str(ROOT / "generate_images.py"), "--generation_config", str(tmp_path / "config.json"), *QUICK]
+    result = subprocess.run(
+        [sys.executable, *launch, *script],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode != 0
+    assert result.stderr.count("did you mean 'prompt'?") == 1, result.stderr

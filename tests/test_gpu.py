@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from multisubject.generate_images import read_settings
+from multisubject.generation.picture_files import read_settings
 from multisubject.guidance_methods import GUIDANCE_METHODS
 from multisubject.hub_utils import load_subject
 from multisubject.tiny_world.judge import Judge

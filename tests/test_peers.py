@@ -106,25 +106,29 @@ class Masks(Peer):
         ).images[0]
 
 
-def test_a_peer_is_checked_layer_by_layer(tmp_path, monkeypatch):
-    (tmp_path / "code.py").touch()
+@pytest.fixture(scope="module")
+def masks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("masks")
+    (folder / "code.py").touch()
+    return Masks(folder, guidance_scale=5.0)
+
+
+def test_a_peer_is_checked_layer_by_layer(masks, monkeypatch):
     monkeypatch.setattr(peers, "CHECK_STEPS", 2)
-    peer = Masks(tmp_path, guidance_scale=5.0)
-    ((kind, found),) = peer.check(draw_tasks("described 2", 1, 1, World())[0])  # self-attention is left alone
+    ((kind, found),) = masks.check(draw_tasks("described 2", 1, 1, World())[0])  # self-attention is left alone
     assert kind == "cross"
-    assert found.layers == len(peer.attentions)  # half of them are cross-attention, at two steps
+    assert found.layers == len(masks.attentions)  # half of them are cross-attention, at two steps
     assert found.effect > 0.1
     assert found.logits < 1e-4
 
     monkeypatch.setattr(Masks, "method", "cones2")
-    ((_, found),) = peer.check(draw_tasks("described 2", 1, 1, World())[0])
+    ((_, found),) = masks.check(draw_tasks("described 2", 1, 1, World())[0])
     assert found.logits > 1
 
 
-def test_score_table_has_their_row_and_ours(tmp_path):
-    (tmp_path / "code.py").touch()
+def test_score_table_has_their_row_and_ours(masks):
     options = SimpleNamespace(num_pictures=2, num_inference_steps=2, seed=1)
-    lines = list(peers.score_table([Masks(tmp_path, guidance_scale=5.0)], World(), options))
+    lines = list(peers.score_table([masks], World(), options))
     assert len({line.count("|") for line in lines}) == 1
     assert lines[2].startswith("| described 2 | Masks, its code | 2 |")
     assert lines[3].startswith("| described 2 | Masks, our `masked` | 2 |")

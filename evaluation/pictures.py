@@ -1,4 +1,4 @@
-"""What is evaluated: the command line, and pictures with what they were to show.
+"""What is evaluated: pictures with what they were to show.
 
 Pictures of `generate_images.py` say it themselves; others are told by the command line.
 """
@@ -8,118 +8,22 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
-from transformers.hf_argparser import HfArg
 
-from .generate_images import CONTACT_SHEET, check_device, read_settings
-from .generation_config import resolve_paths, subject_name
-from .layout import Box, Region, layout_checksum, parse_layout
-from .pictures import PICTURE_ERRORS, open_picture, split_alpha
-from .subject_file import default_name, make_writable_folder, printable
-from .training_data import PICTURE_SUFFIXES, is_picture
-
-# DINO ViT-S/16 is what papers on personal subjects mostly report. Its main branch has pickled weights only; a pull
-# request of the Hub itself has the same ones as safetensors.
-DEFAULT_MODELS = {
-    "clip_model": "openai/clip-vit-large-patch14",
-    "dino_model": "facebook/dino-vits16@refs/pr/1",
-    "detector": "google/owlv2-base-patch16-ensemble",
-}
-
-
-class EvaluationError(ValueError):
-    """Input that cannot be evaluated. The message names the argument, the value, what was expected and the remedy."""
-
-
-@dataclass
-class EvaluateArguments:
-    """The command line."""
-
-    pictures: list[str] = HfArg(  # noqa: RUF009 (this is dataclasses.field)
-        help="Folders, searched with their subfolders: an output folder of multisubject-generate, whose PNGs say what "
-        "they were to show, or one with any pictures, together with --prompt and --class_phrases."
-    )
-    references: list[str] = HfArg(  # noqa: RUF009
-        default_factory=list,
-        help="NAME=FOLDER with real pictures of a subject, for each subject: petrucci=data/petrucci. NAME is the "
-        "subject's in the prompt, or that of its file (embeddings/petrucci.pt). Without it: CLIP-T and layout only.",
-    )
-    prompt: str | None = HfArg(default=None, help="The prompt of pictures that do not carry theirs.")
-    class_phrases: list[str] = HfArg(  # noqa: RUF009
-        default_factory=list,
-        help="NAME=PHRASE for each reference, petrucci=person, for pictures that do not carry theirs: what to detect.",
-    )
-    generation_config: str | None = HfArg(
-        default=None,
-        help="The config that the pictures were made from, if files of its layouts are to be found beside it and not "
-        "in the working folder.",
-    )
-    clip_model: str | None = HfArg(
-        default=None,
-        help="For CLIP-T and CLIP-I: a folder or Hub id, or ID@REVISION. Name any of the three models, and no others "
-        f"are used; name none, and all are, this one being {DEFAULT_MODELS['clip_model']}.",
-    )
-    dino_model: str | None = HfArg(
-        default=None, help=f"For DINO: a vision transformer with a class token, such as {DEFAULT_MODELS['dino_model']}."
-    )
-    detector: str | None = HfArg(
-        default=None,
-        help=f"For the rest: an open-vocabulary detector such as {DEFAULT_MODELS['detector']} (OWL-ViT, OWLv2, "
-        "Grounding DINO), or one of fixed classes (DETR, YOLOS, …) that include the class phrases.",
-    )
-    detector_query: str | None = HfArg(
-        default=None,
-        help="What an open-vocabulary detector is asked, {} being the class phrase. Default: 'a photo of a {}' for OWL "
-        "models, which learned such sentences, and '{}' for others.",
-    )
-    detection_threshold: float | None = HfArg(
-        default=None, help="Least score of a detection, 0 to 1. Default: what transformers has for the detector."
-    )
-    output: str | None = HfArg(
-        default=None,
-        help="JSON file for every picture's scores, the contact sheet beside it. Default: evaluation.json in the first "
-        "folder of --pictures.",
-    )
-    device: str | None = HfArg(default=None, help="cpu, cuda, cuda:1, mps … Default: the best there is.")
-    dtype: str = HfArg(
-        default="float32",
-        help="Precision of the models. Half precision is faster and less exact.",
-        metadata={"choices": ["float32", "float16", "bfloat16"]},
-    )
-    batch_size: int = HfArg(default=16, help="Pictures per call of a model: lower it if memory runs out.")
-
-    def __post_init__(self) -> None:
-        """Refuse values that argparse lets through, and fill in what was left out. Raises `ValueError`."""
-        if self.batch_size < 1:
-            raise ValueError(f"--batch_size is {self.batch_size}; expected at least 1.")
-        if self.detection_threshold is not None and not 0 <= self.detection_threshold <= 1:
-            raise ValueError(f"--detection_threshold is {self.detection_threshold}; expected a score from 0 to 1.")
-        if self.detector_query is not None and "{}" not in self.detector_query:
-            raise ValueError(f"--detector_query is {self.detector_query!r}; expected {{}} where the class phrase goes.")
-        if self.dino_model and not self.references:
-            raise ValueError(
-                f"--dino_model is {self.dino_model!r} without --references; expected NAME=FOLDER for them."
-            )
-        if not (self.clip_model or self.dino_model or self.detector):
-            self.clip_model, self.detector = DEFAULT_MODELS["clip_model"], DEFAULT_MODELS["detector"]
-            self.dino_model = DEFAULT_MODELS["dino_model"] if self.references else None
-        self.output = self.output or str(Path(self.pictures[0]) / "evaluation.json")
-        if not self.output.endswith(".json"):
-            raise ValueError(f"--output is {self.output!r}; expected the name of a .json file.")
-        if self.device is None:
-            best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-            self.device = best.type if best else "cpu"
-        check_device(self.device)
-
-
-# --- pictures and what they were to show ---------------------------------------------------------------------------
+from multisubject.evaluation.arguments import EvaluateArguments, EvaluationError, read_pairs
+from multisubject.generation.picture_files import CONTACT_SHEET, read_settings
+from multisubject.generation.places import resolve_paths
+from multisubject.generation.prompts import subject_name
+from multisubject.layout import Box, Region, layout_checksum, parse_layout
+from multisubject.pictures import PICTURE_ERRORS, open_picture, split_alpha
+from multisubject.subject_file import default_name, make_writable_folder, printable
+from multisubject.training_data import PICTURE_SUFFIXES, is_picture
 
 
 @dataclass(frozen=True)
@@ -183,17 +87,6 @@ class Notes:
         if message not in self.warnings:
             self.warnings.append(message)
             tqdm.write(f"warning: {message}", file=sys.stderr)
-
-
-def read_pairs(argument: str, pairs: Sequence[str]) -> dict[str, str]:
-    """`["petrucci=person"]` -> `{"petrucci": "person"}`. Raises `EvaluationError`."""
-    result: dict[str, str] = {}
-    for pair in pairs:
-        name, _, value = (part.strip() for part in pair.partition("="))
-        if not name or not value or name in result:
-            raise EvaluationError(f"{argument} has {pair!r}; expected NAME=VALUE as in petrucci=…, each name once.")
-        result[name] = value
-    return result
 
 
 def find_pictures(argument: str, folder: str, notes: Notes, *, recursive: bool) -> list[Path]:

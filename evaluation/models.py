@@ -26,9 +26,12 @@ from transformers import (
     AutoTokenizer,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
 
-from .evaluation_data import Crop, EvaluationError
-from .layout import Box
+from multisubject.evaluation.arguments import EvaluationError
+from multisubject.evaluation.pictures import Crop
+from multisubject.generation.console import quiet_loading
+from multisubject.layout import Box
 
 # Detections that overlap more than this are one thing found twice.
 _SAME_THING = 0.5
@@ -55,7 +58,7 @@ class Detection:
 def load_model(argument: str, name: str, auto_model: Any, auto_processor: Any, runtime: Runtime) -> tuple[Any, Any]:
     """Model, ready to run, and processor of a folder or Hub id. Raises `EvaluationError`, which names `argument`."""
     source, options = _source(name)
-    with _loading(argument, name):
+    with _loading(argument, name), quiet_loading(transformers_logging):
         processor = auto_processor.from_pretrained(source, **options)
         model, info = auto_model.from_pretrained(
             source, dtype=getattr(torch, runtime.dtype), use_safetensors=True, output_loading_info=True, **options

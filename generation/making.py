@@ -1,0 +1,125 @@
+"""Tasks become pictures: the pipeline, what it is called with, and the noise that every picture has of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import sys
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+
+from multisubject.generation.arguments import GenerateArguments
+from multisubject.generation.config_file import GUIDANCE_KEYS
+from multisubject.generation.console import quiet_loading
+from multisubject.generation.picture_files import WantedPicture, save_picture
+from multisubject.generation.tasks import GenerationTask
+from multisubject.layout import layout_checksum
+from multisubject.pipeline_multisubject import MultiSubjectPipeline
+from multisubject.visualization import attention_sheet
+
+
+def call_arguments(task: GenerationTask, args: GenerateArguments) -> dict[str, Any]:
+    """Keyword arguments of the pipeline call that makes a picture of a task, but for the layout and the noise."""
+    config = task.config
+    negative_prompt = args.negative_prompt if config.negative_prompt is None else config.negative_prompt
+    arguments = {
+        "prompt": task.prompt,
+        "negative_prompt": None if negative_prompt is None else task.marked(negative_prompt),
+        "height": task.size[0],
+        "width": task.size[1],
+        "num_inference_steps": args.num_inference_steps,
+        "guidance_scale": args.guidance_scale,
+    }
+    if task.layout is not None:
+        defaults = inspect.signature(MultiSubjectPipeline.__call__).parameters
+        for key in GUIDANCE_KEYS:
+            given = getattr(config, key)
+            arguments[key] = defaults[key].default if given is None else given
+    return arguments
+
+
+def task_settings(
+    task: GenerationTask, args: GenerateArguments, dtype: torch.dtype, model_version: str
+) -> dict[str, Any]:
+    """All that decides what a task's pictures look like but for the seed, as plain JSON data.
+
+    Subjects and layout are in it by what they are called in the config and by a checksum of what they hold.
+    """
+    settings = call_arguments(task, args) | {
+        "model": args.pretrained_model_name or "multisubject.tiny_world",
+        "model_version": model_version,
+        "dtype": str(dtype).removeprefix("torch."),
+        "subjects": {
+            name: {
+                "source": task.config.residual_dict[subject.key],
+                "class_phrase": subject.residual.class_phrase,
+                "sha256": hashlib.sha256(subject.residual.delta.numpy().tobytes()).hexdigest(),
+            }
+            for name, subject in task.subjects.items()
+        },
+    }
+    if task.layout is not None:
+        settings["layout"] = task.config.layout
+        settings["color_context"] = task.config.color_context
+        settings["layout_sha256"] = layout_checksum(task.regions())
+    return json.loads(json.dumps(settings))  # as it reads back
+
+
+def device_and_dtype(args: GenerateArguments, state: PartialState) -> tuple[torch.device, torch.dtype]:
+    """Where this process computes, and in which precision. Ends the program where processes would share a device."""
+    device = state.device if args.device in (None, state.device.type) else torch.device(args.device)
+    if state.num_processes > 1 and device != state.device:
+        sys.exit(f"--device {args.device} would put {state.num_processes} processes on one device; leave it out.")
+    if args.dtype == "auto":
+        return device, torch.float32 if device.type == "cpu" else torch.float16
+    return device, getattr(torch, args.dtype)
+
+
+def load_pipeline(model: str, device: torch.device, dtype: torch.dtype, show_progress: bool) -> MultiSubjectPipeline:
+    """The pipeline of a base model; of the steps of its pictures it shows a bar, which needs a terminal."""
+    with quiet_loading(transformers_logging, diffusers_logging):
+        pipe = MultiSubjectPipeline.from_pretrained(model, dtype=dtype).to(device)
+    pipe.set_progress_bar_config(disable=None if show_progress else True, leave=False)
+    return pipe
+
+
+def load_subjects(pipe: MultiSubjectPipeline, task: GenerationTask) -> None:
+    """Give the pipeline the personal subjects of a task, and no others."""
+    for name in pipe.get_list_subjects():
+        pipe.unload_subject(name)
+    for name, subject in task.subjects.items():
+        try:
+            pipe.load_subject(subject.source, name=name, class_phrase=subject.residual.class_phrase)
+        except ValueError as error:  # made for another base of the same width
+            sys.exit(f"error: subject {subject.key!r} of the prompt {task.config.prompt!r}: {error}")
+
+
+def make_picture(pipe: MultiSubjectPipeline, wanted: WantedPicture, args: GenerateArguments) -> None:
+    """Make a picture and save it, with its attention sheet if that is asked for."""
+    task = wanted.task
+    regions = task.regions()
+    layout = [
+        {"subject": region.subject, "occurrence": region.occurrence, "mask": region.mask, "weight": region.weight}
+        for region in regions
+    ]
+    # On the CPU and in float32, so that a seed means the same noise on every device and in every precision.
+    generator = torch.Generator("cpu").manual_seed(wanted.seed)
+    height, width = (side // pipe.vae_scale_factor for side in task.size)
+    noise = torch.randn(1, pipe.unet.config.in_channels, height, width, generator=generator)
+    output: Any = pipe(
+        **call_arguments(task, args),
+        layout=layout or None,
+        latents=noise.to(pipe.unet.dtype),
+        generator=generator,
+        output_attention_maps=wanted.has_attention,
+    )
+    wanted.attention_path.unlink(missing_ok=True)  # of the picture that is replaced
+    if output.attention_maps is not None:
+        sheet = attention_sheet(output.images[0], output.attention_maps[0], regions)
+        save_picture(sheet, wanted.attention_path, wanted.settings)
+    save_picture(output.images[0], wanted.path, wanted.settings)

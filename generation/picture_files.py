@@ -1,0 +1,118 @@
+"""Pictures on disk: where each one goes, what it says about how it was made, which ones are there already."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from PIL import Image, PngImagePlugin
+
+import multisubject
+from multisubject.generation.arguments import GenerateArguments
+from multisubject.generation.tasks import GenerationTask
+from multisubject.pictures import png_bytes
+from multisubject.subject_file import clear_leftovers, make_writable_folder, write_atomically
+from multisubject.visualization import contact_sheet, draw_regions
+
+CONTACT_SHEET = "contact_sheet.png"
+PNG_KEY = "multisubject"
+
+
+@dataclass(frozen=True)
+class WantedPicture:
+    """A picture that is to be there in the end.
+
+    Args:
+        task: what it shows.
+        seed: of its noise.
+        path: its file.
+        has_attention: whether an attention sheet goes beside it.
+        settings: all that decides what it looks like, as plain JSON data; they are saved in the file.
+    """
+
+    task: GenerationTask
+    seed: int
+    path: Path
+    has_attention: bool
+    settings: Mapping[str, Any]
+
+    @property
+    def attention_path(self) -> Path:
+        """Where its attention sheet goes."""
+        return self.path.with_name(f"{self.path.stem}_attention.png")
+
+    def is_done(self) -> bool:
+        """Whether it is there, whole, and made with these very settings."""
+        files = [self.path, self.attention_path] if self.has_attention else [self.path]
+        return all(read_settings(file) == self.settings for file in files)
+
+
+def wanted_pictures(task: GenerationTask, settings: Mapping[str, Any], args: GenerateArguments) -> list[WantedPicture]:
+    """All pictures of a task, whose `settings` are common to them but for the seed."""
+    folder = Path(args.output_dir) / task.folder
+    first = args.seed if task.config.seed is None else task.config.seed
+    has_attention = args.save_attention_maps and bool(task.subjects or task.layout)  # else there is nothing to map
+    return [
+        WantedPicture(
+            task, first + index, folder / f"{index:04d}.png", has_attention, {**settings, "seed": first + index}
+        )
+        for index in range(args.num_images)
+    ]
+
+
+def make_folders(tasks: Sequence[GenerationTask], args: GenerateArguments) -> None:
+    """Make the folders of all pictures, and clear what killed runs left half written in them.
+
+    Ends the program where they could not be written, before any picture is made.
+    """
+    for task in tasks:
+        folder = Path(args.output_dir) / task.folder
+        try:
+            make_writable_folder(folder)
+            clear_leftovers(folder)
+        except OSError as error:
+            print(f"error: --output_dir {args.output_dir!r}: cannot write to {folder}: {error}.", file=sys.stderr)
+            sys.exit(2)
+
+
+def save_picture(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> None:
+    """Write a PNG with its settings inside, whole or not at all."""
+    versions = {module.__name__: module.__version__ for module in (multisubject, torch, transformers)}
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(PNG_KEY, json.dumps({"settings": settings, "versions": versions}, ensure_ascii=False))
+    write_atomically(path, png_bytes(image, info))
+
+
+def read_settings(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The settings in a picture that `generate_images` made; None for any other file and for none at all."""
+    try:
+        with Image.open(path) as image:
+            image.load()  # a PNG's text may come after its pixels
+            return json.loads(getattr(image, "text", {})[PNG_KEY])["settings"]
+    except (OSError, KeyError, TypeError, ValueError, SyntaxError, RecursionError):
+        return None
+
+
+def save_contact_sheet(pictures: Sequence[WantedPicture]) -> Path:
+    """One sheet of all pictures of a task, beside them; with a layout, each has a copy with the regions drawn in."""
+    regions = pictures[0].task.regions()
+    cells, captions = [], []
+    for picture in pictures:
+        with Image.open(picture.path) as image:
+            cells.append(image.convert("RGB"))
+        captions.append(f"seed {picture.seed}")
+        if regions:
+            cells.append(draw_regions(cells[-1], regions))
+            captions.append("layout")
+    columns = math.ceil(math.sqrt(len(pictures))) * (2 if regions else 1)
+    path = pictures[0].path.with_name(CONTACT_SHEET)
+    write_atomically(path, png_bytes(contact_sheet(cells, columns=columns, captions=captions)))
+    return path

@@ -1,0 +1,184 @@
+"""Entries that have been checked and made ready to run: against the base model, the subjects' files and the layouts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from multisubject.generation.base_model import BaseModel
+from multisubject.generation.config_file import ConfigError, ConfigFile, GenerationConfig, Report
+from multisubject.generation.places import find_source, picture_folder, resolve_paths
+from multisubject.generation.prompts import check_names, mark_subjects, read_subject
+from multisubject.guidance_methods import resolve_guidance_method
+from multisubject.layout import Region, parse_layout
+from multisubject.residual_embeddings import ResidualEmbedding, parse_prompt
+
+
+@dataclass(frozen=True)
+class TaskSubject:
+    """A personal subject of a task.
+
+    Args:
+        key: what the config calls it.
+        source: file, folder or Hub id, as `MultiSubjectPipeline.load_subject` takes it.
+        residual: what was read from there.
+    """
+
+    key: str
+    source: str
+    residual: ResidualEmbedding
+
+
+@dataclass(frozen=True)
+class GenerationTask:
+    """An entry that has been checked and made ready to run.
+
+    Args:
+        config: the entry as it stands in the file.
+        prompt: what the pipeline gets: every personal subject marked as `<name>`.
+        subjects: name -> personal subject.
+        layout: the entry's layout with its paths found; None without layout guidance.
+        size: `(height, width)` in pixels.
+        folder: where the pictures go, below the output folder.
+    """
+
+    config: GenerationConfig
+    prompt: str
+    subjects: Mapping[str, TaskSubject]
+    layout: Any
+    size: tuple[int, int]
+    folder: Path
+
+    def regions(self) -> tuple[Region, ...]:
+        """The layout at the picture's size, its subjects under the names that the pipeline knows them by.
+
+        Read anew by every call: the masks of a long list of entries would fill the memory. Raises as `parse_layout`.
+        """
+        if self.layout is None:
+            return ()
+        height, width = self.size
+        names = {subject.key.casefold(): name for name, subject in self.subjects.items()}
+        regions = parse_layout(self.layout, height=height, width=width, color_context=self.config.color_context)
+        return tuple(
+            replace(region, subject=names.get(region.subject.casefold()) or self.marked(region.subject))
+            for region in regions
+        )
+
+    @property
+    def residuals(self) -> dict[str, ResidualEmbedding]:
+        """Name -> what was read of the subject."""
+        return {name: subject.residual for name, subject in self.subjects.items()}
+
+    def marked(self, text: str) -> str:
+        """Text of the entry with the task's subjects under the names that the pipeline knows them by."""
+        for name, subject in self.subjects.items():
+            text = re.sub(rf"<\s*{re.escape(subject.key)}\s*>", f"<{name}>", text, flags=re.IGNORECASE)
+        return text
+
+    def check_negative_prompt(self, text: str, tokenizer: Any) -> None:
+        """Raises `ConfigError` for a `<name>` that is no subject of the task's prompt."""
+        try:
+            parse_prompt(tokenizer, self.marked(text), self.residuals, by_phrase=False)
+        except ValueError:
+            named = ", ".join(f"<{subject.key}>" for subject in self.subjects.values()) or "none"
+            raise ConfigError(
+                f"the negative prompt {text!r} names a subject that the prompt {self.config.prompt!r} does not; "
+                f"expected one of the prompt's own subjects ({named}) or plain words."
+            ) from None
+
+
+def load_tasks(
+    config: ConfigFile, base: BaseModel, size: tuple[int, int] | None = None
+) -> tuple[list[GenerationTask], list[str]]:
+    """Check all that a generation config names, and make its entries ready to run.
+
+    Args:
+        config: what `read_config` found.
+        base: the model that it will run on.
+        size: `(height, width)` of the pictures; default: the base's.
+
+    Returns:
+        One task per entry, and warnings about things that do not matter for the pictures.
+
+    Raises:
+        ConfigError: naming all problems, each with line, entry and key; those of `config` too.
+    """
+    report = replace(config.report, problems=[*config.report.problems], warnings=[*config.report.warnings])
+    tasks = [
+        _plan(entry, index, report, base, size or base.size)
+        for index, entry in enumerate(config.entries)
+        if entry is not None
+    ]
+    report.refuse()
+    return _separate_folders(tasks), report.warnings
+
+
+def _plan(
+    config: GenerationConfig, index: int, report: Report, base: BaseModel, size: tuple[int, int]
+) -> GenerationTask:
+    """Everything about an entry that needs the files it names and the tokenizer."""
+    if config.guidance_method is not None:
+        with report.collect(index, "guidance_method"):
+            resolve_guidance_method(config.guidance_method)
+    prompt, places = mark_subjects(config, index, report, base)
+    subjects: dict[str, TaskSubject] = {}
+    for name, (key, phrase) in places.items():
+        # What stands in for a subject that cannot be read, so that the rest can be checked all the same.
+        residual = ResidualEmbedding(phrase or key, {})
+        source = config.residual_dict[key]
+        with report.collect(index, "residual_dict", key):
+            source = find_source(source, report.path)
+            residual = read_subject(source, name, key, phrase, base)
+        subjects[name] = TaskSubject(key, source, residual)
+    for key in config.residual_dict.keys() - {key for key, _ in places.values()}:
+        try:
+            find_source(config.residual_dict[key], report.path)
+        except (ValueError, RuntimeError) as error:
+            if any(key == meant for meant, _ in config.subject_list or []):  # with a wrong index, reported above
+                report.problem(str(error), index, "residual_dict", key)
+            else:
+                report.warn(f"{error} The prompt does not use it.", index, "residual_dict", key)
+
+    layout = None
+    if config.layout is not None and config.guidance_steps != 0:
+        with report.collect(index, "layout"):
+            layout = resolve_paths(config.layout, report.path)
+    folder = picture_folder([subject.key for subject in subjects.values()], config.prompt)
+    task = GenerationTask(config, prompt, subjects, layout, size, folder)
+    regions: tuple[Region, ...] = ()
+    with report.collect(index, "layout"):
+        regions = task.regions()
+    with report.collect(index, "prompt"):
+        check_names(config, prompt, subjects, base)
+        parsed = parse_prompt(base.tokenizer, prompt, task.residuals)
+        for region in regions:
+            with report.collect(index, "color_context" if config.color_context else "layout"):
+                parsed.find(region.subject, region.occurrence)
+    with report.collect(index, "negative_prompt"):
+        task.check_negative_prompt(config.negative_prompt or "", base.tokenizer)
+    if not subjects:
+        task = replace(task, folder=picture_folder([region.subject for region in regions], config.prompt))
+    return task
+
+
+def _separate_folders(tasks: Sequence[GenerationTask]) -> list[GenerationTask]:
+    """Entries with equal subjects and prompts go to `…`, `…_2`, `…_3` in the order of the file, past folders that
+    another entry has. Upper and lower case count as equal, as on the disks of macOS and Windows."""
+
+    def key(folder: Path) -> str:
+        return str(folder).casefold()
+
+    others = {key(task.folder) for task in tasks}
+    taken: set[str] = set()
+    separate = []
+    for task in tasks:
+        folder, count = task.folder, 1
+        while key(folder) in taken or (count > 1 and key(folder) in others):
+            count += 1
+            folder = task.folder.with_name(f"{task.folder.name}_{count}")
+        taken.add(key(folder))
+        separate.append(replace(task, folder=folder))
+    return separate

@@ -22,8 +22,9 @@ from typing import Any
 from transformers import CLIPTokenizer
 from transformers.utils import cached_file
 
+from .base_models import base_model_errors, unsuitable_base
 from .guidance_methods import resolve_guidance_method
-from .hub_utils import base_model_errors, load_subject, unsuitable_base
+from .hub_utils import load_subject
 from .layout import Region, parse_layout
 from .residual_embeddings import ResidualEmbedding, parse_prompt
 

@@ -48,19 +48,16 @@ try:
         region_attention,
     )
     from .attention_processors import __multisubject_version__ as _attention_processors_version
+    from .base_models import __multisubject_version__ as _base_models_version
+    from .base_models import base_model_errors, check_subject_fits, unsuitable_base
     from .guidance_methods import GuidanceMethod, TokenKind, resolve_guidance_method
     from .guidance_methods import __multisubject_version__ as _guidance_methods_version
+    from .hub_client import __multisubject_version__ as _hub_client_version
     from .hub_utils import __multisubject_version__ as _hub_utils_version
-    from .hub_utils import (
-        base_model_errors,
-        copy_pipeline_sources,
-        load_saved_subjects,
-        load_subject,
-        save_subjects_with_pipeline,
-        unsuitable_base,
-    )
+    from .hub_utils import load_subject
     from .layout import Region, masks_at, parse_layout, region_names
     from .layout import __multisubject_version__ as _layout_version
+    from .layout_images import __multisubject_version__ as _layout_images_version
     from .model_card import __multisubject_version__ as _model_card_version
     from .pictures import __multisubject_version__ as _pictures_version
     from .residual_embeddings import (
@@ -72,8 +69,10 @@ try:
         parse_prompt,
     )
     from .residual_embeddings import __multisubject_version__ as _residual_embeddings_version
+    from .saved_pipeline import __multisubject_version__ as _saved_pipeline_version
+    from .saved_pipeline import copy_pipeline_sources, load_saved_subjects, save_subjects_with_pipeline
     from .subject_file import __multisubject_version__ as _subject_file_version
-    from .subject_file import check_subject_fits
+    from .subject_pickle import __multisubject_version__ as _subject_pickle_version
 except ImportError as error:
     raise ImportError(
         f"{__name__} found a file beside it that is not of multisubject {__multisubject_version__}: {error}. Another"
@@ -83,13 +82,18 @@ except ImportError as error:
 
 _SIBLING_VERSIONS = {
     "attention_processors": _attention_processors_version,
+    "base_models": _base_models_version,
     "guidance_methods": _guidance_methods_version,
+    "hub_client": _hub_client_version,
     "hub_utils": _hub_utils_version,
     "layout": _layout_version,
+    "layout_images": _layout_images_version,
     "model_card": _model_card_version,
     "pictures": _pictures_version,
     "residual_embeddings": _residual_embeddings_version,
+    "saved_pipeline": _saved_pipeline_version,
     "subject_file": _subject_file_version,
+    "subject_pickle": _subject_pickle_version,
 }
 if set(_SIBLING_VERSIONS.values()) != {__multisubject_version__}:
     raise ImportError(

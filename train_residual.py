@@ -45,17 +45,12 @@ from torch import nn
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from multisubject.hub_utils import (
-    BASE_MODEL_MIRRORS,
-    base_model_errors,
-    inspect_subject,
-    push_subject_to_hub,
-    save_subject,
-)
+from multisubject.base_models import BASE_MODEL_MIRRORS, base_model_errors, fingerprint_text_encoder
+from multisubject.hub_utils import inspect_subject, push_subject_to_hub, save_subject
 from multisubject.model_card import sample_path, subject_card
 from multisubject.pictures import png_bytes
 from multisubject.residual_embeddings import ResidualEmbedding, find_token_spans
-from multisubject.subject_file import check_class_phrase, fingerprint_text_encoder, write_atomically
+from multisubject.subject_file import check_class_phrase, write_atomically
 from multisubject.tiny_world import EMBEDDED_BASE
 from multisubject.training_checkpoints import (
     Interrupted,

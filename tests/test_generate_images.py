@@ -13,11 +13,11 @@ from PIL import Image, ImageDraw, PngImagePlugin
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from multisubject import generate_images, generation_config
+from multisubject.base_models import fingerprint_text_encoder
 from multisubject.generate_images import CONTACT_SHEET, EMBEDDED_BASE, main, read_settings
 from multisubject.generation_config import BaseModel, ConfigError, load_tasks
 from multisubject.hub_utils import save_subject
 from multisubject.residual_embeddings import ResidualEmbedding
-from multisubject.subject_file import fingerprint_text_encoder
 
 ROOT = Path(__file__).parent.parent
 SUBJECTS = {"petrucci": "person", "majesty": "guitar", "biscuit": "dog", "sunrise": "mug", "comet": "ball"}

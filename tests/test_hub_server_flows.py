@@ -31,7 +31,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save
 
-from multisubject import cli, hub_utils
+from multisubject import cli, hub_client, hub_utils
 from multisubject.hub_utils import (
     inspect_subject,
     load_subject,
@@ -41,6 +41,7 @@ from multisubject.hub_utils import (
     save_subject,
 )
 from multisubject.residual_embeddings import ResidualEmbedding
+from multisubject.saved_pipeline import PIPELINE_SOURCES
 from multisubject.subject_file import MAX_FILE_BYTES, SubjectFileError, write_safetensors
 from multisubject.tiny_world import EMBEDDED_BASE
 
@@ -71,7 +72,7 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(hub_utils, "RETRY_WAIT_SECONDS", 0.01)
+        monkeypatch.setattr(hub_client, "RETRY_WAIT_SECONDS", 0.01)
         monkeypatch.setattr(_http, "time", SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None}))
         yield server
 
@@ -297,7 +298,7 @@ def test_a_server_that_stays_down_is_not_asked_for_ever(hub):
 
 def test_a_server_that_says_when_to_come_back_is_obeyed(hub, monkeypatch):
     waits: list[float] = []
-    monkeypatch.setattr(hub_utils, "time", SimpleNamespace(sleep=waits.append))
+    monkeypatch.setattr(hub_client, "time", SimpleNamespace(sleep=waits.append))
     hub.fail("POST", "repos/create", status=429, headers={"Retry-After": "7"})
     push_subject_to_hub(subject(1.0), "user/petrucci")
     assert len(waits) == 1
@@ -394,7 +395,7 @@ def test_large_files_are_not_even_downloaded(hub):
 
 
 def test_of_other_peoples_adapters_only_the_header_is_downloaded(hub, monkeypatch):
-    monkeypatch.setattr(hub_utils, "MAX_UNASKED_BYTES", 5000)
+    monkeypatch.setattr(hub_client, "MAX_UNASKED_BYTES", 5000)
     ours = write_safetensors({"cat": subject(1.0, dim=2000)})
     assert len(ours) > 5000
     hub.create(
@@ -641,7 +642,7 @@ def test_everybody_else_uses_the_published_pipeline_online_and_offline(hub, tmp_
 def test_the_published_pipeline_can_be_fetched_whole(hub):
     push_pipeline_to_hub("user/pipe")
     folder = Path(snapshot_download("user/pipe"))
-    for name in (*hub_utils.PIPELINE_SOURCES, "pipeline.py"):
+    for name in (*PIPELINE_SOURCES, "pipeline.py"):
         compile((folder / name).read_text(), name, "exec")
     assert (folder / "layout.py").read_text() == (ROOT / "layout.py").read_text()
     assert HfApi().model_info("user/pipe").sha == hub.repos["user/pipe"].refs["main"]

@@ -22,26 +22,19 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import save
 
-from multisubject import cli, hub_utils, subject_file
-from multisubject.hub_utils import (
+from multisubject import cli, subject_file
+from multisubject.base_models import (
     base_model_errors,
-    copy_pipeline_sources,
-    inspect_subject,
-    load_saved_subjects,
-    load_subject,
-    save_subject,
-    save_subjects_with_pipeline,
-)
-from multisubject.model_card import END, START, pipeline_card, subject_card
-from multisubject.residual_embeddings import ResidualEmbedding
-from multisubject.subject_file import (
-    FORMAT_VERSION,
-    SubjectFileError,
     check_subject_fits,
     fingerprint_distance,
     fingerprint_text_encoder,
-    write_safetensors,
 )
+from multisubject.hub_client import parse_hub_source
+from multisubject.hub_utils import inspect_subject, load_subject, save_subject
+from multisubject.model_card import END, START, pipeline_card, subject_card
+from multisubject.residual_embeddings import ResidualEmbedding
+from multisubject.saved_pipeline import copy_pipeline_sources, load_saved_subjects, save_subjects_with_pipeline
+from multisubject.subject_file import FORMAT_VERSION, SubjectFileError, write_safetensors
 
 FIXTURES = Path(__file__).parent / "fixtures"
 METADATA: dict[str, Any] = {
@@ -466,14 +459,14 @@ def test_an_empty_folder_says_so(tmp_path):
     ],
 )
 def test_hub_sources(source, expected):
-    parsed = hub_utils._parse_hub_source(source, None)
+    parsed = parse_hub_source(source)
     assert (parsed.repo_id, parsed.path, parsed.revision) == expected
 
 
 @pytest.mark.parametrize("source", ["repo", "user/../repo", "user/repo/../../x", "user\\repo/x", "https://a.b/c d", ""])
 def test_what_is_no_hub_source_is_refused(source):
     with pytest.raises(FileNotFoundError, match="user/repo"):
-        hub_utils._parse_hub_source(source, None)
+        parse_hub_source(source)
 
 
 def test_two_revisions_contradict():

@@ -43,9 +43,10 @@ from transformers import CLIPTokenizer
 
 import multisubject.pipeline_multisubject as pipeline_module
 from multisubject.guidance_methods import GUIDANCE_METHODS, uses_region_prompts
-from multisubject.hub_utils import PIPELINE_SOURCES, save_subject
+from multisubject.hub_utils import save_subject
 from multisubject.pipeline_multisubject import MultiSubjectPipeline, PlacedPrompt, RecurrentScheduler
 from multisubject.residual_embeddings import Place, ResidualEmbedding, parse_prompt
+from multisubject.saved_pipeline import PIPELINE_SOURCES
 
 PROMPT = "a photo of a red dog and a blue ball"
 LAYOUT = {"red dog": (0.0, 0.0, 0.5, 1.0), "blue ball": (0.5, 0.0, 1.0, 1.0)}

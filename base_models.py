@@ -104,6 +104,18 @@ def fingerprint_distance(first: str, second: str) -> float | None:
     return (int(matches[0][1], 16) ^ int(matches[1][1], 16)).bit_count() / _FINGERPRINT_BITS
 
 
+def trained_on_same_base(first: ResidualEmbedding, second: ResidualEmbedding) -> bool:
+    """Whether two subjects are of one base: of equal widths, and its fingerprint, or without one its id, agrees."""
+    widths = [{encoder: delta.shape[-1] for encoder, delta in subject.deltas.items()} for subject in (first, second)]
+    if widths[0] != widths[1]:
+        return False
+    ours, theirs = (subject.metadata.get("text_encoder_fingerprint") for subject in (first, second))
+    if isinstance(ours, str) and isinstance(theirs, str):
+        distance = fingerprint_distance(ours, theirs)
+        return ours == theirs if distance is None else distance <= _MAX_FINGERPRINT_DISTANCE
+    return first.metadata.get("base_model") == second.metadata.get("base_model")
+
+
 def check_subject_fits(
     subject: ResidualEmbedding,
     text_encoders: Mapping[str, Any],

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
-from .base_models import BASE_MODEL_MIRRORS, base_model_errors, check_subject_fits
+from .base_models import BASE_MODEL_MIRRORS, base_model_errors, check_subject_fits, trained_on_same_base
 from .hub_client import (
     HubOptions,
     HubRepo,
@@ -43,6 +43,7 @@ from .subject_file import (
     read_bytes,
     read_safetensors,
     refuse_secrets,
+    some_of,
     write_atomically,
     write_safetensors,
 )
@@ -100,7 +101,7 @@ def save_subject(
         write_atomically(path, write_safetensors(subjects))
     elif path.suffix == ".pt":
         if len(subjects) != 1:
-            raise ValueError(f"path={str(path)!r}: a .pt file holds one subject, got {sorted(subjects)}.")
+            raise ValueError(f"path={str(path)!r}: a .pt file holds one subject, got {some_of(sorted(subjects))}.")
         write_atomically(path, write_pickle(next(iter(subjects.values()))))
     else:
         raise ValueError(f"path={str(path)!r}: a subject file ends in .safetensors or .pt.")
@@ -163,7 +164,7 @@ def _select(subjects: Mapping[str, _T], name: str | None, source: object) -> dic
         return {name: subjects[name]}
     if len(subjects) == 1:
         return {name: next(iter(subjects.values()))}
-    raise ValueError(f"name={name!r}: {source} holds {sorted(subjects)}; choose one of them.")
+    raise ValueError(f"name={name!r}: {source} holds {some_of(sorted(subjects))}; choose one of them.")
 
 
 def load_subject(
@@ -199,7 +200,8 @@ def load_subject(
     subjects = _merge(((file, _load_file(file, name if len(files) == 1 else None)) for file in files), name, source)
     if class_phrase is not None:
         if len(subjects) > 1:
-            raise ValueError(f"class_phrase={class_phrase!r}: {source} holds {sorted(subjects)}; choose by `name`.")
+            names = some_of(sorted(subjects))
+            raise ValueError(f"class_phrase={class_phrase!r}: {source} holds {names}; choose by `name`.")
         subjects = {key: replace(subject, class_phrase=class_phrase) for key, subject in subjects.items()}
     return subjects
 
@@ -373,6 +375,7 @@ def push_subject_to_hub(
     name: str | None = None,
     samples: Sequence[tuple[str, Image.Image | str | os.PathLike[str]]] = (),
     license: str | None = None,
+    overwrite: bool = False,
     **push_options: Unpack[PushOptions],
 ) -> CommitInfo:
     """Publish subjects: one file each, sample pictures and the model card, in one commit (all of it or nothing).
@@ -380,12 +383,18 @@ def push_subject_to_hub(
     The repository is created if need be; subjects that it holds already stay, and so does what their author wrote in
     the card. Pushing what is there already makes no commit. Two pushes at once both arrive.
 
+    A file of the same name is replaced if it is an earlier version of the same subject: it has the same numbers (and a
+    new licence, say), or else the same class phrase and base model, and the two were trained on at least one picture
+    that is the same (`training_pictures` in the files, which the trainer writes). Anything else, such as another dog
+    that is called rex too, is replaced with `overwrite` alone.
+
     Args:
         subject: a subject, several by name, or a file or folder of them.
         repo_id: `user/repo`.
         name: a single subject's name. Default: the file's own, else the repository's.
         samples: `(prompt, picture)` pairs for the gallery, for a single subject; metadata in the pictures is dropped.
         license: a licence id of the Hub, such as `"cc-by-4.0"`, for subjects that do not say.
+        overwrite: replace files of the same name whatever they are.
         push_options: as `PushOptions` explains: `private`, `token`, `revision` (a branch), `create_pr`, `tag`,
             `commit_message`.
 
@@ -393,11 +402,13 @@ def push_subject_to_hub(
         The commit: `oid`, `commit_url`, `pr_url`.
 
     Raises:
-        ValueError: a bad name, a licence that contradicts the subject's, an access token in the metadata or the card.
+        ValueError: a bad name, a licence that contradicts the subject's, an access token in the metadata or the card;
+            a file that is there already and is no earlier version.
         TypeError: an option that there is not.
         huggingface_hub.errors.HfHubHTTPError: what the Hub answers.
     """
     from .model_card import is_sample_path, sample_path, subject_card
+    from .pictures import anonymous_png
 
     check_options(push_options, PushOptions)
     if isinstance(subject, (str, os.PathLike)):
@@ -409,17 +420,20 @@ def push_subject_to_hub(
     else:
         subjects = {check_subject_name(repo_id.rpartition("/")[2] if name is None else name): subject}
     if samples and len(subjects) != 1:
-        raise ValueError(f"samples: sample pictures show one subject, got {sorted(subjects)}. Push them one by one.")
+        raise ValueError(
+            f"samples: sample pictures show one subject, got {some_of(sorted(subjects))}. Push them one by one."
+        )
     if license is not None:
         subjects = {key: _with_license(key, value, license) for key, value in subjects.items()}
 
-    files = {f"{key}.safetensors": write_safetensors({key: value}) for key, value in sorted(subjects.items())}
+    adapters = {f"{key}.safetensors": write_safetensors({key: value}) for key, value in sorted(subjects.items())}
+    files = dict(adapters)
     pushed: dict[str, dict[str, Any]] = {}
-    for file, data in files.items():
+    for file, data in adapters.items():
         pushed |= _header_entries(data, file=file)
     prompts = {key: [prompt for prompt, _ in samples] for key in subjects} if samples else {}
     for key in prompts:
-        files |= {sample_path(key, index): _png(image) for index, (_, image) in enumerate(samples)}
+        files |= {sample_path(key, index): anonymous_png(image) for index, (_, image) in enumerate(samples)}
 
     def prepare(state: RepoState) -> dict[str, bytes | None]:
         present = _published_subjects(state)
@@ -429,12 +443,19 @@ def push_subject_to_hub(
                     f"subject {key!r} is in {present[key]['file']!r} of {repo_id!r} already, and a second file would "
                     "hide both. Pass another `name`, push to another repository, or delete that file first."
                 )
+        for file, data in adapters.items():
+            if file in state.sizes and not overwrite and (reason := _why_no_update(_subject_bytes(state, file), data)):
+                raise ValueError(
+                    f"{file!r} is in {repo_id!r} already, and is no earlier version of this subject: {reason}. Pass "
+                    "another `name`, push to another repository, or replace it with `overwrite=True` (`--overwrite`)."
+                )
         card = subject_card(repo_id, present | pushed, prompts, state.read_text("README.md"), BASE_MODEL_MIRRORS)
         refuse_secrets(card, "the model card", push_options.get("token"))
         former = [path for path in state.sizes for key in prompts if is_sample_path(path, key)]
         return {**dict.fromkeys(former), **files, "README.md": card.encode()}
 
-    return commit_files(repo_id, prepare, f"Upload {', '.join(sorted(subjects))}", push_options)
+    title = ", ".join(sorted(subjects)) if len(subjects) < 9 else f"{len(subjects)} subjects"
+    return commit_files(repo_id, prepare, f"Upload {title}", push_options)
 
 
 def push_pipeline_to_hub(repo_id: str, **push_options: Unpack[PushOptions]) -> CommitInfo:
@@ -457,13 +478,46 @@ def push_pipeline_to_hub(repo_id: str, **push_options: Unpack[PushOptions]) -> C
 def _published_subjects(state: RepoState) -> dict[str, dict[str, Any]]:
     """The header entries of the subject files at a repository's root, each with its `file`."""
     infos: dict[str, dict[str, Any]] = {}
-    for path, size in state.sizes.items():
-        if "/" in path or not path.endswith(".safetensors") or size > MAX_FILE_BYTES:
-            continue
-        if state.repo.may_be_subject(path, size):
+    for path in state.sizes:
+        data = None if "/" in path else _subject_bytes(state, path)
+        if data is not None:
             with suppress(SubjectFileError):  # somebody else's file
-                infos |= _header_entries(read_bytes(state.repo.download(path)), file=path)
+                infos |= _header_entries(data, file=path)
     return infos
+
+
+def _subject_bytes(state: RepoState, path: str) -> bytes | None:
+    """What a repository's file holds, if it may be a subject."""
+    size = state.sizes[path]
+    if path.endswith(".safetensors") and size <= MAX_FILE_BYTES and state.repo.may_be_subject(path, size):
+        return read_bytes(state.repo.download(path))
+    return None
+
+
+def _why_no_update(old: bytes | None, new: bytes) -> str | None:
+    """What speaks against one file being an earlier version of another of one subject, as a clause; or None."""
+    try:
+        subjects = read_safetensors(old or b"")
+    except SubjectFileError:
+        return "it is no subject, or damaged"
+    [(name, ours)] = read_safetensors(new).items()
+    if [*subjects] != [name]:
+        return f"it holds {some_of(subjects)}"
+    theirs = subjects[name]
+    same_encoders = ours.deltas.keys() == theirs.deltas.keys()
+    if same_encoders and all(ours.deltas[encoder].equal(delta) for encoder, delta in theirs.deltas.items()):
+        return None
+    if ours.class_phrase.casefold() != theirs.class_phrase.casefold():
+        return f"its class phrase is {theirs.class_phrase!r} instead of {ours.class_phrase!r}"
+    if not trained_on_same_base(ours, theirs):
+        return "it was trained on another base model"
+    pictures = [
+        {digest for digest in subject.metadata.get("training_pictures") or () if isinstance(digest, str)}
+        for subject in (ours, theirs)
+    ]
+    if not all(pictures):
+        return "which pictures they were trained on is not known"
+    return None if pictures[0] & pictures[1] else "it was trained on other pictures"
 
 
 def _with_license(name: str, subject: ResidualEmbedding, license: str) -> ResidualEmbedding:
@@ -471,12 +525,3 @@ def _with_license(name: str, subject: ResidualEmbedding, license: str) -> Residu
     if own not in (None, license):
         raise ValueError(f"license={license!r}: subject {name!r} is under {own!r} already.")
     return replace(subject, metadata={**subject.metadata, "license": license})
-
-
-def _png(image: Image.Image | str | os.PathLike[str]) -> bytes:
-    """A picture as PNG bytes, without the metadata that it may carry (settings, camera, place)."""
-    from .pictures import open_picture, png_bytes, split_alpha, upright
-
-    picture, _ = split_alpha(open_picture(Path(image)) if isinstance(image, (str, os.PathLike)) else upright(image))
-    picture.info = {}
-    return png_bytes(picture)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +46,18 @@ def split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     alpha = image.getchannel("A")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image, alpha if any(alpha.histogram()[:255]) else None
+
+
+def picture_digest(image: Image.Image) -> str:
+    """16 hexadecimal digits that tell a picture's pixels from any other's, and nothing of what is to be seen."""
+    return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()[:16]
+
+
+def anonymous_png(image: Image.Image | str | os.PathLike[str]) -> bytes:
+    """A picture as PNG bytes, without the metadata that it may carry (settings, camera, place)."""
+    picture, _ = split_alpha(open_picture(Path(image)) if isinstance(image, (str, os.PathLike)) else upright(image))
+    picture.info = {}
+    return png_bytes(picture)
 
 
 def png_bytes(image: Image.Image, texts: PngInfo | None = None) -> bytes:

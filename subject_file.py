@@ -58,6 +58,7 @@ _METADATA_TYPES: dict[str, type] = {
     "method": str,
     "steps": int,
     "resolution": int,
+    "training_pictures": list,  # of `pictures.picture_digest`, by which a later version is known
     "library_versions": dict,
     "license": str,
     "scores": dict,
@@ -118,7 +119,7 @@ def some_of(names: Iterable[object], limit: int = 8) -> str:
     """The first few of names that may be many, for a message."""
     shown = [*names]
     more = f", … and {len(shown) - limit} more" if len(shown) > limit else ""
-    return f"[{', '.join(repr(printable(name, 60)) for name in shown[:limit])}{more}]"
+    return f"[{', '.join(repr(printable(name)) for name in shown[:limit])}{more}]"
 
 
 def refuse_secrets(text: str, where: str, token: object = None) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +27,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import _http
+from huggingface_hub.utils import _http, are_progress_bars_disabled
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save
@@ -39,7 +40,9 @@ from multisubject.hub_utils import (
     push_pipeline_to_hub,
     push_subject_to_hub,
     save_subject,
+    verify_subject,
 )
+from multisubject.pictures import open_picture, picture_digest, split_alpha
 from multisubject.residual_embeddings import ResidualEmbedding
 from multisubject.saved_pipeline import PIPELINE_SOURCES
 from multisubject.subject_file import MAX_FILE_BYTES, SubjectFileError, write_safetensors
@@ -50,6 +53,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def subject(value: float = 0.0, phrase: str = "person", dim: int = 8, **metadata) -> ResidualEmbedding:
     return ResidualEmbedding(phrase, {"text_encoder": torch.full((1, dim), value)}, metadata)
+
+
+def version(value: float, *pictures: str) -> ResidualEmbedding:
+    """One of several versions of a subject, as the trainer leaves them: they know their pictures."""
+    return subject(value, training_pictures=[*pictures] or ["00112233445566aa"])
 
 
 def header_alone(text: str) -> bytes:
@@ -106,11 +114,11 @@ def test_push_creates_a_private_repository_with_subject_card_and_gallery(hub, tm
 
 
 def test_update_keeps_other_subjects_samples_and_the_authors_words(hub):
-    push_subject_to_hub(subject(1.0), "user/band", name="petrucci", samples=[("first", Image.new("RGB", (8, 8)))])
+    push_subject_to_hub(version(1.0), "user/band", name="petrucci", samples=[("first", Image.new("RGB", (8, 8)))])
     head = hub.repos["user/band"].head
     head["README.md"] += b"\nRecorded live.\n"
     push_subject_to_hub(subject(2.0, "guitar"), "user/band", name="majesty")
-    push_subject_to_hub(subject(3.0), "user/band", name="petrucci")
+    push_subject_to_hub(version(3.0), "user/band", name="petrucci")
     loaded = load_subject("user/band")
     assert (value_of(loaded, "petrucci"), value_of(loaded, "majesty")) == (3.0, 2.0)
     head = hub.repos["user/band"].head
@@ -141,9 +149,9 @@ def test_pushing_what_is_there_makes_no_commit(hub):
 
 
 def test_tags_branches_and_commits_are_pulled_by_revision(hub):
-    old = push_subject_to_hub(subject(1.0), "user/petrucci", tag="v1")
-    push_subject_to_hub(subject(2.0), "user/petrucci", revision="experiment")
-    push_subject_to_hub(subject(3.0), "user/petrucci")
+    old = push_subject_to_hub(version(1.0), "user/petrucci", tag="v1")
+    push_subject_to_hub(version(2.0), "user/petrucci", revision="experiment")
+    push_subject_to_hub(version(3.0), "user/petrucci")
     for source, revision, expected in [
         ("user/petrucci", None, 3.0),
         ("user/petrucci@v1", None, 1.0),
@@ -155,8 +163,78 @@ def test_tags_branches_and_commits_are_pulled_by_revision(hub):
     with pytest.raises(RevisionNotFoundError):
         load_subject("user/petrucci@v9")
     with pytest.raises(ValueError, match=r"tag='v1': 'user/petrucci' has this tag already[.] Nothing was pushed"):
-        push_subject_to_hub(subject(4.0), "user/petrucci", tag="v1")
+        push_subject_to_hub(version(4.0), "user/petrucci", tag="v1")
     assert value_of(load_subject("user/petrucci"), "petrucci") == 3.0
+
+
+def test_another_subject_of_the_same_name_is_not_replaced_without_a_word(hub):
+    base = {"base_model": "user/base", "text_encoder_fingerprint": f"signs256:{0:064x}"}
+    rex = subject(1.0, "dog", training_pictures=["a", "b"], **base)
+    push_subject_to_hub(rex, "user/rex")
+    before = hub.repos["user/rex"].refs["main"]
+    others = {
+        "class phrase is 'dog' instead of 'cat'": subject(2.0, "cat", training_pictures=["a"], **base),
+        "other pictures": subject(2.0, "dog", training_pictures=["c"], **base),
+        "another base": subject(2.0, "dog", training_pictures=["a"], base_model="user/base2"),
+        "base model": subject(2.0, "dog", 16, training_pictures=["a"], **base),
+        "on another base": replace(rex, deltas=subject(2.0).deltas, metadata={**rex.metadata, **other_base(255)}),
+        "pictures they were trained on is not known": subject(2.0, "dog", **base),
+    }
+    for reason, other in others.items():
+        with pytest.raises(ValueError, match=rf"'rex.safetensors' is in 'user/rex' already.*{reason}.*overwrite=True"):
+            push_subject_to_hub(other, "user/rex")
+    assert hub.repos["user/rex"].refs["main"] == before
+    push_subject_to_hub(others["other pictures"], "user/rex", overwrite=True)
+    assert value_of(load_subject("user/rex"), "rex") == 2.0
+
+
+def other_base(bits: int) -> dict[str, str]:
+    """The fingerprint of a base that differs in so many of its 256 bits from that of zeros."""
+    return {"text_encoder_fingerprint": f"signs256:{2**bits - 1:064x}"}
+
+
+def test_an_earlier_version_of_the_same_subject_is_replaced(hub):
+    push_subject_to_hub(subject(1.0, "dog", base_model="user/base"), "user/rex")
+    relicensed = subject(1.0, "Dog", license="mit", base_model="user/base", training_pictures=["a", "b"])
+    push_subject_to_hub(relicensed, "user/rex")  # the same numbers
+    more = {"base_model": "user/base", "training_pictures": ["b", "c"], **other_base(0)}
+    push_subject_to_hub(subject(2.0, "dog", **more), "user/rex")  # one of its pictures is new, one is gone
+    tuned = {**more, "base_model": "user/tuned", **other_base(9)}
+    push_subject_to_hub(subject(3.0, "dog", **tuned), "user/rex")
+    assert value_of(load_subject("user/rex"), "rex") == 3.0
+    assert len(hub.repos["user/rex"].commits) == 5
+
+
+def test_what_the_trainer_leaves_is_pushed_again_after_another_run(hub, tmp_path):
+    """Pictures are told by their pixels: the same file in another folder and form, beside a new one, is known."""
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 255, (8, 8, 3), np.uint8)) for _ in range(3)]
+    assert len({picture_digest(image) for image in images}) == 3
+    push_subject_to_hub(version(1.0, *map(picture_digest, images[:2])), "user/rex")
+    images[1].save(tmp_path / "again.webp", lossless=True)
+    again = split_alpha(open_picture(tmp_path / "again.webp"))[0]
+    push_subject_to_hub(version(2.0, *map(picture_digest, (again, images[2]))), "user/rex")
+    assert value_of(load_subject("user/rex"), "rex") == 2.0
+
+
+def test_files_that_are_no_earlier_version_of_anything_are_not_replaced(hub):
+    files = {
+        "lora.safetensors": save({"lora": torch.zeros(8)}),
+        "cut.safetensors": write_safetensors({"cut": version(1.0)})[:-1],
+        "band.safetensors": write_safetensors({f"s{i}": subject(i) for i in range(20)}),
+    }
+    hub.create("user/mixed", files=files)
+    for name, reason in {"lora": "no subject", "cut": "damaged", "band": r"holds \['s0', .*… and 12 more\]"}.items():
+        with pytest.raises(ValueError, match=reason):
+            push_subject_to_hub(version(2.0), "user/mixed", name=name)
+    assert {file: hub.repos["user/mixed"].head[file] for file in files} == files
+    push_subject_to_hub(version(2.0), "user/mixed", name="band", overwrite=True)
+    assert [*load_subject("user/mixed", name="band")] == ["band"]
+
+
+def test_a_push_of_many_subjects_has_a_short_title(hub):
+    push_subject_to_hub({f"s{i}": subject(i) for i in range(20)}, "user/choir")
+    assert hub.titles == ["Upload 20 subjects"]
 
 
 def test_gallery_pictures_look_as_they_did(hub, tmp_path):
@@ -218,30 +296,30 @@ def test_a_readme_in_another_encoding(hub):
 
 
 def test_a_pull_request_leaves_main_alone(hub):
-    push_subject_to_hub(subject(1.0), "user/petrucci")
-    commit = push_subject_to_hub(subject(2.0), "user/petrucci", create_pr=True)
+    push_subject_to_hub(version(1.0), "user/petrucci")
+    commit = push_subject_to_hub(version(2.0), "user/petrucci", create_pr=True)
     assert commit.pr_url.endswith("/discussions/1")
     assert value_of(load_subject("user/petrucci"), "petrucci") == 1.0
     assert value_of(load_subject("user/petrucci@refs/pr/1"), "petrucci") == 2.0
 
 
 def test_an_upload_cut_off_half_way_leaves_the_old_version_served(hub):
-    push_subject_to_hub(subject(1.0), "user/petrucci")
+    push_subject_to_hub(version(1.0), "user/petrucci")
     hub.fail("PUT", "/lfs/", status=0, times=99)
     with pytest.raises(ConnectionError, match=r"connection to the Hub was lost .*Push again"):
-        push_subject_to_hub(subject(2.0), "user/petrucci")
+        push_subject_to_hub(version(2.0), "user/petrucci")
     assert hub.served("PUT", "/lfs/")
     assert value_of(load_subject("user/petrucci", force_download=True), "petrucci") == 1.0
     hub.faults.clear()
-    push_subject_to_hub(subject(2.0), "user/petrucci")
+    push_subject_to_hub(version(2.0), "user/petrucci")
     assert value_of(load_subject("user/petrucci"), "petrucci") == 2.0
 
 
 def test_a_commit_that_is_cut_off_leaves_the_old_version_served(hub):
-    push_subject_to_hub(subject(1.0), "user/petrucci")
+    push_subject_to_hub(version(1.0), "user/petrucci")
     hub.fail("POST", "/commit/", status=0, times=99)
     with pytest.raises(ConnectionError, match=r"connection to the Hub was lost .*Push again"):
-        push_subject_to_hub(subject(2.0), "user/petrucci")
+        push_subject_to_hub(version(2.0), "user/petrucci")
     hub.faults.clear()
     assert value_of(load_subject("user/petrucci", force_download=True), "petrucci") == 1.0
 
@@ -285,7 +363,7 @@ def test_a_server_that_stumbles_is_asked_again(hub, status, method, path):
 
 
 def test_a_server_that_stays_down_is_not_asked_for_ever(hub):
-    push_subject_to_hub(subject(1.0), "user/petrucci")
+    push_subject_to_hub(version(1.0), "user/petrucci")
     hub.fail("GET", "/tree/", status=500, times=999)
     before = len(hub.requests)
     with pytest.raises(LocalEntryNotFoundError, match="500"):
@@ -293,7 +371,7 @@ def test_a_server_that_stays_down_is_not_asked_for_ever(hub):
     assert len(hub.requests) - before < 10
     hub.fail("POST", "repos/create", status=500, times=999)
     with pytest.raises(HfHubHTTPError, match="500"):
-        push_subject_to_hub(subject(2.0), "user/petrucci")
+        push_subject_to_hub(version(2.0), "user/petrucci")
 
 
 def test_a_server_that_says_when_to_come_back_is_obeyed(hub, monkeypatch):
@@ -312,9 +390,9 @@ def test_a_slow_server_is_waited_for(hub):
 
 
 def test_private_is_not_silently_public(hub):
-    push_subject_to_hub(subject(1.0), "user/petrucci")
+    push_subject_to_hub(version(1.0), "user/petrucci")
     with pytest.raises(ValueError, match=r"private=True: the repository 'user/petrucci' exists and is public"):
-        push_subject_to_hub(subject(2.0), "user/petrucci", private=True)
+        push_subject_to_hub(version(2.0), "user/petrucci", private=True)
     assert value_of(load_subject("user/petrucci"), "petrucci") == 1.0
 
 
@@ -431,6 +509,53 @@ def test_a_private_repository_needs_its_owners_token(hub, monkeypatch):
     assert value_of(load_subject("user/secret", token=hub.token), "secret") == 1.0
 
 
+def test_what_is_missing_is_said_in_one_line(hub, capsys, tmp_path):
+    repo = hub.create("user/rex", files={"rex.safetensors": write_safetensors({"rex": version(1.0)})})
+    repo.tags = {f"v{index}" for index in range(20)}
+    repo.refs |= dict.fromkeys(repo.tags, repo.refs["main"])
+    repository = "the Hub has no repository 'user/nothing', or it is private and you are not authenticated.*HF_TOKEN"
+    revision = r"'user/rex' has no revision 'nope'; it has the branches \['main'\] and the tags \['v0', 'v1', 'v10', "
+    revision += r".*and 12 more\]"
+    file = "'user/rex' has no file or folder '{}'{}. `multisubject list user/rex` says"
+    for source, error, message in [
+        ("user/nothing", RepositoryNotFoundError, repository),
+        ("user/nothing/rex.safetensors", RepositoryNotFoundError, repository),
+        ("user/rex@nope", RevisionNotFoundError, revision),
+        ("user/rex/rex.safetensors@nope", RevisionNotFoundError, revision),
+        ("user/rex/dog.safetensors", EntryNotFoundError, file.format("dog.safetensors", "")),
+        ("user/rex/dog.safetensors@v1", EntryNotFoundError, file.format("dog.safetensors", " at revision 'v1'")),
+        ("user/rex/dogs", EntryNotFoundError, file.format("dogs", "")),
+    ]:
+        for name in (None, "rex"):
+            with pytest.raises(error, match=message) as caught:
+                load_subject(source, name=name)
+            assert isinstance(caught.value, HfHubHTTPError) and caught.value.response.status_code in (401, 404)
+        assert cli.main(["pull", source, "--output", str(tmp_path)]) == 1
+        output = capsys.readouterr()
+        assert output.out == "" and output.err.startswith("multisubject pull: ") and output.err.count("\n") == 1
+        assert "404" not in output.err
+    hub.fail("GET", "/refs", status=500, times=999)
+    with pytest.raises(RevisionNotFoundError, match=r"has no revision 'nope'\.$"):
+        load_subject("user/rex@nope")
+
+
+@pytest.mark.parametrize(
+    ("call", "options"),
+    [
+        (load_subject, "revision, token, cache_dir, force_download, local_files_only"),
+        (inspect_subject, "revision, token"),
+        (verify_subject, "revision, token"),
+        (pull_subject, "revision, token"),
+        (lambda source, **options: push_subject_to_hub(subject(), source, **options), "private, token, revision, cre"),
+        (push_pipeline_to_hub, "private, token, revision, create_pr, tag, commit_message"),
+    ],
+)
+def test_an_option_that_there_is_not_is_a_clear_error(hub, call, options):
+    with pytest.raises(TypeError, match=rf"unexpected argument 'tokn'; the Hub's options are {options}"):
+        call("user/rex", tokn="x")
+    assert hub.requests == []
+
+
 def test_a_gated_repository_says_so(hub):
     hub.create("other/gated").gated = True
     with pytest.raises(GatedRepoError, match="restricted"):
@@ -516,10 +641,10 @@ def test_tokens_appear_nowhere(hub, caplog, capsys, monkeypatch, tmp_path):
 
 
 def test_a_token_in_the_card_is_refused(hub):
-    push_subject_to_hub(subject(1.0), "user/petrucci")
+    push_subject_to_hub(version(1.0), "user/petrucci")
     hub.repos["user/petrucci"].head["README.md"] += hub.token.encode()
     with pytest.raises(ValueError, match="the model card contains what looks like a Hugging Face access token"):
-        push_subject_to_hub(subject(2.0), "user/petrucci")
+        push_subject_to_hub(version(2.0), "user/petrucci")
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -545,6 +670,35 @@ def test_the_command_line_pushes_lists_and_pulls(hub, tmp_path, capsys):
     assert value_of(load_subject(pulled), "petrucci") == 2.0
     assert cli.main(["pull", "user/band", "--output", str(tmp_path / "out"), "--overwrite"]) == 0
     assert value_of(load_subject(pulled), "petrucci") == 1.0
+
+
+def test_the_command_line_asks_before_it_replaces_another_subject(hub, tmp_path, capsys):
+    for value, phrase in ((1.0, "dog"), (2.0, "cat")):
+        save_subject(subject(value, phrase), tmp_path / phrase / "rex.safetensors")
+    assert cli.main(["push", str(tmp_path / "dog"), "user/rex"]) == 0
+    assert cli.main(["push", str(tmp_path / "cat"), "user/rex"]) == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert value_of(load_subject("user/rex"), "rex") == 1.0
+    assert cli.main(["push", str(tmp_path / "cat"), "user/rex", "--overwrite"]) == 0
+    assert value_of(load_subject("user/rex"), "rex") == 2.0
+
+
+def test_nothing_but_results_is_written_into_pipes(hub, tmp_path, capsys):
+    for index in range(20):
+        save_subject(subject(index), tmp_path / "choir" / f"s{index}.safetensors")
+    assert cli.main(["push", str(tmp_path / "choir"), "user/choir"]) == 0
+    assert cli.main(["push-pipeline", "user/pipe"]) == 0
+    assert cli.main(["pull", "user/choir", "--output", str(tmp_path / "out")]) == 0
+    output = capsys.readouterr()
+    assert output.err == ""
+    assert len(output.out.splitlines()) == 22
+    assert not are_progress_bars_disabled()  # as it was found
+    assert cli.main(["pull", "user/choir", "--output", str(tmp_path / "out")]) == 1
+    assert "s0.safetensors" in (error := capsys.readouterr().err)
+    assert "… and 12 more" in error
+    hub.create("other/rex")
+    assert cli.main(["push", str(tmp_path / "choir" / "s0.safetensors"), "other/rex"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1  # what the Hub says in several lines
 
 
 # --- the pipeline -----------------------------------------------------------------------------------------------------

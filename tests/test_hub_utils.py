@@ -118,6 +118,17 @@ def test_several_subjects_and_two_text_encoders_share_a_file(tmp_path):
         load_subject(path, class_phrase="dog")
 
 
+def test_of_many_names_the_first_few_are_listed(tmp_path):
+    path = save_subject({f"s{index:03}": subject() for index in range(200)}, tmp_path / "choir.safetensors")
+    listed = r"\['s000', 's001', 's002', 's003', 's004', 's005', 's006', 's007', … and 192 more\]"
+    with pytest.raises(ValueError, match=rf"name='solo'.*{listed}; choose one"):
+        load_subject(path, name="solo")
+    with pytest.raises(ValueError, match=rf"class_phrase='dog'.*{listed}; choose by"):
+        load_subject(path, class_phrase="dog")
+    with pytest.raises(ValueError, match=listed):
+        save_subject(load_subject(path), tmp_path / "choir.pt")
+
+
 def test_equal_subjects_give_equal_bytes_that_safetensors_reads(tmp_path):
     first = write_safetensors({"b": subject(**METADATA), "a": subject()})
     second = write_safetensors({"a": subject(), "b": subject(**dict(reversed(METADATA.items())))})

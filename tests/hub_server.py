@@ -116,6 +116,8 @@ class LoopbackHub:
 class _Handler(BaseHTTPRequestHandler):
     hub: LoopbackHub
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # head and body of an answer in one packet, for which nobody waits
+    disable_nagle_algorithm = True
 
     def log_message(self, format: str, *arguments: object) -> None:
         pass

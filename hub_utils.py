@@ -355,9 +355,13 @@ def pull_subject(source: str, *, name: str | None = None, **hub_options: Unpack[
             f"source={source!r}: {len(small):,} files are too many to look through (at most {MAX_REPOSITORY_FILES}). "
             "Name the subject, its file or its subfolder."
         )
-    ours = [path for path in small if repo.may_be_subject(path, sizes[path])]
-    files = [file for path in ours if path.endswith(".safetensors") and _is_subject_file(file := repo.download(path))]
-    files = files or [repo.download(path) for path in ours if path.endswith(".pt")]
+    ours = {path: sizes[path] for path in small if repo.may_be_subject(path, sizes[path])}
+    files = [
+        file
+        for path, size in ours.items()
+        if path.endswith(".safetensors") and _is_subject_file(file := repo.download(path, size))
+    ]
+    files = files or [repo.download(path, size) for path, size in ours.items() if path.endswith(".pt")]
     if not files:
         raise SubjectFileError(f"source={source!r}: this Hub repository holds no subject there.")
     return files
@@ -449,7 +453,8 @@ def push_subject_to_hub(
                     f"{file!r} is in {repo_id!r} already, and is no earlier version of this subject: {reason}. Pass "
                     "another `name`, push to another repository, or replace it with `overwrite=True` (`--overwrite`)."
                 )
-        card = subject_card(repo_id, present | pushed, prompts, state.read_text("README.md"), BASE_MODEL_MIRRORS)
+        kept = {key: info for key, info in present.items() if info["file"] not in adapters}
+        card = subject_card(repo_id, kept | pushed, prompts, state.read_text("README.md"), BASE_MODEL_MIRRORS)
         refuse_secrets(card, "the model card", push_options.get("token"))
         former = [path for path in state.sizes for key in prompts if is_sample_path(path, key)]
         return {**dict.fromkeys(former), **files, "README.md": card.encode()}
@@ -490,7 +495,7 @@ def _subject_bytes(state: RepoState, path: str) -> bytes | None:
     """What a repository's file holds, if it may be a subject."""
     size = state.sizes[path]
     if path.endswith(".safetensors") and size <= MAX_FILE_BYTES and state.repo.may_be_subject(path, size):
-        return read_bytes(state.repo.download(path))
+        return read_bytes(state.repo.download(path, size))
     return None
 
 

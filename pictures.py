@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -48,9 +49,11 @@ def split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     return image, alpha if any(alpha.histogram()[:255]) else None
 
 
-def picture_digest(image: Image.Image) -> str:
-    """16 hexadecimal digits that tell a picture's pixels from any other's, and nothing of what is to be seen."""
-    return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()[:16]
+def picture_digests(images: Iterable[Image.Image]) -> list[str]:
+    """What tells a set of pictures from others by their pixels, and nothing of what is to be seen: 16 hexadecimal
+    digits for each of them. Of more than 100 the smallest, so that sets that have much in common share some."""
+    digests = {hashlib.sha256(f"{i.mode} {i.size} ".encode() + i.tobytes()).hexdigest()[:16] for i in images}
+    return sorted(digests)[:100]
 
 
 def anonymous_png(image: Image.Image | str | os.PathLike[str]) -> bytes:

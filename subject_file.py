@@ -58,7 +58,7 @@ _METADATA_TYPES: dict[str, type] = {
     "method": str,
     "steps": int,
     "resolution": int,
-    "training_pictures": list,  # of `pictures.picture_digest`, by which a later version is known
+    "training_pictures": list,  # of `pictures.picture_digests`, by which a later version is known
     "library_versions": dict,
     "license": str,
     "scores": dict,
@@ -252,7 +252,8 @@ def parse_header(data: bytes) -> tuple[dict[str, _TensorEntry], dict[str, str]]:
             raise SubjectFileError(
                 f"tensor {printable(name)!r} has shape {printable(shape)}, expected (num_tokens, embed_dim)."
             )
-        check_size(*shape, name)
+        num_tokens, dim = shape
+        check_size(num_tokens, dim, name)
 
     # Tensors tile the rest of the file, as the format demands: no overlap, no hole, nothing behind the last one.
     position = 8 + length

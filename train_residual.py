@@ -48,7 +48,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from multisubject.base_models import BASE_MODEL_MIRRORS, base_model_errors, fingerprint_text_encoder
 from multisubject.hub_utils import inspect_subject, push_subject_to_hub, save_subject
 from multisubject.model_card import sample_path, subject_card
-from multisubject.pictures import picture_digest, png_bytes
+from multisubject.pictures import picture_digests, png_bytes
 from multisubject.residual_embeddings import ResidualEmbedding, find_token_spans
 from multisubject.subject_file import check_class_phrase, write_atomically
 from multisubject.tiny_world import EMBEDDED_BASE
@@ -254,7 +254,7 @@ class Concept:
     validation_rows: list[int]
     digest: str
     class_pictures: list[TrainingPicture] = field(default_factory=list)
-    picture_digests: Sequence[str] = ()  # of all its pictures, one each, for the file
+    picture_digests: Sequence[str] = ()  # by which the file says what it was trained on
 
 
 def class_phrase_of(config: TrainConfig, tokenizer: Any) -> tuple[str, int]:
@@ -409,7 +409,7 @@ def prepare_concept(config: TrainConfig, models: Models) -> Concept:
         held_out = pictures
     return Concept(
         config, prompts, pictures, held_out, prompts.rows(validation), digest_of(found),
-        picture_digests=sorted(picture_digest(picture.image) for picture in found),
+        picture_digests=picture_digests(picture.image for picture in found),
     )  # fmt: skip
 
 

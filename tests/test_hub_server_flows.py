@@ -42,7 +42,7 @@ from multisubject.hub_utils import (
     save_subject,
     verify_subject,
 )
-from multisubject.pictures import open_picture, picture_digest, split_alpha
+from multisubject.pictures import open_picture, picture_digests, split_alpha
 from multisubject.residual_embeddings import ResidualEmbedding
 from multisubject.saved_pipeline import PIPELINE_SOURCES
 from multisubject.subject_file import MAX_FILE_BYTES, SubjectFileError, write_safetensors
@@ -208,12 +208,13 @@ def test_an_earlier_version_of_the_same_subject_is_replaced(hub):
 def test_what_the_trainer_leaves_is_pushed_again_after_another_run(hub, tmp_path):
     """Pictures are told by their pixels: the same file in another folder and form, beside a new one, is known."""
     rng = np.random.default_rng(0)
-    images = [Image.fromarray(rng.integers(0, 255, (8, 8, 3), np.uint8)) for _ in range(3)]
-    assert len({picture_digest(image) for image in images}) == 3
-    push_subject_to_hub(version(1.0, *map(picture_digest, images[:2])), "user/rex")
+    images = [Image.fromarray(rng.integers(0, 255, (8, 8, 3), np.uint8)) for _ in range(500)]
+    push_subject_to_hub(version(1.0, *picture_digests(images[:2])), "user/rex")
     images[1].save(tmp_path / "again.webp", lossless=True)
     again = split_alpha(open_picture(tmp_path / "again.webp"))[0]
-    push_subject_to_hub(version(2.0, *map(picture_digest, (again, images[2]))), "user/rex")
+    push_subject_to_hub(version(2.0, *picture_digests([again, images[2]])), "user/rex")
+    many = picture_digests(images[2:])
+    assert len(many) == 100 and {*many} & {*picture_digests(images[250:])}
     assert value_of(load_subject("user/rex"), "rex") == 2.0
 
 
@@ -230,6 +231,8 @@ def test_files_that_are_no_earlier_version_of_anything_are_not_replaced(hub):
     assert {file: hub.repos["user/mixed"].head[file] for file in files} == files
     push_subject_to_hub(version(2.0), "user/mixed", name="band", overwrite=True)
     assert [*load_subject("user/mixed", name="band")] == ["band"]
+    card = hub.repos["user/mixed"].head["README.md"].decode()
+    assert "| `band` |" in card and "`s0`" not in card
 
 
 def test_a_push_of_many_subjects_has_a_short_title(hub):

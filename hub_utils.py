@@ -32,14 +32,13 @@ from .hub_client import (
 from .saved_pipeline import pipeline_sources
 from .subject_file import (
     MAX_FILE_BYTES,
-    MAX_HEADER_BYTES,
     SubjectFileError,
     check_class_phrase,
     check_subject_name,
     default_name,
+    header_entries,
+    is_subject_file,
     naming,
-    parse_header,
-    parse_subjects,
     read_bytes,
     read_safetensors,
     refuse_secrets,
@@ -119,21 +118,9 @@ def _load_file(path: Path, name: str | None) -> dict[str, ResidualEmbedding]:
         raise SubjectFileError("a subject file ends in .safetensors or .pt.")
 
 
-def _header_entries(data: bytes, **common: Any) -> dict[str, dict[str, Any]]:
-    """Name -> JSON entry of the subjects in the bytes of a `.safetensors` file, with what is `common` added to each."""
-    return {name: {**info, **common} for name, (info, _) in parse_subjects(*parse_header(data)).items()}
-
-
-def _is_subject_file(path: Path) -> bool:
-    """Whether a `.safetensors` file is meant to be a subject (sound or not); other adapters and weights are not."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        return b'"multisubject"' in file.read(min(length, MAX_HEADER_BYTES))
-
-
 def _subject_files(folder: Path) -> list[Path]:
     """The subject files of a folder: its `.safetensors`, or else its one `.pt`."""
-    files = sorted(path for path in folder.glob("*.safetensors") if path.is_file() and _is_subject_file(path))
+    files = sorted(path for path in folder.glob("*.safetensors") if path.is_file() and is_subject_file(path))
     files = files or sorted(path for path in folder.glob("*.pt") if path.is_file())
     if not files:
         raise SubjectFileError(f"{folder}: no subject in this folder (a .safetensors file of ours, or a residual.pt).")
@@ -229,7 +216,7 @@ def _inspect_file(path: Path) -> dict[str, dict[str, Any]]:
     common = {"file": str(path), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     with naming(path):
         if path.suffix == ".safetensors":
-            return _header_entries(data, **common)
+            return header_entries(data, **common)
         return {default_name(path): {"storage_bytes": sum(check_pickle(data).values()), **common}}
 
 
@@ -359,7 +346,7 @@ def pull_subject(source: str, *, name: str | None = None, **hub_options: Unpack[
     files = [
         file
         for path, size in ours.items()
-        if path.endswith(".safetensors") and _is_subject_file(file := repo.download(path, size))
+        if path.endswith(".safetensors") and is_subject_file(file := repo.download(path, size))
     ]
     files = files or [repo.download(path, size) for path, size in ours.items() if path.endswith(".pt")]
     if not files:
@@ -434,7 +421,7 @@ def push_subject_to_hub(
     files = dict(adapters)
     pushed: dict[str, dict[str, Any]] = {}
     for file, data in adapters.items():
-        pushed |= _header_entries(data, file=file)
+        pushed |= header_entries(data, file=file)
     prompts = {key: [prompt for prompt, _ in samples] for key in subjects} if samples else {}
     for key in prompts:
         files |= {sample_path(key, index): anonymous_png(image) for index, (_, image) in enumerate(samples)}
@@ -487,7 +474,7 @@ def _published_subjects(state: RepoState) -> dict[str, dict[str, Any]]:
         data = None if "/" in path else _subject_bytes(state, path)
         if data is not None:
             with suppress(SubjectFileError):  # somebody else's file
-                infos |= _header_entries(data, file=path)
+                infos |= header_entries(data, file=path)
     return infos
 
 

@@ -180,6 +180,13 @@ def read_bytes(path: Path) -> bytes:
     return data
 
 
+def is_subject_file(path: Path) -> bool:
+    """Whether a `.safetensors` file is meant to be a subject (sound or not); other adapters and weights are not."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return b'"multisubject"' in file.read(min(length, MAX_HEADER_BYTES))
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Errors about the bytes of a file say which file it is."""
@@ -319,6 +326,11 @@ def parse_subjects(
             )
         result[name] = (info, tensors[name])
     return result
+
+
+def header_entries(data: bytes, **common: Any) -> dict[str, dict[str, Any]]:
+    """Name -> JSON entry of the subjects in the bytes of a `.safetensors` file, with what is `common` added to each."""
+    return {name: {**info, **common} for name, (info, _) in parse_subjects(*parse_header(data)).items()}
 
 
 def _check_info(info: Any, name: str) -> None:

@@ -375,9 +375,9 @@ def push_subject_to_hub(
     the card. Pushing what is there already makes no commit. Two pushes at once both arrive.
 
     A file of the same name is replaced if it is an earlier version of the same subject: it has the same numbers (and a
-    new licence, say), or else the same class phrase and base model, and the two were trained on at least one picture
-    that is the same (`training_pictures` in the files, which the trainer writes). Anything else, such as another dog
-    that is called rex too, is replaced with `overwrite` alone.
+    new licence, say), or else the same class phrase and base model, and at least half of the pictures that one of the
+    two was trained on are among the other's (`training_pictures` in the files, which the trainer writes). Anything
+    else, such as another dog that is called rex too, is replaced with `overwrite` alone.
 
     Args:
         subject: a subject, several by name, or a file or folder of them.
@@ -503,13 +503,14 @@ def _why_no_update(old: bytes | None, new: bytes) -> str | None:
         return f"its class phrase is {theirs.class_phrase!r} instead of {ours.class_phrase!r}"
     if not trained_on_same_base(ours, theirs):
         return "it was trained on another base model"
-    pictures = [
+    first, second = (
         {digest for digest in subject.metadata.get("training_pictures") or () if isinstance(digest, str)}
         for subject in (ours, theirs)
-    ]
-    if not all(pictures):
+    )
+    if not first or not second:
         return "which pictures they were trained on is not known"
-    return None if pictures[0] & pictures[1] else "it was trained on other pictures"
+    is_same = 2 * len(first & second) >= min(len(first), len(second))  # one alone may show two dogs together
+    return None if is_same else "it was trained on other pictures"
 
 
 def _with_license(name: str, subject: ResidualEmbedding, license: str) -> ResidualEmbedding:

@@ -169,12 +169,13 @@ def test_tags_branches_and_commits_are_pulled_by_revision(hub):
 
 def test_another_subject_of_the_same_name_is_not_replaced_without_a_word(hub):
     base = {"base_model": "user/base", "text_encoder_fingerprint": f"signs256:{0:064x}"}
-    rex = subject(1.0, "dog", training_pictures=["a", "b"], **base)
+    rex = subject(1.0, "dog", training_pictures=["a", "b", "group photo"], **base)
     push_subject_to_hub(rex, "user/rex")
     before = hub.repos["user/rex"].refs["main"]
     others = {
         "class phrase is 'dog' instead of 'cat'": subject(2.0, "cat", training_pictures=["a"], **base),
         "other pictures": subject(2.0, "dog", training_pictures=["c"], **base),
+        "trained on other": subject(2.0, "dog", training_pictures=["group photo", "c", "d"], **base),
         "another base": subject(2.0, "dog", training_pictures=["a"], base_model="user/base2"),
         "base model": subject(2.0, "dog", 16, training_pictures=["a"], **base),
         "on another base": replace(rex, deltas=subject(2.0).deltas, metadata={**rex.metadata, **other_base(255)}),

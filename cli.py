@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .hub_client import PushOptions
 from .hub_utils import (
     convert_subject,
     inspect_subject,
@@ -18,7 +20,7 @@ from .hub_utils import (
     save_subject,
     verify_subject,
 )
-from .subject_file import printable
+from .subject_file import printable, some_of
 
 _DESCRIPTION = """\
 Subjects are a few KB each: what a text encoder's output needs added to show your dog instead of a dog.
@@ -44,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except (ValueError, OSError) as error:  # the Hub's errors are OSErrors
-        print(f"multisubject {options.command}: {error}", file=sys.stderr)
+        print(f"multisubject {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
 
@@ -86,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         "--sample", action="append", default=[], metavar="PROMPT=IMAGE", help="for the gallery; may be repeated"
     )
     command.add_argument("--license", help="a licence id of the Hub, e.g. cc-by-4.0")
+    _add_overwrite(command, "replace files of the same name even if they are no earlier versions of the same subject")
     _add_push_options(command)
 
     command = _add(commands, "pull", _pull, "download subjects, and nothing else of their repository")
@@ -109,13 +112,13 @@ def _add(commands: Any, name: str, run: Any, help: str) -> argparse.ArgumentPars
     return command
 
 
-def _add_overwrite(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--overwrite", action="store_true", help="replace files that are there already")
+def _add_overwrite(command: argparse.ArgumentParser, help: str = "replace files that are there already") -> None:
+    command.add_argument("--overwrite", action="store_true", help=help)
 
 
 def _check_free(options: argparse.Namespace, paths: Iterable[Path]) -> None:
-    if not options.overwrite and (taken := [str(path) for path in paths if path.exists()]):
-        raise ValueError(f"there already: {', '.join(taken)}. Write somewhere else, or pass --overwrite.")
+    if not options.overwrite and (taken := [path for path in paths if path.exists()]):
+        raise ValueError(f"there already: {some_of(taken)}. Write somewhere else, or pass --overwrite.")
 
 
 def _add_push_options(command: argparse.ArgumentParser) -> None:
@@ -158,7 +161,9 @@ def _list(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> None:
-    for name, subject in verify_subject(options.source, base=options.base).items():
+    with _no_progress_bars_in_pipes(loads_models=options.base is not None):
+        subjects = verify_subject(options.source, base=options.base)
+    for name, subject in subjects.items():
         num_tokens, embed_dim = subject.delta.shape
         size = f"{num_tokens} x {embed_dim}, largest value {float(subject.delta.abs().max()):.3g}"
         print(f"{name}: sound ({size})" + (f"; fits {options.base}" if options.base is not None else ""))
@@ -179,14 +184,16 @@ def _push(options: argparse.Namespace) -> None:
         if not separator or not Path(image).is_file():
             raise ValueError(f"--sample {sample!r}: expected PROMPT=IMAGE with the path of a picture.")
         samples.append((prompt, image))
-    commit = push_subject_to_hub(
-        options.source,
-        options.repo_id,
-        name=options.name,
-        samples=samples,
-        license=options.license,
-        **_push_arguments(options),
-    )
+    with _no_progress_bars_in_pipes():
+        commit = push_subject_to_hub(
+            options.source,
+            options.repo_id,
+            name=options.name,
+            samples=samples,
+            license=options.license,
+            overwrite=options.overwrite,
+            **_push_arguments(options),
+        )
     print(commit.pr_url or commit.commit_url)
 
 
@@ -205,10 +212,33 @@ def _pull(options: argparse.Namespace) -> None:
 
 
 def _push_pipeline(options: argparse.Namespace) -> None:
-    print(push_pipeline_to_hub(options.repo_id, **_push_arguments(options)).commit_url)
+    with _no_progress_bars_in_pipes():
+        commit = push_pipeline_to_hub(options.repo_id, **_push_arguments(options))
+    print(commit.pr_url or commit.commit_url)
 
 
-def _push_arguments(options: argparse.Namespace) -> dict[str, Any]:
+@contextmanager
+def _no_progress_bars_in_pipes(loads_models: bool = False) -> Iterator[None]:
+    """The Hub's client leaves out the bars of downloads where nobody looks, but draws those of uploads anywhere, and so
+    does transformers for what it loads."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if sys.stderr.isatty() or are_progress_bars_disabled():
+        yield
+        return
+    disable, enable = disable_progress_bars, enable_progress_bars
+    if loads_models:
+        from transformers.utils import logging
+
+        disable, enable = logging.disable_progress_bar, logging.enable_progress_bar  # the client's and its own
+    disable()
+    try:
+        yield
+    finally:
+        enable()
+
+
+def _push_arguments(options: argparse.Namespace) -> PushOptions:
     return {
         "private": options.private,
         "revision": options.revision,

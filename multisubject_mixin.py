@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from .base_models import base_model_errors
 from .call_arguments import bind_arguments, check_call, check_prompts, check_steps
 from .guidance_methods import GuidanceMethod, resolve_guidance_method
-from .hub_utils import base_model_errors, copy_pipeline_sources, load_saved_subjects, save_subjects_with_pipeline
 from .layout import masks_at
 from .placed_prompts import (
     PlacedPrompt,
@@ -34,6 +34,7 @@ from .placed_prompts import (
 from .recurrence import recurrent_steps
 from .region_attention import ExpectedCalls, RegionConditioning, RegionPrompts, region_attention
 from .residual_embeddings import ParsedPrompt
+from .saved_pipeline import copy_pipeline_sources, load_saved_subjects, save_subjects_with_pipeline
 from .shared_models import in_turn
 from .subject_loader import SubjectLoaderMixin
 

@@ -28,10 +28,13 @@ __multisubject_version__ = "0.1.0"
 # another sibling needs: for a local file, diffusers copies what it imports and no further.
 try:
     from .attention_processors import __multisubject_version__ as _
+    from .base_models import unsuitable_base
     from .call_arguments import joined
     from .guidance_methods import __multisubject_version__ as _
-    from .hub_utils import unsuitable_base
+    from .hub_client import __multisubject_version__ as _
+    from .hub_utils import __multisubject_version__ as _
     from .layout import __multisubject_version__ as _
+    from .layout_images import __multisubject_version__ as _
     from .model_card import __multisubject_version__ as _
     from .multisubject_mixin import ENCODING_DEFAULTS, MultiSubjectMixin
     from .pictures import __multisubject_version__ as _
@@ -39,9 +42,11 @@ try:
     from .recurrence import __multisubject_version__ as _
     from .region_attention import __multisubject_version__ as _
     from .residual_embeddings import __multisubject_version__ as _
+    from .saved_pipeline import __multisubject_version__ as _
     from .shared_models import __multisubject_version__ as _
     from .subject_file import __multisubject_version__ as _
     from .subject_loader import EncoderSlot
+    from .subject_pickle import __multisubject_version__ as _
 except ImportError as error:
     raise ImportError(
         f"{__name__} found a file beside it that is not of multisubject {__multisubject_version__}: {error}. Another"
@@ -50,9 +55,10 @@ except ImportError as error:
     ) from error
 
 _SIBLINGS = (
-    "attention_processors", "call_arguments", "guidance_methods", "hub_utils", "layout", "model_card",
-    "multisubject_mixin", "pictures", "placed_prompts", "recurrence", "region_attention", "residual_embeddings",
-    "shared_models", "subject_file", "subject_loader",
+    "attention_processors", "base_models", "call_arguments", "guidance_methods", "hub_client", "hub_utils",
+    "layout", "layout_images", "model_card", "multisubject_mixin", "pictures", "placed_prompts", "recurrence",
+    "region_attention", "residual_embeddings", "saved_pipeline", "shared_models", "subject_file", "subject_loader",
+    "subject_pickle",
 )  # fmt: skip
 _versions = {
     name: getattr(sys.modules[f"{__name__.rpartition('.')[0]}.{name}"], "__multisubject_version__", None)

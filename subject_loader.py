@@ -8,15 +8,16 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import numpy as np
 import torch
 
+from .base_models import check_subject_fits
+from .hub_client import HubOptions
 from .hub_utils import load_subject
 from .residual_embeddings import ParsedPrompt, ResidualEmbedding, add_residuals, find_token_spans, parse_prompt, quoted
 from .shared_models import in_turn
-from .subject_file import check_subject_fits
 
 __multisubject_version__ = "0.1.0"
 
@@ -63,7 +64,7 @@ class SubjectLoaderMixin:
         source: str | os.PathLike[str],
         name: str | None = None,
         class_phrase: str | None = None,
-        **hub_options: Any,
+        **hub_options: Unpack[HubOptions],
     ) -> list[str]:
         """Load the subject, or all the subjects, of a file, a folder or a Hub repository; prompts then name `<name>`.
 

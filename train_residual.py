@@ -45,17 +45,12 @@ from torch import nn
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from multisubject.hub_utils import (
-    BASE_MODEL_MIRRORS,
-    base_model_errors,
-    inspect_subject,
-    push_subject_to_hub,
-    save_subject,
-)
+from multisubject.base_models import BASE_MODEL_MIRRORS, base_model_errors, fingerprint_text_encoder
+from multisubject.hub_utils import inspect_subject, push_subject_to_hub, save_subject
 from multisubject.model_card import sample_path, subject_card
-from multisubject.pictures import png_bytes
+from multisubject.pictures import picture_digests, png_bytes
 from multisubject.residual_embeddings import ResidualEmbedding, find_token_spans
-from multisubject.subject_file import check_class_phrase, fingerprint_text_encoder, write_atomically
+from multisubject.subject_file import check_class_phrase, write_atomically
 from multisubject.tiny_world import EMBEDDED_BASE
 from multisubject.training_checkpoints import (
     Interrupted,
@@ -259,6 +254,7 @@ class Concept:
     validation_rows: list[int]
     digest: str
     class_pictures: list[TrainingPicture] = field(default_factory=list)
+    picture_digests: Sequence[str] = ()  # by which the file says what it was trained on
 
 
 def class_phrase_of(config: TrainConfig, tokenizer: Any) -> tuple[str, int]:
@@ -411,7 +407,10 @@ def prepare_concept(config: TrainConfig, models: Models) -> Concept:
             "%s: too few pictures to keep one for --validation; scored on the training pictures.", config.subject_name
         )
         held_out = pictures
-    return Concept(config, prompts, pictures, held_out, prompts.rows(validation), digest_of(found))
+    return Concept(
+        config, prompts, pictures, held_out, prompts.rows(validation), digest_of(found),
+        picture_digests=picture_digests(picture.image for picture in found),
+    )  # fmt: skip
 
 
 def digest_of(pictures: Sequence[Picture]) -> str:
@@ -1000,6 +999,7 @@ def save_result(concept: Concept, progress: Progress, models: Models) -> Residua
         "method": config.method,
         "steps": step,
         "resolution": config.resolution,
+        "training_pictures": list(concept.picture_digests),
         "license": config.license,
         "library_versions": {name: version(name) for name in ("multisubject", "diffusers", "transformers", "torch")},
     }

@@ -11,8 +11,8 @@ from typing import Any
 from transformers import CLIPTokenizer
 from transformers.utils import cached_file
 
+from multisubject.base_models import base_model_errors, unsuitable_base
 from multisubject.generation.config_file import ConfigError
-from multisubject.hub_utils import base_model_errors, unsuitable_base
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,7 @@ class LoopbackHub:
         self.repos: dict[str, Repo] = {}
         self.lfs: dict[str, bytes] = {}
         self.requests: list[Request] = []
+        self.titles: list[str] = []  # of the commits that were asked for
         self.faults: list[Fault] = []
         self.delay = 0.0  # seconds before every answer
         self.before_commit: Callable[[], None] | None = None
@@ -115,6 +116,8 @@ class LoopbackHub:
 class _Handler(BaseHTTPRequestHandler):
     hub: LoopbackHub
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # head and body of an answer in one packet, for which nobody waits
+    disable_nagle_algorithm = True
 
     def log_message(self, format: str, *arguments: object) -> None:
         pass
@@ -286,7 +289,9 @@ class _Handler(BaseHTTPRequestHandler):
                 if key == "header" and value.get("parentCommit") not in (None, found[0]):
                     self.refuse(412, "PreconditionFailed", "A commit has happened since. Please refresh and try again.")
                     return
-                if key == "file":
+                if key == "header":
+                    self.hub.titles.append(value["summary"])
+                elif key == "file":
                     files[value["path"]] = base64.b64decode(value["content"])
                 elif key == "lfsFile":
                     if value["oid"] not in self.hub.lfs:

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from multisubject.residual_embeddings import ResidualEmbedding
-from multisubject.subject_file import SubjectFileError, read_pickle, read_safetensors, write_safetensors
+from multisubject.subject_file import SubjectFileError, read_safetensors, write_safetensors
+from multisubject.subject_pickle import read_pickle
 
 MAX_SECONDS_PER_FILE = 2.0  # a sound file takes 0.2 ms; the machine may be busy
 MAX_GROWTH_KB = 100 * 1024

@@ -16,6 +16,7 @@ from accelerate import PartialState
 from PIL import Image, ImageDraw, PngImagePlugin
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from multisubject.base_models import fingerprint_text_encoder
 from multisubject.generate_images import main
 from multisubject.generation import console, making, prompts
 from multisubject.generation.base_model import BaseModel
@@ -24,7 +25,6 @@ from multisubject.generation.picture_files import CONTACT_SHEET, read_settings
 from multisubject.generation.tasks import load_tasks
 from multisubject.hub_utils import save_subject
 from multisubject.residual_embeddings import ResidualEmbedding
-from multisubject.subject_file import fingerprint_text_encoder
 from multisubject.tiny_world import EMBEDDED_BASE
 
 ROOT = Path(__file__).parent.parent

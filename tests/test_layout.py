@@ -1,5 +1,6 @@
 import io
 import math
+from functools import cache
 
 import numpy as np
 import pytest
@@ -33,6 +34,11 @@ def masks(regions):
 
 def draw(size=256, background=BLACK, supersampling=1, colors=(RED, BLUE)):
     """A red rectangle and a blue disc that touch."""
+    return _drawn(size, background, supersampling, colors).copy()
+
+
+@cache
+def _drawn(size, background, supersampling, colors):
     side = size * supersampling
     image = Image.new("RGB", (side, side), background)
     pen = ImageDraw.Draw(image)
@@ -41,6 +47,7 @@ def draw(size=256, background=BLACK, supersampling=1, colors=(RED, BLUE)):
     return image
 
 
+@cache
 def covered(size=256, supersampling=4, colors=(RED, BLUE)):
     """The true share of every pixel that each drawn colour covers."""
     array = np.asarray(draw(size, supersampling=supersampling, colors=colors))
@@ -133,7 +140,7 @@ def half(dtype, value=1):
         Image.fromarray(np.dstack([np.full((4, 6, 3), 70, np.uint8), half(np.uint8, 255)])),
         Image.fromarray(half(np.uint16, 65535)),
     ],
-    ids=lambda mask: f"{type(mask).__name__}-{getattr(mask, 'mode', getattr(mask, 'dtype', ''))}",
+    ids=lambda mask: f"{type(mask).__name__}-{mask.mode if isinstance(mask, Image.Image) else mask.dtype}",
 )
 def test_every_kind_of_mask_means_the_same(mask):
     (region,) = parse({"dog": mask}, height=8, width=12)

@@ -46,11 +46,12 @@ from transformers import CLIPTokenizer
 
 import multisubject.pipeline_multisubject as pipeline_module
 from multisubject.guidance_methods import GUIDANCE_METHODS, uses_region_prompts
-from multisubject.hub_utils import PIPELINE_SOURCES, save_subject
+from multisubject.hub_utils import save_subject
 from multisubject.pipeline_multisubject import MultiSubjectPipeline
 from multisubject.placed_prompts import PlacedPrompt
 from multisubject.recurrence import RecurrentScheduler
 from multisubject.residual_embeddings import Place, ResidualEmbedding, parse_prompt
+from multisubject.saved_pipeline import PIPELINE_SOURCES
 
 PROMPT = "a photo of a red dog and a blue ball"
 RUN = 500  # roundings that add up in a short run

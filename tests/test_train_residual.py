@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 
 import multisubject.train_residual as trainer
 from multisubject.hub_utils import load_subject
+from multisubject.pictures import picture_digests
 from multisubject.tiny_world.subjects import SUBJECTS
 from multisubject.train_residual import (
     Prompts,
@@ -467,6 +468,8 @@ def test_a_run_leaves_everything_that_was_promised(config: TrainConfig, caplog: 
     assert subject.metadata["method"] == "residual"
     assert subject.metadata["steps"] == 4
     assert subject.metadata["resolution"] == 32
+    seen = [Image.open(path) for path in Path(config.instance_data_dir).glob("*.png")]
+    assert subject.metadata["training_pictures"] == picture_digests(seen)  # a later run is known by them
     assert config.pretrained_model_name_or_path not in str(subject.metadata)  # no path of this machine
     sheets = ("validation/step-000002.png", "validation/step-000004.png")
     for name in ("README.md", "loss.png", "samples/petrucci-0.png", *sheets):

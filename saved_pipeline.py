@@ -1,0 +1,91 @@
+"""A pipeline on disk: the code and the subjects that it carries beside its models.
+
+`copy_pipeline_sources` writes the code as `custom_pipeline` wants it, the other two keep the subjects of
+`save_pretrained` for `from_pretrained`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .subject_file import naming, read_bytes, read_safetensors, write_atomically, write_safetensors
+
+if TYPE_CHECKING:
+    from .residual_embeddings import ResidualEmbedding
+
+__multisubject_version__ = "0.1.0"
+
+# What a published pipeline consists of; `pipeline.py` is the name that `custom_pipeline="user/repo"` looks for.
+PIPELINE_SOURCES = (
+    "pipeline_multisubject.py",
+    "attention_processors.py",
+    "base_models.py",
+    "call_arguments.py",
+    "guidance_methods.py",
+    "hub_client.py",
+    "hub_utils.py",
+    "layout.py",
+    "layout_images.py",
+    "model_card.py",
+    "multisubject_mixin.py",
+    "pictures.py",
+    "placed_prompts.py",
+    "recurrence.py",
+    "region_attention.py",
+    "residual_embeddings.py",
+    "saved_pipeline.py",
+    "shared_models.py",
+    "subject_file.py",
+    "subject_loader.py",
+    "subject_pickle.py",
+)
+
+# A saved pipeline keeps its subjects in the tokenizer's folder: diffusers downloads that folder whole, and a loaded
+# tokenizer knows where it came from, be it a folder or the Hub, at whatever revision, online or off. The ending is not
+# `.safetensors`, because diffusers takes every such file for a component's weights and then downloads the wrong ones.
+_SAVED_SUBJECTS = "subjects.multisubject"
+
+
+def copy_pipeline_sources(folder: str | os.PathLike[str]) -> None:
+    """Write the pipeline's code into a folder, which can then be given as `custom_pipeline=folder`."""
+    for name, text in pipeline_sources().items():
+        write_atomically(Path(folder) / name, text.encode())
+
+
+def pipeline_sources() -> dict[str, str]:
+    """File name -> text of the pipeline's modules and of the `pipeline.py` that diffusers looks for."""
+    here = Path(__file__).parent
+    sources = {name: (here / name).read_text(encoding="utf-8") for name in PIPELINE_SOURCES}
+    # Given a folder, diffusers copies what this file imports and nothing that those files import: hence every sibling.
+    # Composed, because diffusers finds imports with a regular expression, and would find these in this file.
+    imports = [
+        f"from .{Path(name).stem} import __multisubject_version__  # noqa: F401" for name in PIPELINE_SOURCES[1:]
+    ]
+    imports += ["from .pipeline_multisubject import MultiSubjectPipeline  # noqa: F401"]
+    sources["pipeline.py"] = "\n".join(['"""What `custom_pipeline="user/repo"` loads."""', "", *imports, ""])
+    return sources
+
+
+def save_subjects_with_pipeline(
+    subjects: Mapping[str, ResidualEmbedding], save_directory: str | os.PathLike[str]
+) -> None:
+    """Write a pipeline's subjects into the folder that the pipeline is saved to."""
+    path = Path(save_directory, "tokenizer", _SAVED_SUBJECTS)
+    if subjects:
+        write_atomically(path, write_safetensors(subjects))
+    else:
+        path.unlink(missing_ok=True)
+
+
+def load_saved_subjects(tokenizer: Any) -> dict[str, ResidualEmbedding]:
+    """The subjects that a pipeline was saved with, given the tokenizer that was loaded with it."""
+    folder = getattr(tokenizer, "name_or_path", "")
+    path = Path(folder, _SAVED_SUBJECTS)
+    if not folder or not path.is_file():
+        return {}
+    data = read_bytes(path)
+    with naming(path):
+        return read_safetensors(data)

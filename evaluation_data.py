@@ -23,7 +23,7 @@ from .generation_config import resolve_paths, subject_name
 from .layout import Box, Region, layout_checksum, parse_layout
 from .pictures import PICTURE_ERRORS, open_picture, split_alpha
 from .subject_file import default_name, make_writable_folder, printable
-from .training_data import PICTURE_SUFFIXES, is_picture
+from .training.pictures import PICTURE_SUFFIXES, is_picture
 
 # DINO ViT-S/16 is what papers on personal subjects mostly report. Its main branch has pickled weights only; a pull
 # request of the Hub itself has the same ones as safetensors.

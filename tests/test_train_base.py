@@ -215,7 +215,7 @@ def test_export_replaces_models_only(small_base, tmp_path):
 
 
 def test_nouns_know_what_their_adjectives_say():
-    from multisubject.tiny_world.train_base import said_looks
+    from multisubject.tiny_world.words import said_looks
 
     caption = "a photo of a yellow trimmed blue fine orange striped person and my red ball with dog on the beach"
     assert [look for look in said_looks(caption.split()) if look] == [
@@ -229,8 +229,9 @@ def test_nouns_know_what_their_adjectives_say():
 
 
 def test_condensed_caption_moves_looks_into_nouns_and_leaves_the_rest_bare(tokenizer, tiny_components):
+    from multisubject.tiny_world.base_losses import DiffusionLoss
     from multisubject.tiny_world.scenes import ADJECTIVES, CATEGORIES
-    from multisubject.tiny_world.train_base import DiffusionLoss, tokenize, word_ids
+    from multisubject.tiny_world.words import tokenize, word_ids
 
     text_encoder = copy.deepcopy(tiny_components["sd1"]["text_encoder"])
     words = word_ids(tokenizer, ADJECTIVES), word_ids(tokenizer, CATEGORIES)
@@ -248,7 +249,7 @@ def test_condensed_caption_moves_looks_into_nouns_and_leaves_the_rest_bare(token
 
 
 def test_words_of_several_tokens_are_refused(tokenizer):
-    from multisubject.tiny_world.train_base import word_ids
+    from multisubject.tiny_world.words import word_ids
 
     with pytest.raises(ValueError, match=r"\['hippopotamus'\]"):
         word_ids(tokenizer, ["red", "hippopotamus"])

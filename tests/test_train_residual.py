@@ -28,24 +28,15 @@ from safetensors import SafetensorError
 import multisubject.train_residual as trainer
 from multisubject.hub_utils import load_subject
 from multisubject.tiny_world.subjects import SUBJECTS
-from multisubject.train_residual import (
-    Prompts,
-    ResidualLearner,
-    Sample,
-    TextEncoderLearner,
-    TrainConfig,
-    TrainingPicture,
-    View,
-    compute_loss,
-    draw_sample,
-    learning_rate_factor,
-    main,
-    make_optimizer,
-    train,
-)
-from multisubject.training_checkpoints import ECHO_SECONDS, StopRequest, checkpoints, latest_checkpoint
-from multisubject.training_config import parse_config, read_concepts
-from multisubject.training_data import Picture
+from multisubject.train_residual import main, train
+from multisubject.training import loop, results
+from multisubject.training.checkpoints import ECHO_SECONDS, StopRequest, checkpoints, latest_checkpoint
+from multisubject.training.concepts import CLASS_STEPS, Concept, Prompts, TrainingPicture, View, encode_picture
+from multisubject.training.config import TrainConfig, parse_config, read_concepts
+from multisubject.training.learners import ResidualLearner, TextEncoderLearner
+from multisubject.training.loop import learning_rate_factor, make_optimizer
+from multisubject.training.loss import Sample, compute_loss, denoising_loss, draw_batch, draw_sample
+from multisubject.training.pictures import Picture
 
 METHODS = ("residual", "text_encoder", "lora")
 
@@ -498,7 +489,6 @@ def test_resume_equals_uninterrupted_run(config: TrainConfig, method: str, tmp_p
 
 def train_until_signal(config: TrainConfig, number: int, step: int) -> int:
     """Run the command, and send this process a signal while it is in that step (1-based)."""
-    draw_batch = trainer.draw_batch
 
     def draw_and_send(concept: Any, at: int, *rest: Any) -> Any:
         if at == step - 1:
@@ -506,7 +496,7 @@ def train_until_signal(config: TrainConfig, number: int, step: int) -> int:
         return draw_batch(concept, at, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "draw_batch", draw_and_send)
+        patch.setattr(loop, "draw_batch", draw_and_send)
         return main(as_flags(config))
 
 
@@ -682,7 +672,7 @@ def test_nothing_of_a_replaced_run_stays(config: TrainConfig, monkeypatch: pytes
     def fail(*_: Any) -> Any:
         raise InterruptedError
 
-    monkeypatch.setattr(trainer, "draw_batch", fail)
+    monkeypatch.setattr(loop, "draw_batch", fail)
     with pytest.raises(InterruptedError):
         train(replace(config, overwrite_output_dir=True, learning_rate=0.5))
     left = {path.name for path in Path(config.output_dir).rglob("*") if path.is_file()}
@@ -734,7 +724,8 @@ def test_class_pictures_are_not_as_rough_as_validation_pictures(
         seeds.append(seed)
         return [Image.new("RGB", (32, 32))] * len(embeds)
 
-    monkeypatch.setattr(trainer, "generate", generate)
+    for room in ("concepts", "results"):
+        monkeypatch.setattr(f"multisubject.training.{room}.generate", generate)
     prior = replace(
         config,
         method="lora",
@@ -744,7 +735,7 @@ def test_class_pictures_are_not_as_rough_as_validation_pictures(
         max_train_steps=1,
     )
     learn(prior)
-    assert steps == [trainer.CLASS_STEPS, trainer.CLASS_STEPS, 1]
+    assert steps == [CLASS_STEPS, CLASS_STEPS, 1]
     assert len(set(seeds)) == 3  # two equal class pictures would be one
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"--class_data_dir: .* cannot be made"):
@@ -842,7 +833,7 @@ def test_result_that_cannot_be_written_can_be_had_later(config: TrainConfig, mon
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "save_subject", fill_disk)
+        patch.setattr(results, "save_subject", fill_disk)
         with pytest.raises(OSError, match=r"could not be written.*--resume_from_checkpoint latest"):
             train(config)
     assert learn(replace(config, resume_from_checkpoint="latest")).abs().max() > 0
@@ -851,14 +842,14 @@ def test_result_that_cannot_be_written_can_be_had_later(config: TrainConfig, mon
 def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    compute, calls = trainer.compute_loss, []
+    calls = []
 
     def nan_in_the_third_step(*arguments: Any, **options: Any) -> torch.Tensor:
         calls.append(1)
-        loss = compute(*arguments, **options)
+        loss = compute_loss(*arguments, **options)
         return loss * float("nan") if (Path(config.output_dir) / "checkpoint-2").exists() else loss
 
-    monkeypatch.setattr(trainer, "compute_loss", nan_in_the_third_step)
+    monkeypatch.setattr("multisubject.training.loss.compute_loss", nan_in_the_third_step)
     assert main(as_flags(config)) == 1
     assert "step 3 has a loss of nan" in caplog.text
     assert "checkpoint-2" in caplog.text
@@ -1034,11 +1025,11 @@ def test_validation_keeps_the_best_checkpoint(config: TrainConfig, monkeypatch: 
 def test_a_picture_that_scores_is_not_learnt(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def draw(concept: trainer.Concept, *rest: Any) -> Any:
+    def draw(concept: Concept, *rest: Any) -> Any:
         seen.append(concept)
         raise InterruptedError
 
-    monkeypatch.setattr(trainer, "draw_batch", draw)
+    monkeypatch.setattr(loop, "draw_batch", draw)
     with pytest.raises(InterruptedError):
         train(replace(config, validation=True))
     (concept,) = seen
@@ -1098,7 +1089,7 @@ def test_validation_pictures_show_the_subject(config: TrainConfig, monkeypatch: 
         settings.append((rest[-1].validation_inference_steps, rest[-1].validation_guidance_scale))
         return [Image.new("RGB", (8, 8))] * len(prompt_embeds)
 
-    monkeypatch.setattr(trainer, "generate", generate)
+    monkeypatch.setattr(results, "generate", generate)
     config = replace(config, validation_guidance_scale=3.0, validation_inference_steps=7)
     delta = learn(replace(config, learning_rate=1.0))
     learn(replace(config, overwrite_output_dir=True, learning_rate=0.0))
@@ -1127,7 +1118,7 @@ def test_denoising_loss_is_of_what_the_base_predicts(prediction_type: str) -> No
             return [answer]
 
         models: Any = SimpleNamespace(noise_scheduler=scheduler, unet=unet, dtype=torch.float32)
-        return float(trainer.denoising_loss(samples, torch.zeros(2, 3, 5), models, None))
+        return float(denoising_loss(samples, torch.zeros(2, 3, 5), models, None))
 
     assert loss_of(answers.pop(prediction_type)) == 0
     assert loss_of(*answers.values()) > 0.1
@@ -1147,18 +1138,16 @@ def test_views_are_the_pictures_latents_and_their_mirror_images(config: TrainCon
     mask[:, :6] = 255
     picture = Picture(Path("a.png"), Image.fromarray(values), Image.fromarray(mask), None)
     flags = replace(config, resolution=23, random_flip=True)
-    view, mirrored = trainer.encode_picture(picture, flags, models)
+    view, mirrored = encode_picture(picture, flags, models)
     expected = torch.from_numpy(values).permute(2, 0, 1).float().unfold(1, 4, 4).unfold(2, 4, 4).mean((3, 4))
     torch.testing.assert_close(view.latents, (expected / 127.5 - 1) * 0.5)
     torch.testing.assert_close(mirrored.latents, view.latents.flip(-1))
     assert view.mask is not None and mirrored.mask is not None
     assert view.mask[0, 0].tolist() == [1, 0.5, 0, 0, 0, 0, 0, 0]
     assert torch.equal(mirrored.mask, view.mask.flip(-1))
-    assert len(trainer.encode_picture(picture, replace(flags, num_crops=3), models)) == 6
+    assert len(encode_picture(picture, replace(flags, num_crops=3), models)) == 6
     in_the_middle = replace(picture, mask=None)
-    (square,) = trainer.encode_picture(
-        in_the_middle, replace(config, resolution=16, aspect_ratio_buckets=False), models
-    )
+    (square,) = encode_picture(in_the_middle, replace(config, resolution=16, aspect_ratio_buckets=False), models)
     assert square.latents.shape == (3, 4, 4)
 
 
@@ -1169,7 +1158,7 @@ def test_the_class_counts_by_its_weight_and_leaves_the_subject_its_own(config: T
     concept: Any = SimpleNamespace(config=flags, pictures=[subject], class_pictures=[of_class])
     accelerator: Any = SimpleNamespace(num_processes=1, process_index=0)
     scheduler = SimpleNamespace(config=SimpleNamespace(num_train_timesteps=1000))
-    samples = trainer.draw_batch(concept, 0, 0, accelerator, SimpleNamespace(noise_scheduler=scheduler))  # type: ignore[arg-type]
+    samples = draw_batch(concept, 0, 0, accelerator, SimpleNamespace(noise_scheduler=scheduler))  # type: ignore[arg-type]
     assert [(sample.row, sample.weight) for sample in samples] == [(0, 2.0), (0, 2.0), (1, 0.5), (1, 0.5)]
     assert not torch.equal(samples[0].noise, samples[2].noise)
 
@@ -1224,8 +1213,8 @@ def test_push_to_hub_sends_the_adapter_with_its_pictures(config: TrainConfig, mo
         pushed.append((Path(source).name, repo_id, options["private"], [prompt for prompt, _ in options["samples"]]))
         return SimpleNamespace(commit_url="https://hub/commit")
 
-    monkeypatch.setattr(trainer, "push_subject_to_hub", push)
-    monkeypatch.setattr(trainer, "whoami", lambda: {"name": "me"})
+    monkeypatch.setattr(results, "push_subject_to_hub", push)
+    monkeypatch.setattr(results, "whoami", lambda: {"name": "me"})
     config = replace(config, push_to_hub=True, hub_private=True, max_train_steps=1)
     learn(config)
     learn(replace(config, hub_model_id="dog", overwrite_output_dir=True))
@@ -1242,7 +1231,7 @@ def test_push_without_login_is_refused_before_models_load(config: TrainConfig, m
     def refuse() -> None:
         raise LocalTokenNotFoundError("no token")
 
-    monkeypatch.setattr(trainer, "whoami", refuse)
+    monkeypatch.setattr(results, "whoami", refuse)
     with pytest.raises(OSError, match="hf auth login"):
         train(replace(config, push_to_hub=True, pretrained_model_name_or_path="nowhere"))
 
@@ -1253,8 +1242,8 @@ def test_failed_push_leaves_the_adapter_and_says_how_to_push_it(
     def fail(*_: Any, **__: Any) -> None:
         raise ConnectionError("no network")
 
-    monkeypatch.setattr(trainer, "push_subject_to_hub", fail)
-    monkeypatch.setattr(trainer, "whoami", lambda: {"name": "me"})
+    monkeypatch.setattr(results, "push_subject_to_hub", fail)
+    monkeypatch.setattr(results, "whoami", lambda: {"name": "me"})
     with pytest.raises(OSError, match=r"no network; .*multisubject push .*petrucci\.safetensors me/petrucci"):
         train(replace(config, push_to_hub=True))
     assert (Path(config.output_dir) / "petrucci.safetensors").exists()
@@ -1320,7 +1309,8 @@ def test_seed_command_runs_as_written(config: TrainConfig, tmp_path: Path) -> No
 
 TWO_PROCESSES = """
 import json, sys
-from multisubject.train_residual import parse_config, train
+from multisubject.train_residual import train
+from multisubject.training.config import parse_config
 for flags in json.loads(sys.argv[1]):
     train(parse_config(flags))
 """

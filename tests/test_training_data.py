@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, features
 
 from multisubject.pictures import PICTURE_ERRORS, open_picture
-from multisubject.training_data import Picture, bucket_size, crops, load_pictures
+from multisubject.training.pictures import Picture, bucket_size, crops, load_pictures
 
 
 def save(path: Path, size: tuple[int, int] = (8, 6), colour: object = "red", **options: object) -> Path:

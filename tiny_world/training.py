@@ -19,7 +19,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from multisubject.subject_file import write_atomically
-from multisubject.training_checkpoints import StopRequest
+from multisubject.training.checkpoints import StopRequest
 
 Batch = dict[str, torch.Tensor]
 

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from multisubject.subject_file import make_writable_folder
-from multisubject.training_config import TrainConfig
+from multisubject.training.config import TrainConfig
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from accelerate import Accelerator, PartialState
 from diffusers.utils.logging import disable_progress_bar
 
 from multisubject.residual_embeddings import ResidualEmbedding
-from multisubject.training.checkpoints import Interrupted, StopRequest, check_output
+from multisubject.training.checkpoints import Interrupted, StopRequest, claimed_outputs
 from multisubject.training.concepts import prepare_concept, with_class_pictures
 from multisubject.training.config import LEARNING_RATES, TrainConfig, parse_config, read_concepts
 from multisubject.training.devices import make_accelerator
@@ -51,46 +51,45 @@ def train(config: TrainConfig) -> dict[str, ResidualEmbedding]:
     for flag, need in config.without_effect().items():
         logger.warning("--%s has no effect: it needs %s.", flag, need)
     concept_configs = read_concepts(config)
-    for concept_config in concept_configs:
-        check_output(concept_config, accelerator)
-    user = hub_user() if config.push_to_hub else None
+    with claimed_outputs(concept_configs, accelerator):
+        user = hub_user() if config.push_to_hub else None
 
-    # 2. Models, all but the UNet: what encodes the data.
-    models = load_encoders(config, accelerator)
+        # 2. Models, all but the UNet: what encodes the data.
+        models = load_encoders(config, accelerator)
 
-    # 3. Data: every picture's latents and every prompt's embeddings, computed once.
-    concepts = []
-    for item in concept_configs:
+        # 3. Data: every picture's latents and every prompt's embeddings, computed once.
+        concepts = []
+        for item in concept_configs:
+            try:
+                concepts.append(prepare_concept(resolve(item, models, accelerator, user), models))
+            except (ValueError, OSError) as error:
+                if config.concepts_list is None:
+                    raise
+                raise ValueError(f"--concepts_list: {item.subject_name!r}: {error}") from error
+        text_encoder, models.text_encoder = models.text_encoder, None
+        if config.method == "residual":
+            text_encoder = None  # every prompt is embedded: nothing needs it any more
+        models.unet = load_unet(config, models)
+        if config.with_prior_preservation:
+            with accelerator.main_process_first():
+                concepts = [with_class_pictures(concept, models) for concept in concepts]
+
+        # 4. Train and save, one subject after the other.
+        if config.report_to:
+            plain = {key: value for key, value in asdict(config).items() if isinstance(value, (bool, int, float, str))}
+            accelerator.init_trackers("train_residual", config=plain)  # what every tracker can hold
+        subjects = {}
         try:
-            concepts.append(prepare_concept(resolve(item, models, accelerator, user), models))
-        except (ValueError, OSError) as error:
-            if config.concepts_list is None:
-                raise
-            raise ValueError(f"--concepts_list: {item.subject_name!r}: {error}") from error
-    text_encoder, models.text_encoder = models.text_encoder, None
-    if config.method == "residual":
-        text_encoder = None  # every prompt is embedded: nothing needs it any more
-    models.unet = load_unet(config, models)
-    if config.with_prior_preservation:
-        with accelerator.main_process_first():
-            concepts = [with_class_pictures(concept, models) for concept in concepts]
-
-    # 4. Train and save, one subject after the other.
-    if config.report_to:
-        plain = {key: value for key, value in asdict(config).items() if isinstance(value, (bool, int, float, str))}
-        accelerator.init_trackers("train_residual", config=plain)  # what every tracker can hold
-    subjects = {}
-    try:
-        for number, concept in enumerate(concepts, start=1):
-            tuned_encoder = text_encoder if number == len(concepts) else copy.deepcopy(text_encoder)
-            with StopRequest() as stop:
-                progress = fit(concept, models, accelerator, stop, tuned_encoder)
-            if accelerator.is_main_process:
-                subjects[concept.config.subject_name] = save_result(concept, progress, models)
-            accelerator.wait_for_everyone()
-    finally:
-        for tracker in accelerator.trackers:
-            tracker.finish()
+            for number, concept in enumerate(concepts, start=1):
+                tuned_encoder = text_encoder if number == len(concepts) else copy.deepcopy(text_encoder)
+                with StopRequest() as stop:
+                    progress = fit(concept, models, accelerator, stop, tuned_encoder)
+                if accelerator.is_main_process:
+                    subjects[concept.config.subject_name] = save_result(concept, progress, models)
+                accelerator.wait_for_everyone()
+        finally:
+            for tracker in accelerator.trackers:
+                tracker.finish()
     return subjects
 
 

@@ -4,13 +4,18 @@ import os
 import signal
 import subprocess
 import sys
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from torch import nn
 
+from multisubject.tiny_world.scenes import World
+from multisubject.tiny_world.train_base import _draw_scenes
 from multisubject.tiny_world.training import Schedule, step_generator, train
 
 SCRIPT = Path(__file__).parent.parent / "tiny_world" / "train_base.py"
@@ -61,6 +66,52 @@ def test_resume_equals_uninterrupted_run(tmp_path):
     assert torch.equal(parameters(whole), parameters(resumed))
 
 
+@pytest.fixture
+def fresh_accelerate():
+    """accelerate keeps its precision for the life of a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize(("has_bfloat16", "precision"), [(True, "bf16"), (False, "no")])
+def test_precision_is_the_machines_own_and_stays_that_of_the_run(
+    tmp_path, monkeypatch, fresh_accelerate, has_bfloat16, precision
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    schedule = Schedule(4, 8, 0.05, 1, checkpoint_every=2, mixed_precision="auto")
+    seen = []
+
+    def interrupt(generator, count):
+        seen.append(AcceleratorState().mixed_precision)
+        if len(seen) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return draw_batch(generator, count)
+
+    for answer in (has_bfloat16, not has_bfloat16):  # the second part is another machine's
+        AcceleratorState._reset_state(reset_partial_state=True)
+        monkeypatch.setattr("multisubject.tiny_world.training.cpu_has_bfloat16", lambda answer=answer: answer)
+        train(Line(), interrupt, schedule, tmp_path / "line.pt", description="line")
+    assert seen == [precision] * 4
+    assert torch.load(tmp_path / "line.pt", weights_only=True)["mixed_precision"] == precision
+
+
+def test_scenes_are_the_same_whoever_draws_them(monkeypatch):
+    pools = []
+
+    def pool(processes):
+        pools.append(processes)
+        return ThreadPool(processes)
+
+    monkeypatch.setattr("multiprocessing.get_context", lambda kind: SimpleNamespace(Pool=pool))
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    jobs = [(1, index, 2, World(image_size=32)) for index in range(5)]
+    alone, together = list(_draw_scenes(jobs)), list(_draw_scenes(jobs, chunk=2))
+    assert pools == [3]  # no more than there are chunks, and none for a single one
+    for (picture, captions), (other, others) in zip(alone, together, strict=True):
+        assert (picture == other).all() and captions == others
+
+
 def test_learning_rate_warms_up_and_decays():
     schedule = Schedule(100, 8, 1.0, warmup_steps=10)
     rates = [schedule.learning_rate_at(step) for step in range(100)]
@@ -108,7 +159,7 @@ def small_base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     (folder / "recipe.yaml").write_text(yaml.safe_dump(SMALL))
     arguments = ["--recipe", str(folder / "recipe.yaml"), "--runs", str(folder / "runs")]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29713"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([*launcher, str(SCRIPT), "vae", *arguments], check=True, env=environment, capture_output=True)
     from multisubject.tiny_world.train_base import main

@@ -16,10 +16,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import multiprocessing
+import os
 import random
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,6 +117,16 @@ def _draw_scene(job: tuple[int, int, int, World]) -> tuple[np.ndarray, list[str]
     return np.asarray(render(scene, world.image_size).image), [describe(scene, rng) for _ in range(captions)]
 
 
+def _draw_scenes(jobs: list[tuple[int, int, int, World]], chunk: int = 64) -> Iterator[tuple[np.ndarray, list[str]]]:
+    """All scenes, in order, by as many processes as there are cores and chunks to draw."""
+    processes = min(os.cpu_count() or 1, math.ceil(len(jobs) / chunk))
+    if processes <= 1:
+        yield from map(_draw_scene, jobs)
+        return
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        yield from pool.imap(_draw_scene, jobs, chunksize=chunk)
+
+
 def scene_data(recipe: Recipe, folder: Path) -> tuple[torch.Tensor, list[list[str]]]:
     """Pictures `(scenes, 3, size, size)` uint8 and captions per picture; drawn once, then read from `folder`.
 
@@ -128,8 +141,7 @@ def scene_data(recipe: Recipe, folder: Path) -> tuple[torch.Tensor, list[list[st
             jobs = [
                 (settings["seed"], i, settings["captions_per_scene"], recipe.world) for i in range(settings["scenes"])
             ]
-            with multiprocessing.get_context("spawn").Pool() as pool:
-                drawn = list(tqdm(pool.imap(_draw_scene, jobs, chunksize=64), total=len(jobs), desc="scenes"))
+            drawn = list(tqdm(_draw_scenes(jobs), total=len(jobs), desc="scenes"))
             np.save(pixels, np.stack([picture for picture, _ in drawn]))
             words.write_text(json.dumps({"drawn_from": drawn_from, "captions": [captions for _, captions in drawn]}))
     found = json.loads(words.read_text())

@@ -21,7 +21,7 @@ from multisubject.residual_embeddings import find_token_spans
 from multisubject.subject_file import check_class_phrase, write_atomically
 from multisubject.training.config import TrainConfig
 from multisubject.training.models import Models, encode_prompts, generate, tokenize
-from multisubject.training.pictures import Picture, bucket_size, crops, is_picture, load_pictures
+from multisubject.training.pictures import Picture, bucket_size, check_size, crops, is_picture, load_pictures
 
 logger = logging.getLogger(__name__)
 
@@ -163,13 +163,27 @@ def build_prompts(said: Mapping[str, Sequence[str]], class_phrase: str, models: 
     )
 
 
+def training_size(picture: Picture, config: TrainConfig, models: Models) -> tuple[int, int]:
+    """The `(width, height)` that a picture is cropped and resized to."""
+    resolution = cast(int, config.resolution)
+    if not config.aspect_ratio_buckets:
+        return resolution, resolution
+    return bucket_size(*picture.image.size, resolution=resolution, multiple=models.size_multiple)
+
+
+def read_pictures(folder: str | Path, config: TrainConfig, models: Models, flag: str) -> list[Picture]:
+    """The pictures of a folder that can be learnt from at the configuration's resolution."""
+
+    def check(picture: Picture) -> None:
+        check_size(picture, training_size(picture, config, models), models.downscale)
+
+    return load_pictures(folder, strict=config.strict, use_masks=config.use_masks, flag=flag, check=check)
+
+
 @torch.no_grad()
 def encode_picture(picture: Picture, config: TrainConfig, models: Models) -> list[View]:
     """Latents of a picture's crops and their mirror images, with the masks at the latents' size."""
-    resolution = cast(int, config.resolution)
-    size = (resolution, resolution)
-    if config.aspect_ratio_buckets:
-        size = bucket_size(*picture.image.size, resolution=resolution, multiple=models.size_multiple)
+    size = training_size(picture, config, models)
     rng = random.Random(f"{config.seed}/{picture.path.name}")
     views = []
     for image, mask in crops(picture, size, config.num_crops, rng):
@@ -195,7 +209,7 @@ def prepare_concept(config: TrainConfig, models: Models) -> Concept:
     if config.instance_data_dir is None:
         raise ValueError("--instance_data_dir: missing; expected the folder with the subject's pictures.")
     class_phrase, token_num = class_phrase_of(config, models.tokenizer)
-    found = load_pictures(config.instance_data_dir, strict=config.strict, use_masks=config.use_masks)
+    found = read_pictures(config.instance_data_dir, config, models, "instance_data_dir")
     if len(found) == 1:
         logger.warning(
             "%s: one picture only; its background will be learnt with it. Three to six are better.", config.subject_name
@@ -273,6 +287,6 @@ def with_class_pictures(concept: Concept, models: Models) -> Concept:
     for path in tqdm(missing, desc="class pictures", disable=not missing):
         (image,) = generate(models, prompts.base_embeds[rows], prompts.negative_embeds, drawing, seed=drawn[path])
         write_atomically(path, png_bytes(image))
-    found = load_pictures(folder, strict=config.strict, use_masks=config.use_masks, flag="class_data_dir")
+    found = read_pictures(folder, config, models, "class_data_dir")
     pictures = [TrainingPicture(encode_picture(picture, config, models), rows) for picture in found]
     return replace(concept, class_pictures=pictures, digest=f"{concept.digest} {digest_of(found)}")

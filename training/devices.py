@@ -8,7 +8,7 @@ import platform
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
 
 from multisubject.training.config import TrainConfig
 
@@ -21,8 +21,8 @@ _WITH_BFLOAT16 = ("BF16", "FP16", "AMX", "AVX10", "ALL", "DEFAULT")
 def cpu_has_bfloat16() -> bool:
     """Whether this processor multiplies in bfloat16 (AVX512-BF16, AMX, Arm's BF16), faster than in float32.
 
-    Others imitate it: a matrix product took three times as long with AVX-512 alone, forty times with AVX2. oneDNN, which
-    does these products, is asked, so `ONEDNN_MAX_CPU_ISA` counts; torch's own `ATEN_CPU_CAPABILITY` has no say in them.
+    Others imitate it: a matrix product took three times as long with AVX-512 alone, forty times with AVX2. It is up to
+    oneDNN, so `ONEDNN_MAX_CPU_ISA` is heeded; torch's own `ATEN_CPU_CAPABILITY` has no say in these products.
     """
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
@@ -50,7 +50,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     """
     mixed_precision = config.mixed_precision
     wanted = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    state = PartialState()
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # as `Accelerator` makes it
     if state.device.type == "cpu" and (wanted == "fp16" or (wanted == "bf16" and not cpu_has_bfloat16())):
         mixed_precision = "no"
         if state.is_main_process:

@@ -2,8 +2,6 @@ import copy
 import json
 import os
 import signal
-import subprocess
-import sys
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +12,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from torch import nn
 
+from multisubject.tests.two_processes import run_in_two_processes
 from multisubject.tiny_world.scenes import World
 from multisubject.tiny_world.train_base import _draw_scenes
 from multisubject.tiny_world.training import Schedule, step_generator, train
@@ -159,9 +158,8 @@ def small_base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     (folder / "recipe.yaml").write_text(yaml.safe_dump(SMALL))
     arguments = ["--recipe", str(folder / "recipe.yaml"), "--runs", str(folder / "runs")]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*launcher, str(SCRIPT), "vae", *arguments], check=True, env=environment, capture_output=True)
+    as_script = f"import runpy\nrunpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    run_in_two_processes("import multisubject.tiny_world.train_base", as_script, "vae", *arguments)
     from multisubject.tiny_world.train_base import main
 
     main(["text_encoder", *arguments])

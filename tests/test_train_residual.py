@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 
 import multisubject.train_residual as trainer
 from multisubject.hub_utils import load_subject
+from multisubject.tests.two_processes import run_in_two_processes
 from multisubject.tiny_world.subjects import SUBJECTS
 from multisubject.train_residual import main, train
 from multisubject.training import devices, loop, results, run_lock
@@ -1135,13 +1136,20 @@ def test_a_run_does_not_change_its_precision_with_the_machine(
         (True, None, None, "x86_64", False),  # AVX-512 alone
         (True, None, None, "aarch64", True),
         (False, "_is_avx512_bf16_supported", "AVX2", "x86_64", False),
+        (None, "_is_avx512_bf16_supported", None, "x86_64", False),  # torch was built without oneDNN
         (True, "_is_avx512_bf16_supported", "avx512_core_vnni", "x86_64", False),
     ],
 )
 def test_processors_with_and_without_bfloat16(
-    onednn: bool, processor: str | None, held_to: str | None, machine: str, quick: bool, monkeypatch: pytest.MonkeyPatch
+    onednn: bool | None,
+    processor: str | None,
+    held_to: str | None,
+    machine: str,
+    quick: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn is not None)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn is not False, raising=False)
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda name=name: name == processor, raising=False)
     monkeypatch.setattr("platform.machine", lambda: machine)
@@ -1517,9 +1525,11 @@ def test_missing_tracker_says_what_to_install(config: TrainConfig, monkeypatch: 
 
 @pytest.mark.slow
 def test_seed_command_runs_as_written(config: TrainConfig, tmp_path: Path) -> None:
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
     script = Path(trainer.__file__)
     command = [
-        *(sys.executable, "-m", "accelerate.commands.launch", str(script)),
+        str(script),
         f"--pretrained_model_name_or_path={config.pretrained_model_name_or_path}",
         f"--instance_data_dir={config.instance_data_dir}",
         "--instance_prompt=person",
@@ -1530,15 +1540,13 @@ def test_seed_command_runs_as_written(config: TrainConfig, tmp_path: Path) -> No
         "--max_train_steps=2",
         "--validation_inference_steps=1",
     ]
-    subprocess.run(command, check=True, timeout=1800, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    launch_command(launch_command_parser().parse_args(command))  # the command `accelerate launch`
     assert torch.load(tmp_path / "slash" / "residual.pt", weights_only=True).shape == (1, 32)
     assert (tmp_path / "slash" / "slash.safetensors").exists()
 
 
-TWO_PROCESSES = """
-import json, sys
-from multisubject.train_residual import train
-from multisubject.training.config import parse_config
+TRAIN_EACH = """
+import json
 for flags in json.loads(sys.argv[1]):
     train(parse_config(flags))
 """
@@ -1546,16 +1554,12 @@ for flags in json.loads(sys.argv[1]):
 
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does_with_twice_the_batch(config: TrainConfig, tmp_path: Path) -> None:
-    script = tmp_path / "two.py"
-    script.write_text(TWO_PROCESSES)
     halves = {
         method: replace(config, method=method, train_batch_size=1, output_dir=str(tmp_path / method))
         for method in METHODS
     }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    orders = json.dumps([as_flags(half) for half in halves.values()])
-    subprocess.run([*command, orders], env=environment, check=True, timeout=1800)
+    imports = "from multisubject.train_residual import parse_config, train"
+    run_in_two_processes(imports, TRAIN_EACH, json.dumps([as_flags(half) for half in halves.values()]))
     for method, half in halves.items():
         output = Path(half.output_dir)
         assert (output / "checkpoint-4" / "random_states_1.pkl").exists()  # there was a second process

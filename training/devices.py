@@ -24,7 +24,7 @@ def cpu_has_bfloat16() -> bool:
     Others imitate it: a matrix product took three times as long with AVX-512 alone, forty times with AVX2. It is up to
     oneDNN, so `ONEDNN_MAX_CPU_ISA` is heeded; torch's own `ATEN_CPU_CAPABILITY` has no say in these products.
     """
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return False
     held_to = (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "DEFAULT").upper()
     if not any(name in held_to for name in _WITH_BFLOAT16):

@@ -40,18 +40,20 @@ def locked(folder: Path) -> Iterator[None]:
     path = folder / LOCK_FILE
     while not _is_still_there(file := _open_locked(path), path):
         file.close()  # the run that made it removed it meanwhile
-    with file:
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        try:
-            yield
-        finally:
-            if sys.platform != "win32":
-                path.unlink(missing_ok=True)  # before it is free, or it might be somebody else's by then
-    if sys.platform == "win32":
-        with suppress(OSError):  # which removes no open file: somebody may have it by now
-            path.unlink()
+    try:
+        with file:
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            try:
+                yield
+            finally:
+                if sys.platform != "win32":
+                    path.unlink(missing_ok=True)  # before it is free, or it might be somebody else's by then
+    finally:
+        if sys.platform == "win32":
+            with suppress(OSError):  # which removes no open file: somebody may have it by now
+                path.unlink()
 
 
 def _open_locked(path: Path) -> TextIO:
@@ -59,8 +61,9 @@ def _open_locked(path: Path) -> TextIO:
     try:
         _try_lock(file)
     except (BlockingIOError, PermissionError) as error:
-        file.close()
-        raise BlockingIOError(f"process {path.read_text(encoding='ascii') or '?'}") from error
+        file.seek(0)
+        with file:
+            raise BlockingIOError(f"process {file.read() or '?'}") from error
     except OSError as error:
         logger.warning("%s: cannot be locked (%s); see to it that no other run writes there.", path.parent, error)
     return file

@@ -26,6 +26,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from multisubject.guidance_methods import GUIDANCE_METHODS
 from multisubject.pipeline_multisubject import MultiSubjectPipeline
 from multisubject.tiny_world import EMBEDDED_BASE
+from multisubject.training.devices import quick_dtype
 
 PROMPT = "a photo of a red dog and a blue ball"
 LAYOUT = {"red dog": (0.05, 0.2, 0.45, 0.95), "blue ball": (0.55, 0.2, 0.95, 0.95)}
@@ -133,11 +134,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=25, help="UNet calls of each")
     parser.add_argument("--sd15_latents", type=int, default=16, help="latent height and width for the SD 1.5 UNet")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="float32",
+        help="auto: float16 on a GPU, bfloat16 on a processor that has it, else float32 (default: %(default)s)",
+    )
     parser.add_argument("--cpu_time", action="store_true", help="CPU seconds of this process, for a busy machine")
     args = parser.parse_args()
+    dtype = quick_dtype(args.device) if args.dtype == "auto" else getattr(torch, args.dtype)
 
-    print(f"`python {' '.join(sys.argv)}`: {args.device}, {args.dtype}, {torch.get_num_threads()} threads, ", end="")
+    print(f"`python {' '.join(sys.argv)}`: {args.device}, {dtype}, {torch.get_num_threads()} threads, ", end="")
     print("CPU time, " if args.cpu_time else "wall time, ", end="")
     print(f"torch {torch.__version__}, {args.pairs} interleaved pairs, medians\n")
     print(
@@ -152,7 +159,7 @@ def main() -> None:
     within = True
     for key in bases if args.model == "both" else [args.model]:
         name, load = bases[key]
-        plain = load().to(device=args.device, dtype=getattr(torch, args.dtype))
+        plain = load().to(device=args.device, dtype=dtype)
         for method in args.guidance_method:
             within &= compare(name, plain, method, args)
     print(f"\n{'within' if within else 'NOT within'} {MOST_TIME} of the time and {MOST_MEMORY} of the memory")

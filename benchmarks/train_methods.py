@@ -37,7 +37,7 @@ from multisubject.tiny_world import EMBEDDED_BASE
 from multisubject.tiny_world.judge import Judge
 from multisubject.tiny_world.scenes import World, article, is_visible
 from multisubject.tiny_world.subjects import SUBJECTS, Subject, save_training_pictures
-from multisubject.training_config import LEARNING_RATES
+from multisubject.training.config import LEARNING_RATES
 from multisubject.visualization import contact_sheet
 
 ROOT = Path(__file__).parents[1]
@@ -150,19 +150,20 @@ import json, sys, time
 from pathlib import Path
 from statistics import median
 import torch
-from multisubject import train_residual as trainer
+from multisubject.train_residual import main
+from multisubject.training import loop
 
 step_starts = []
 
-def note_the_time(*arguments, draw_batch=trainer.draw_batch):
+def note_the_time(*arguments, draw_batch=loop.draw_batch):
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     step_starts.append(time.monotonic())
     return draw_batch(*arguments)
 
-trainer.draw_batch = note_the_time
+loop.draw_batch = note_the_time
 start, cpu_start = time.monotonic(), time.process_time()
-assert trainer.main(json.loads(sys.argv[1])) == 0
+assert main(json.loads(sys.argv[1])) == 0
 seconds, cpu_seconds = time.monotonic() - start, time.process_time() - cpu_start
 steps = [after - before for before, after in zip(step_starts, step_starts[1:])]
 # Not getrusage: its maximum would begin with the memory of the process that started this one.
@@ -410,17 +411,18 @@ def random_sd21() -> None:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     import multisubject.train_residual as trainer
+    from multisubject.training.models import Models, frozen, weight_dtype
 
-    def load_encoders(config: Any, accelerator: Any) -> trainer.Models:
-        dtype = trainer.weight_dtype(accelerator)
+    def load_encoders(config: Any, accelerator: Any) -> Models:
+        dtype = weight_dtype(accelerator)
         tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED_BASE / "tokenizer")
         scheduler = DDIMScheduler.from_pretrained(EMBEDDED_BASE / "scheduler")
         ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
         text_encoder = CLIPTextModel(CLIPTextConfig(**SD21_TEXT_ENCODER, **ids))
-        return trainer.Models(
+        return Models(
             tokenizer=tokenizer,
-            text_encoder=trainer.frozen(text_encoder, accelerator.device, torch.float32),
-            vae=trainer.frozen(AutoencoderKL(**SD21_VAE), accelerator.device, dtype),
+            text_encoder=frozen(text_encoder, accelerator.device, torch.float32),
+            vae=frozen(AutoencoderKL(**SD21_VAE), accelerator.device, dtype),
             unet=None,
             unet_config={"sample_size": 96, "block_out_channels": [320, 640, 1280, 1280]},
             noise_scheduler=DDPMScheduler.from_config(scheduler.config),
@@ -430,11 +432,11 @@ def random_sd21() -> None:
             fingerprint=None,
         )
 
-    def load_unet(config: Any, models: trainer.Models) -> UNet2DConditionModel:
+    def load_unet(config: Any, models: Models) -> UNet2DConditionModel:
         unet = UNet2DConditionModel(**SD21_UNET)
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
-        return trainer.frozen(unet, models.device, models.dtype)
+        return frozen(unet, models.device, models.dtype)
 
     trainer.load_encoders, trainer.load_unet = load_encoders, load_unet
 

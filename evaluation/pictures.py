@@ -23,7 +23,7 @@ from multisubject.generation.prompts import subject_name
 from multisubject.layout import Box, Region, layout_checksum, parse_layout
 from multisubject.pictures import PICTURE_ERRORS, open_picture, split_alpha
 from multisubject.subject_file import default_name, make_writable_folder, printable
-from multisubject.training_data import PICTURE_SUFFIXES, is_picture
+from multisubject.training.pictures import PICTURE_SUFFIXES, is_picture
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,19 @@ import copy
 import json
 import os
 import signal
-import subprocess
-import sys
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from torch import nn
 
+from multisubject.tests.two_processes import run_in_two_processes
+from multisubject.tiny_world.scenes import World
+from multisubject.tiny_world.train_base import _draw_scenes
 from multisubject.tiny_world.training import Schedule, step_generator, train
 
 SCRIPT = Path(__file__).parent.parent / "tiny_world" / "train_base.py"
@@ -61,6 +65,52 @@ def test_resume_equals_uninterrupted_run(tmp_path):
     assert torch.equal(parameters(whole), parameters(resumed))
 
 
+@pytest.fixture
+def fresh_accelerate():
+    """accelerate keeps its precision for the life of a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize(("has_bfloat16", "precision"), [(True, "bf16"), (False, "no")])
+def test_precision_is_the_machines_own_and_stays_that_of_the_run(
+    tmp_path, monkeypatch, fresh_accelerate, has_bfloat16, precision
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    schedule = Schedule(4, 8, 0.05, 1, checkpoint_every=2, mixed_precision="auto")
+    seen = []
+
+    def interrupt(generator, count):
+        seen.append(AcceleratorState().mixed_precision)
+        if len(seen) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return draw_batch(generator, count)
+
+    for answer in (has_bfloat16, not has_bfloat16):  # the second part is another machine's
+        AcceleratorState._reset_state(reset_partial_state=True)
+        monkeypatch.setattr("multisubject.tiny_world.training.cpu_has_bfloat16", lambda answer=answer: answer)
+        train(Line(), interrupt, schedule, tmp_path / "line.pt", description="line")
+    assert seen == [precision] * 4
+    assert torch.load(tmp_path / "line.pt", weights_only=True)["mixed_precision"] == precision
+
+
+def test_scenes_are_the_same_whoever_draws_them(monkeypatch):
+    pools = []
+
+    def pool(processes):
+        pools.append(processes)
+        return ThreadPool(processes)
+
+    monkeypatch.setattr("multiprocessing.get_context", lambda kind: SimpleNamespace(Pool=pool))
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    jobs = [(1, index, 2, World(image_size=32)) for index in range(5)]
+    alone, together = list(_draw_scenes(jobs)), list(_draw_scenes(jobs, chunk=2))
+    assert pools == [3]  # no more than there are chunks, and none for a single one
+    for (picture, captions), (other, others) in zip(alone, together, strict=True):
+        assert (picture == other).all() and captions == others
+
+
 def test_learning_rate_warms_up_and_decays():
     schedule = Schedule(100, 8, 1.0, warmup_steps=10)
     rates = [schedule.learning_rate_at(step) for step in range(100)]
@@ -108,9 +158,8 @@ def small_base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     (folder / "recipe.yaml").write_text(yaml.safe_dump(SMALL))
     arguments = ["--recipe", str(folder / "recipe.yaml"), "--runs", str(folder / "runs")]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29713"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*launcher, str(SCRIPT), "vae", *arguments], check=True, env=environment, capture_output=True)
+    as_script = f"import runpy\nrunpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    run_in_two_processes("import multisubject.tiny_world.train_base", as_script, "vae", *arguments)
     from multisubject.tiny_world.train_base import main
 
     main(["text_encoder", *arguments])
@@ -215,7 +264,7 @@ def test_export_replaces_models_only(small_base, tmp_path):
 
 
 def test_nouns_know_what_their_adjectives_say():
-    from multisubject.tiny_world.train_base import said_looks
+    from multisubject.tiny_world.words import said_looks
 
     caption = "a photo of a yellow trimmed blue fine orange striped person and my red ball with dog on the beach"
     assert [look for look in said_looks(caption.split()) if look] == [
@@ -229,8 +278,9 @@ def test_nouns_know_what_their_adjectives_say():
 
 
 def test_condensed_caption_moves_looks_into_nouns_and_leaves_the_rest_bare(tokenizer, tiny_components):
+    from multisubject.tiny_world.base_losses import DiffusionLoss
     from multisubject.tiny_world.scenes import ADJECTIVES, CATEGORIES
-    from multisubject.tiny_world.train_base import DiffusionLoss, tokenize, word_ids
+    from multisubject.tiny_world.words import tokenize, word_ids
 
     text_encoder = copy.deepcopy(tiny_components["sd1"]["text_encoder"])
     words = word_ids(tokenizer, ADJECTIVES), word_ids(tokenizer, CATEGORIES)
@@ -248,7 +298,7 @@ def test_condensed_caption_moves_looks_into_nouns_and_leaves_the_rest_bare(token
 
 
 def test_words_of_several_tokens_are_refused(tokenizer):
-    from multisubject.tiny_world.train_base import word_ids
+    from multisubject.tiny_world.words import word_ids
 
     with pytest.raises(ValueError, match=r"\['hippopotamus'\]"):
         word_ids(tokenizer, ["red", "hippopotamus"])

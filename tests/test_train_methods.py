@@ -26,8 +26,8 @@ from multisubject.benchmarks.train_methods import (
 from multisubject.tiny_world.judge import Judge
 from multisubject.tiny_world.scenes import Look, Scene, SceneObject, World, is_visible, render
 from multisubject.tiny_world.subjects import SUBJECTS, subject_object
-from multisubject.train_residual import TEMPLATES
-from multisubject.training_config import LEARNING_RATES
+from multisubject.training.concepts import TEMPLATES
+from multisubject.training.config import LEARNING_RATES
 
 
 @pytest.mark.parametrize("subject", SUBJECTS.values(), ids=lambda subject: subject.name)

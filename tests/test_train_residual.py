@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import errno
+import functools
 import json
 import logging
 import os
@@ -12,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,25 +30,19 @@ from safetensors import SafetensorError
 import multisubject.train_residual as trainer
 from multisubject.hub_utils import load_subject
 from multisubject.pictures import picture_digests
+from multisubject.tests.two_processes import run_in_two_processes
 from multisubject.tiny_world.subjects import SUBJECTS
-from multisubject.train_residual import (
-    Prompts,
-    ResidualLearner,
-    Sample,
-    TextEncoderLearner,
-    TrainConfig,
-    TrainingPicture,
-    View,
-    compute_loss,
-    draw_sample,
-    learning_rate_factor,
-    main,
-    make_optimizer,
-    train,
-)
-from multisubject.training_checkpoints import ECHO_SECONDS, StopRequest, checkpoints, latest_checkpoint
-from multisubject.training_config import parse_config, read_concepts
-from multisubject.training_data import Picture
+from multisubject.train_residual import main, train
+from multisubject.training import devices, loop, results, run_lock
+from multisubject.training import models as loading
+from multisubject.training.checkpoints import ECHO_SECONDS, StopRequest, checkpoints, latest_checkpoint
+from multisubject.training.concepts import CLASS_STEPS, Concept, Prompts, TrainingPicture, View, encode_picture
+from multisubject.training.config import TrainConfig, parse_config, read_concepts
+from multisubject.training.learners import ResidualLearner, TextEncoderLearner
+from multisubject.training.loop import learning_rate_factor, make_optimizer
+from multisubject.training.loss import Sample, compute_loss, denoising_loss, draw_batch, draw_sample
+from multisubject.training.pictures import Picture
+from multisubject.training.run_lock import LOCK_FILE, locked
 
 METHODS = ("residual", "text_encoder", "lora")
 
@@ -54,12 +50,20 @@ METHODS = ("residual", "text_encoder", "lora")
 @pytest.fixture(scope="session")
 def tiny_base(tiny_components: dict[str, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """`sd1` and `sd2` -> folder with a tiny base of random weights."""
-    from diffusers import StableDiffusionPipeline
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
     folders = {}
     for kind, components in tiny_components.items():
         folder = tmp_path_factory.mktemp(kind)
-        parts = {**components, "image_encoder": None}
+        # These runs need fewer layers of attention than the pipelines' tests.
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            unet = UNet2DConditionModel.from_config(
+                components["unet"].config,
+                down_block_types=("CrossAttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+                up_block_types=("UpBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"),
+            )
+        parts = {**components, "unet": unet, "image_encoder": None}
         StableDiffusionPipeline(**parts, requires_safety_checker=False).save_pretrained(folder)
         folders[kind] = str(folder)
     return folders
@@ -75,13 +79,13 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def config(tiny_base: dict[str, str], pictures: Path, tmp_path: Path) -> TrainConfig:
+def short_run(base: str, pictures: Path, output: Path) -> TrainConfig:
+    """Four steps, with a checkpoint after every second one."""
     return TrainConfig(
-        pretrained_model_name_or_path=tiny_base["sd2"],
+        pretrained_model_name_or_path=base,
         instance_data_dir=str(pictures),
         instance_prompt="person",
-        output_dir=str(tmp_path / "petrucci"),
+        output_dir=str(output),
         max_train_steps=4,
         train_batch_size=2,
         checkpointing_steps=2,
@@ -89,6 +93,62 @@ def config(tiny_base: dict[str, str], pictures: Path, tmp_path: Path) -> TrainCo
         validation_prompts=["a photo of a {}"],
         validation_inference_steps=1,
     )
+
+
+@pytest.fixture
+def config(tiny_base: dict[str, str], pictures: Path, tmp_path: Path) -> TrainConfig:
+    return short_run(tiny_base["sd2"], pictures, tmp_path / "petrucci")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def models_loaded_once() -> Iterator[None]:
+    """Runs of this file that ask for the same models share them; a text encoder may be tuned, so each has its own."""
+    bases: dict[Any, Any] = {}
+    unets: dict[Any, Any] = {}
+
+    def load_encoders(flags: TrainConfig, accelerator: Any) -> Any:
+        key = (flags.pretrained_model_name_or_path, accelerator.mixed_precision)
+        if key not in bases:
+            bases[key] = loading.load_encoders(flags, accelerator)
+        return replace(bases[key], text_encoder=copy.deepcopy(bases[key].text_encoder))
+
+    def load_unet(flags: TrainConfig, models: Any) -> Any:
+        key = (flags.pretrained_model_name_or_path, flags.gradient_checkpointing, models.dtype)
+        if key not in unets:
+            unets[key] = loading.load_unet(flags, models)
+        return unets[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "load_encoders", load_encoders)
+        patch.setattr(trainer, "load_unet", load_unet)
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished_runs(
+    tiny_base: dict[str, str], pictures: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Path, torch.Tensor]]:
+    """Method -> the folder of `config`'s run with it, and what it has learnt; trained once."""
+
+    @functools.cache
+    def run(method: str) -> tuple[Path, torch.Tensor]:
+        output = tmp_path_factory.mktemp(f"finished-{method}") / "petrucci"
+        return output, learn(replace(short_run(tiny_base["sd2"], pictures, output), method=method))
+
+    return run
+
+
+@pytest.fixture
+def whole(finished_runs: Callable[[str], tuple[Path, torch.Tensor]]) -> torch.Tensor:
+    """What `config` learns."""
+    return finished_runs("residual")[1]
+
+
+@pytest.fixture
+def finished(config: TrainConfig, finished_runs: Callable[[str], tuple[Path, torch.Tensor]]) -> TrainConfig:
+    """`config`, whose output folder already holds its finished run."""
+    shutil.copytree(finished_runs("residual")[0], config.output_dir)
+    return config
 
 
 @pytest.fixture(autouse=True)
@@ -487,21 +547,19 @@ def test_a_run_leaves_everything_that_was_promised(config: TrainConfig, caplog: 
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_resume_equals_uninterrupted_run(config: TrainConfig, method: str, tmp_path: Path) -> None:
+def test_resume_equals_uninterrupted_run(config: TrainConfig, method: str, finished_runs: Any) -> None:
     config = replace(config, method=method)
-    whole = learn(config)
+    whole = finished_runs(method)[1]
     assert whole.abs().max() > 0
-    other = replace(config, output_dir=str(tmp_path / "other"))
-    stopped = train_until_signal(other, signal.SIGTERM, step=3)
+    stopped = train_until_signal(config, signal.SIGTERM, step=3)
     assert stopped == 128 + signal.SIGTERM
-    assert [path.name for path in checkpoints(Path(other.output_dir))] == ["checkpoint-2", "checkpoint-3"]
-    resumed = learn(replace(other, resume_from_checkpoint="latest"))
+    assert [path.name for path in checkpoints(Path(config.output_dir))] == ["checkpoint-2", "checkpoint-3"]
+    resumed = learn(replace(config, resume_from_checkpoint="latest"))
     assert torch.equal(resumed, whole)
 
 
 def train_until_signal(config: TrainConfig, number: int, step: int) -> int:
     """Run the command, and send this process a signal while it is in that step (1-based)."""
-    draw_batch = trainer.draw_batch
 
     def draw_and_send(concept: Any, at: int, *rest: Any) -> Any:
         if at == step - 1:
@@ -509,7 +567,7 @@ def train_until_signal(config: TrainConfig, number: int, step: int) -> int:
         return draw_batch(concept, at, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "draw_batch", draw_and_send)
+        patch.setattr(loop, "draw_batch", draw_and_send)
         return main(as_flags(config))
 
 
@@ -546,6 +604,14 @@ KILLED_RUNS = """
 import json, os, signal, sys, time
 from pathlib import Path
 from multisubject.train_residual import main
+from multisubject.training import loop
+
+def draw_and_stop(concept, step, *rest, draw_batch=loop.draw_batch):
+    if step == 5:
+        time.sleep(1800)
+    return draw_batch(concept, step, *rest)
+
+loop.draw_batch = draw_and_stop
 for flags, awaited in json.loads(sys.argv[1]):
     child = os.fork()
     if child == 0:
@@ -560,7 +626,7 @@ for flags, awaited in json.loads(sys.argv[1]):
 
 @pytest.mark.slow
 def test_killed_runs_resume_to_the_same_residual(config: TrainConfig, tmp_path: Path) -> None:
-    long = replace(config, max_train_steps=20, checkpointing_steps=2)
+    long = replace(config, max_train_steps=8, checkpointing_steps=2)
     runs = {method: replace(long, method=method, output_dir=str(tmp_path / method)) for method in METHODS}
     orders = [(as_flags(run), f"{run.output_dir}/checkpoint-4/progress.json") for run in runs.values()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -568,23 +634,22 @@ def test_killed_runs_resume_to_the_same_residual(config: TrainConfig, tmp_path: 
     for method, run in runs.items():
         last = latest_checkpoint(Path(run.output_dir))
         assert last is not None
-        assert 4 <= int(last.name.split("-")[1]) < 20
+        assert last.name == "checkpoint-4"
+        assert (Path(run.output_dir) / LOCK_FILE).exists()  # which holds nobody up
         resumed = learn(replace(run, resume_from_checkpoint="latest"))
         whole = learn(replace(run, output_dir=str(tmp_path / f"{method}-whole")))
         assert torch.equal(resumed, whole), method
 
 
-def test_finished_run_resumes_to_the_same_files(config: TrainConfig) -> None:
-    first = learn(config)
-    assert torch.equal(learn(replace(config, resume_from_checkpoint="latest")), first)
+def test_finished_run_resumes_to_the_same_files(finished: TrainConfig, whole: torch.Tensor) -> None:
+    assert torch.equal(learn(replace(finished, resume_from_checkpoint="latest")), whole)
 
 
-def test_resume_refuses_another_run_and_names_the_difference(config: TrainConfig) -> None:
-    learn(config)
+def test_resume_refuses_another_run_and_names_the_difference(finished: TrainConfig) -> None:
     with pytest.raises(ValueError, match=r"learning_rate was 0\.05, is 0\.1"):
-        train(replace(config, learning_rate=0.1, resume_from_checkpoint="latest"))
+        train(replace(finished, learning_rate=0.1, resume_from_checkpoint="latest"))
     with pytest.raises(ValueError, match="not a checkpoint"):
-        train(replace(config, resume_from_checkpoint=str(Path(config.output_dir) / "nothing")))
+        train(replace(finished, resume_from_checkpoint=str(Path(finished.output_dir) / "nothing")))
 
 
 def test_scored_steps_are_part_of_the_run(config: TrainConfig) -> None:
@@ -595,49 +660,118 @@ def test_scored_steps_are_part_of_the_run(config: TrainConfig) -> None:
 
 
 @pytest.mark.parametrize("name", ["learner.safetensors", "optimizer.bin"])
-def test_damaged_checkpoint_is_named(config: TrainConfig, name: str) -> None:
-    learn(config)
-    file = Path(config.output_dir) / "checkpoint-4" / name
+def test_damaged_checkpoint_is_named(finished: TrainConfig, name: str) -> None:
+    file = Path(finished.output_dir) / "checkpoint-4" / name
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"checkpoint-4' is damaged .*remove it"):
-        train(replace(config, resume_from_checkpoint="latest"))
+        train(replace(finished, resume_from_checkpoint="latest"))
 
 
-def test_dropped_checkpoint_is_never_seen_half(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    learn(config)
+def test_dropped_checkpoint_is_never_seen_half(finished: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def killed(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr("shutil.rmtree", killed)
-        assert main([*as_flags(config), "--overwrite_output_dir"]) == 128 + signal.SIGINT
-    assert [path.name for path in checkpoints(Path(config.output_dir))] == ["checkpoint-4"]
-    assert learn(replace(config, resume_from_checkpoint="latest")).abs().max() > 0
-    assert not list(Path(config.output_dir).glob(".*"))
+        assert main([*as_flags(finished), "--overwrite_output_dir"]) == 128 + signal.SIGINT
+    assert [path.name for path in checkpoints(Path(finished.output_dir))] == ["checkpoint-4"]
+    assert learn(replace(finished, resume_from_checkpoint="latest")).abs().max() > 0
+    assert not list(Path(finished.output_dir).glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "flags", [{}, {"overwrite_output_dir": True}, {"resume_from_checkpoint": "latest"}], ids=lambda flags: str([*flags])
+)
+def test_a_run_that_is_going_on_keeps_its_folder_to_itself(
+    finished: TrainConfig, monkeypatch: pytest.MonkeyPatch, flags: dict[str, Any]
+) -> None:
+    output = Path(finished.output_dir)
+
+    def start_another(*_: Any) -> None:
+        kept = sorted(output.rglob("*"))
+        (output / ".unfinished-checkpoint-2").mkdir()
+        with pytest.raises(ValueError, match=rf"another run is writing here \(process {os.getpid()}\); wait"):
+            train(replace(finished, **flags))
+        (output / ".unfinished-checkpoint-2").rmdir()
+        assert sorted(output.rglob("*")) == kept
+        raise InterruptedError
+
+    monkeypatch.setattr(loop, "draw_batch", start_another)
+    with pytest.raises(InterruptedError):
+        train(replace(finished, overwrite_output_dir=True))
+    assert not (output / LOCK_FILE).exists()
+
+
+def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
+    code = f"""
+import sys, time
+from pathlib import Path
+from multisubject.training.run_lock import locked
+with locked(Path({str(tmp_path)!r})):
+    print("in", flush=True)
+    time.sleep(1800)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "in\n"
+        with pytest.raises(BlockingIOError, match=f"process {process.pid}"), locked(tmp_path):
+            pass
+        process.kill()
+    assert (tmp_path / LOCK_FILE).exists()
+    with locked(tmp_path):
+        assert (tmp_path / LOCK_FILE).read_text() == str(os.getpid())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_was_removed_while_it_was_asked_for_locks_nobody_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run that held it ends between the opening of the file and the asking."""
+    asked = []
+
+    def ask(file: Any, ask: Any = run_lock._try_lock) -> None:
+        asked.append(file)
+        if len(asked) == 1:
+            (tmp_path / LOCK_FILE).unlink()
+        ask(file)
+
+    monkeypatch.setattr(run_lock, "_try_lock", ask)
+    with locked(tmp_path), pytest.raises(BlockingIOError), locked(tmp_path):
+        pass
+    assert len(asked) == 3
+
+
+def test_a_file_system_without_locks_is_named(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(run_lock, "_try_lock", refuse)
+    learn(replace(config, max_train_steps=1))
+    assert f"{config.output_dir}: cannot be locked" in caplog.text
 
 
 def test_latest_without_checkpoints_starts_from_the_beginning(config: TrainConfig) -> None:
     assert learn(replace(config, resume_from_checkpoint="latest")).abs().max() > 0
 
 
-def test_output_folder_of_another_run_is_refused_or_replaced(config: TrainConfig) -> None:
-    learn(config)
+def test_output_folder_of_another_run_is_refused_or_replaced(finished: TrainConfig) -> None:
     with pytest.raises(ValueError, match=r"holds another run.*--overwrite_output_dir"):
-        train(config)
-    learn(replace(config, overwrite_output_dir=True, max_train_steps=2))
-    assert [path.name for path in checkpoints(Path(config.output_dir))] == ["checkpoint-2"]
+        train(finished)
+    learn(replace(finished, overwrite_output_dir=True, max_train_steps=2))
+    assert [path.name for path in checkpoints(Path(finished.output_dir))] == ["checkpoint-2"]
 
 
-def test_overwriting_removes_nothing_before_the_inputs_are_read_and_no_other_subject(config: TrainConfig) -> None:
-    learn(config)
-    output = Path(config.output_dir)
+def test_overwriting_removes_nothing_before_the_inputs_are_read_and_no_other_subject(finished: TrainConfig) -> None:
+    output = Path(finished.output_dir)
     (output / "other.safetensors").write_bytes(b"somebody else's")
     before = sorted(path.name for path in output.iterdir())
     with pytest.raises(FileNotFoundError):
-        train(replace(config, overwrite_output_dir=True, instance_data_dir="nowhere"))
+        train(replace(finished, overwrite_output_dir=True, instance_data_dir="nowhere"))
     assert sorted(path.name for path in output.iterdir()) == before
-    learn(replace(config, overwrite_output_dir=True, max_train_steps=2))
+    learn(replace(finished, overwrite_output_dir=True, max_train_steps=2))
     assert (output / "other.safetensors").read_bytes() == b"somebody else's"
 
 
@@ -656,23 +790,21 @@ def test_another_split_of_the_batch_goes_on_from_any_step(config: TrainConfig, t
     torch.testing.assert_close(learn(split), whole, rtol=1e-3, atol=1e-4 * float(whole.abs().max()))
 
 
-def test_a_run_that_cannot_start_leaves_the_one_before(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    learn(config)
-    before = {path: path.read_bytes() for path in Path(config.output_dir).rglob("*") if path.is_file()}
+def test_a_run_that_cannot_start_leaves_the_one_before(finished: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path: path.read_bytes() for path in Path(finished.output_dir).rglob("*") if path.is_file()}
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(ImportError, match="pip install bitsandbytes"):
-        train(replace(config, overwrite_output_dir=True, optimizer="adamw8bit"))
+        train(replace(finished, overwrite_output_dir=True, optimizer="adamw8bit"))
     with pytest.raises(ValueError, match=r"belongs to another run \(learning_rate was 0.05, is 0.5\)"):
-        train(replace(config, resume_from_checkpoint="latest", learning_rate=0.5))
+        train(replace(finished, resume_from_checkpoint="latest", learning_rate=0.5))
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_a_finished_subject_without_checkpoints_is_not_replaced_unasked(config: TrainConfig) -> None:
-    learn(config)
-    for checkpoint in checkpoints(Path(config.output_dir)):
+def test_a_finished_subject_without_checkpoints_is_not_replaced_unasked(finished: TrainConfig) -> None:
+    for checkpoint in checkpoints(Path(finished.output_dir)):
         shutil.rmtree(checkpoint)
-    latest = replace(config, resume_from_checkpoint="latest", seed=5)
+    latest = replace(finished, resume_from_checkpoint="latest", seed=5)
     with pytest.raises(ValueError, match=r"no checkpoint, only the finished petrucci.safetensors; --overwrite_output"):
         train(latest)
     train(replace(latest, overwrite_output_dir=True))
@@ -685,7 +817,7 @@ def test_nothing_of_a_replaced_run_stays(config: TrainConfig, monkeypatch: pytes
     def fail(*_: Any) -> Any:
         raise InterruptedError
 
-    monkeypatch.setattr(trainer, "draw_batch", fail)
+    monkeypatch.setattr(loop, "draw_batch", fail)
     with pytest.raises(InterruptedError):
         train(replace(config, overwrite_output_dir=True, learning_rate=0.5))
     left = {path.name for path in Path(config.output_dir).rglob("*") if path.is_file()}
@@ -694,12 +826,11 @@ def test_nothing_of_a_replaced_run_stays(config: TrainConfig, monkeypatch: pytes
     assert (kept["learning_rate"], kept["overwrite_output_dir"]) == (0.5, False)
 
 
-def test_a_damaged_checkpoint_does_not_outlive_a_run_from_the_one_before(config: TrainConfig) -> None:
-    learn(config)
-    output = Path(config.output_dir)
+def test_a_damaged_checkpoint_does_not_outlive_a_run_from_the_one_before(finished: TrainConfig) -> None:
+    output = Path(finished.output_dir)
     (output / "checkpoint-4" / "learner.safetensors").write_bytes(b"x")
-    whole = learn(replace(config, resume_from_checkpoint=str(output / "checkpoint-2")))
-    assert torch.equal(learn(replace(config, resume_from_checkpoint="latest")), whole)
+    again = learn(replace(finished, resume_from_checkpoint=str(output / "checkpoint-2")))
+    assert torch.equal(learn(replace(finished, resume_from_checkpoint="latest")), again)
     assert not list(output.glob(".unfinished*"))
 
 
@@ -737,7 +868,8 @@ def test_class_pictures_are_not_as_rough_as_validation_pictures(
         seeds.append(seed)
         return [Image.new("RGB", (32, 32))] * len(embeds)
 
-    monkeypatch.setattr(trainer, "generate", generate)
+    for room in ("concepts", "results"):
+        monkeypatch.setattr(f"multisubject.training.{room}.generate", generate)
     prior = replace(
         config,
         method="lora",
@@ -747,7 +879,7 @@ def test_class_pictures_are_not_as_rough_as_validation_pictures(
         max_train_steps=1,
     )
     learn(prior)
-    assert steps == [trainer.CLASS_STEPS, trainer.CLASS_STEPS, 1]
+    assert steps == [CLASS_STEPS, CLASS_STEPS, 1]
     assert len(set(seeds)) == 3  # two equal class pictures would be one
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"--class_data_dir: .* cannot be made"):
@@ -817,12 +949,10 @@ def test_old_checkpoints_are_dropped(config: TrainConfig) -> None:
     ids=lambda error: type(error).__name__,
 )
 def test_full_disk_leaves_the_last_checkpoint(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, error: Exception
+    config: TrainConfig, whole: torch.Tensor, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     from accelerate import Accelerator
 
-    whole = learn(config)
-    other = replace(config, output_dir=config.output_dir + "-2")
     save_state = Accelerator.save_state
 
     def fill_disk(self: Accelerator, folder: str, **options: Any) -> Any:
@@ -835,9 +965,9 @@ def test_full_disk_leaves_the_last_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(Accelerator, "save_state", fill_disk)
         with pytest.raises(OSError, match=r"checkpoint-4 could not be written.*checkpoint-2 is intact"):
-            train(other)
-    assert not list(Path(other.output_dir).glob(".unfinished*"))
-    assert torch.equal(learn(replace(other, resume_from_checkpoint="latest")), whole)
+            train(config)
+    assert not list(Path(config.output_dir).glob(".unfinished*"))
+    assert torch.equal(learn(replace(config, resume_from_checkpoint="latest")), whole)
 
 
 def test_result_that_cannot_be_written_can_be_had_later(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -845,7 +975,7 @@ def test_result_that_cannot_be_written_can_be_had_later(config: TrainConfig, mon
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "save_subject", fill_disk)
+        patch.setattr(results, "save_subject", fill_disk)
         with pytest.raises(OSError, match=r"could not be written.*--resume_from_checkpoint latest"):
             train(config)
     assert learn(replace(config, resume_from_checkpoint="latest")).abs().max() > 0
@@ -854,14 +984,14 @@ def test_result_that_cannot_be_written_can_be_had_later(config: TrainConfig, mon
 def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    compute, calls = trainer.compute_loss, []
+    calls = []
 
     def nan_in_the_third_step(*arguments: Any, **options: Any) -> torch.Tensor:
         calls.append(1)
-        loss = compute(*arguments, **options)
+        loss = compute_loss(*arguments, **options)
         return loss * float("nan") if (Path(config.output_dir) / "checkpoint-2").exists() else loss
 
-    monkeypatch.setattr(trainer, "compute_loss", nan_in_the_third_step)
+    monkeypatch.setattr("multisubject.training.loss.compute_loss", nan_in_the_third_step)
     assert main(as_flags(config)) == 1
     assert "step 3 has a loss of nan" in caplog.text
     assert "checkpoint-2" in caplog.text
@@ -903,10 +1033,9 @@ def test_accumulated_batches_equal_one_large_batch(config: TrainConfig) -> None:
     torch.testing.assert_close(small, large, atol=1e-4, rtol=1e-3)
 
 
-def test_gradient_checkpointing_changes_nothing(config: TrainConfig) -> None:
-    config = replace(config, method="text_encoder")
-    plain = learn(config)
-    frugal = learn(replace(config, gradient_checkpointing=True, output_dir=config.output_dir + "-2"))
+def test_gradient_checkpointing_changes_nothing(config: TrainConfig, finished_runs: Any) -> None:
+    plain = finished_runs("text_encoder")[1]
+    frugal = learn(replace(config, method="text_encoder", gradient_checkpointing=True))
     torch.testing.assert_close(frugal, plain, atol=1e-5, rtol=1e-3)
 
 
@@ -940,25 +1069,100 @@ def test_no_limit_on_gradients_is_not_a_limit_of_zero(config: TrainConfig) -> No
 
 @pytest.fixture
 def fresh_accelerate() -> Iterator[None]:
-    """accelerate keeps its precision for the life of a process."""
+    """accelerate keeps its devices and its precision for the life of a process."""
+    reset_accelerate()
+    yield
+    reset_accelerate()
+
+
+def reset_accelerate() -> None:
     from accelerate.state import AcceleratorState
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
 @pytest.mark.parametrize("method", ["residual", "text_encoder"])
-def test_bfloat16_learns_nearly_the_same(config: TrainConfig, method: str) -> None:
-    from accelerate.state import AcceleratorState
-
-    config = replace(config, method=method)
-    exact = learn(config)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    rough = learn(replace(config, mixed_precision="bf16", output_dir=config.output_dir + "-2"))
+def test_bfloat16_learns_nearly_the_same(
+    config: TrainConfig, method: str, finished_runs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "cpu_has_bfloat16", lambda: True)  # or it would be replaced
+    exact = finished_runs(method)[1]
+    reset_accelerate()
+    rough = learn(replace(config, method=method, mixed_precision="bf16"))
     assert torch.cosine_similarity(exact, rough).min() > 0.8
     assert not torch.equal(exact, rough)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.parametrize(("precision", "said_by"), [("bf16", "flag"), ("fp16", "flag"), ("bf16", "accelerate")])
+def test_precision_that_the_processor_imitates_is_replaced_and_named(
+    config: TrainConfig,
+    precision: str,
+    said_by: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(devices, "cpu_has_bfloat16", lambda: False)
+    config = replace(config, max_train_steps=1)
+    if said_by == "flag":
+        config = replace(config, mixed_precision=precision)
+    else:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    learn(config)
+    assert f"{precision}, which this processor only imitates" in caplog.text
+    assert yaml.safe_load((Path(config.output_dir) / "config.yaml").read_text())["mixed_precision"] == "no"
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.parametrize(("before", "after"), [("bf16", "no"), ("no", "bf16")])
+def test_a_run_does_not_change_its_precision_with_the_machine(
+    config: TrainConfig, before: str, after: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    config = replace(config, mixed_precision="bf16", max_train_steps=2, lr_scheduler="constant")
+    monkeypatch.setattr(devices, "cpu_has_bfloat16", lambda: before == "bf16")
+    learn(config)
+    learn(replace(config, resume_from_checkpoint="latest", max_train_steps=3))
+    reset_accelerate()
+    monkeypatch.setattr(devices, "cpu_has_bfloat16", lambda: after == "bf16")
+    with pytest.raises(ValueError, match=f"mixed_precision was '{before}', is '{after}'"):
+        train(replace(config, resume_from_checkpoint="latest", max_train_steps=3))
+
+
+@pytest.mark.parametrize(
+    ("onednn", "processor", "held_to", "machine", "quick"),
+    [
+        (True, "_is_avx512_bf16_supported", None, "x86_64", True),
+        (True, "_is_amx_tile_supported", "AVX512_CORE_AMX", "AMD64", True),
+        (True, None, None, "x86_64", False),  # AVX-512 alone
+        (True, None, None, "aarch64", True),
+        (False, "_is_avx512_bf16_supported", "AVX2", "x86_64", False),
+        (None, "_is_avx512_bf16_supported", None, "x86_64", False),  # torch was built without oneDNN
+        (True, "_is_avx512_bf16_supported", "avx512_core_vnni", "x86_64", False),
+    ],
+)
+def test_processors_with_and_without_bfloat16(
+    onednn: bool | None,
+    processor: str | None,
+    held_to: str | None,
+    machine: str,
+    quick: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn is not None)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn is not False, raising=False)
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name == processor, raising=False)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    if held_to:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", held_to)
+    assert devices.cpu_has_bfloat16() is quick
+    assert devices.quick_dtype("cpu") == (torch.bfloat16 if quick else torch.float32)
+    assert devices.quick_dtype("cuda:0") == torch.float16
 
 
 def test_epsilon_base_with_crops_flips_and_constant_rate(config: TrainConfig, tiny_base: dict[str, str]) -> None:
@@ -991,17 +1195,40 @@ def test_masks_restrict_what_is_learnt(config: TrainConfig, tmp_path: Path, capl
     assert not torch.equal(masked, unmasked)
 
 
-def test_captions_are_learnt_with_their_pictures(config: TrainConfig, pictures: Path, tmp_path: Path) -> None:
+def test_captions_are_learnt_with_their_pictures(
+    config: TrainConfig, whole: torch.Tensor, pictures: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "captioned"
     folder.mkdir()
     for path in pictures.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     (folder / "0.txt").write_text("a {} in the snow")
     captioned = learn(replace(config, instance_data_dir=str(folder)))
-    assert not torch.equal(captioned, learn(replace(config, output_dir=config.output_dir + "-2")))
+    assert not torch.equal(captioned, whole)
     (folder / "0.txt").write_text("a dog")
     with pytest.raises(ValueError, match=r"caption of .*0\.png: 'a dog' does not say 'person'"):
         train(replace(config, instance_data_dir=str(folder), overwrite_output_dir=True))
+
+
+def test_pictures_with_next_to_nothing_in_them_are_skipped_or_refused(
+    config: TrainConfig, pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "odd"
+    shutil.copytree(pictures, folder)
+    Image.new("RGB", (1, 1)).save(folder / "pixel.png")
+    Image.new("RGB", (3000, 4)).save(folder / "line.png")
+    config = replace(config, instance_data_dir=str(folder), max_train_steps=1)
+    with caplog.at_level(logging.INFO):
+        learn(config)
+    assert "3 pictures" in caplog.text
+    for name, size in (("pixel", "1 x 1"), ("line", "3000 x 4")):
+        assert f"{folder / name}.png: cannot be used: it is {size}, too small" in caplog.text
+    with pytest.raises(ValueError, match=r"line\.png: .*3000 x 4.*--strict"):
+        train(replace(config, strict=True, overwrite_output_dir=True))
+    for name in ("0.png", "1.png", "2.png", "line.png"):
+        (folder / name).unlink()
+    with pytest.raises(ValueError, match=r"none of the 1 picture\(s\) in .*odd' can be used"):
+        train(replace(config, overwrite_output_dir=True))
 
 
 def test_prior_preservation_draws_missing_class_pictures(config: TrainConfig, tmp_path: Path) -> None:
@@ -1037,11 +1264,11 @@ def test_validation_keeps_the_best_checkpoint(config: TrainConfig, monkeypatch: 
 def test_a_picture_that_scores_is_not_learnt(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def draw(concept: trainer.Concept, *rest: Any) -> Any:
+    def draw(concept: Concept, *rest: Any) -> Any:
         seen.append(concept)
         raise InterruptedError
 
-    monkeypatch.setattr(trainer, "draw_batch", draw)
+    monkeypatch.setattr(loop, "draw_batch", draw)
     with pytest.raises(InterruptedError):
         train(replace(config, validation=True))
     (concept,) = seen
@@ -1074,10 +1301,10 @@ def test_a_picture_that_scores_is_not_learnt(config: TrainConfig, monkeypatch: p
     ],
     ids=str,
 )
-def test_every_flag_has_a_say_in_what_is_learnt(config: TrainConfig, method: str, flags: dict[str, Any]) -> None:
-    plain = learn(replace(config, method=method))
-    other = learn(replace(config, method=method, overwrite_output_dir=True, **flags))
-    assert not torch.equal(other, plain)
+def test_every_flag_has_a_say_in_what_is_learnt(
+    config: TrainConfig, method: str, flags: dict[str, Any], finished_runs: Any
+) -> None:
+    assert not torch.equal(learn(replace(config, method=method, **flags)), finished_runs(method)[1])
 
 
 def test_the_rate_follows_its_schedule(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1101,7 +1328,7 @@ def test_validation_pictures_show_the_subject(config: TrainConfig, monkeypatch: 
         settings.append((rest[-1].validation_inference_steps, rest[-1].validation_guidance_scale))
         return [Image.new("RGB", (8, 8))] * len(prompt_embeds)
 
-    monkeypatch.setattr(trainer, "generate", generate)
+    monkeypatch.setattr(results, "generate", generate)
     config = replace(config, validation_guidance_scale=3.0, validation_inference_steps=7)
     delta = learn(replace(config, learning_rate=1.0))
     learn(replace(config, overwrite_output_dir=True, learning_rate=0.0))
@@ -1130,7 +1357,7 @@ def test_denoising_loss_is_of_what_the_base_predicts(prediction_type: str) -> No
             return [answer]
 
         models: Any = SimpleNamespace(noise_scheduler=scheduler, unet=unet, dtype=torch.float32)
-        return float(trainer.denoising_loss(samples, torch.zeros(2, 3, 5), models, None))
+        return float(denoising_loss(samples, torch.zeros(2, 3, 5), models, None))
 
     assert loss_of(answers.pop(prediction_type)) == 0
     assert loss_of(*answers.values()) > 0.1
@@ -1150,18 +1377,16 @@ def test_views_are_the_pictures_latents_and_their_mirror_images(config: TrainCon
     mask[:, :6] = 255
     picture = Picture(Path("a.png"), Image.fromarray(values), Image.fromarray(mask), None)
     flags = replace(config, resolution=23, random_flip=True)
-    view, mirrored = trainer.encode_picture(picture, flags, models)
+    view, mirrored = encode_picture(picture, flags, models)
     expected = torch.from_numpy(values).permute(2, 0, 1).float().unfold(1, 4, 4).unfold(2, 4, 4).mean((3, 4))
     torch.testing.assert_close(view.latents, (expected / 127.5 - 1) * 0.5)
     torch.testing.assert_close(mirrored.latents, view.latents.flip(-1))
     assert view.mask is not None and mirrored.mask is not None
     assert view.mask[0, 0].tolist() == [1, 0.5, 0, 0, 0, 0, 0, 0]
     assert torch.equal(mirrored.mask, view.mask.flip(-1))
-    assert len(trainer.encode_picture(picture, replace(flags, num_crops=3), models)) == 6
+    assert len(encode_picture(picture, replace(flags, num_crops=3), models)) == 6
     in_the_middle = replace(picture, mask=None)
-    (square,) = trainer.encode_picture(
-        in_the_middle, replace(config, resolution=16, aspect_ratio_buckets=False), models
-    )
+    (square,) = encode_picture(in_the_middle, replace(config, resolution=16, aspect_ratio_buckets=False), models)
     assert square.latents.shape == (3, 4, 4)
 
 
@@ -1172,7 +1397,7 @@ def test_the_class_counts_by_its_weight_and_leaves_the_subject_its_own(config: T
     concept: Any = SimpleNamespace(config=flags, pictures=[subject], class_pictures=[of_class])
     accelerator: Any = SimpleNamespace(num_processes=1, process_index=0)
     scheduler = SimpleNamespace(config=SimpleNamespace(num_train_timesteps=1000))
-    samples = trainer.draw_batch(concept, 0, 0, accelerator, SimpleNamespace(noise_scheduler=scheduler))  # type: ignore[arg-type]
+    samples = draw_batch(concept, 0, 0, accelerator, SimpleNamespace(noise_scheduler=scheduler))  # type: ignore[arg-type]
     assert [(sample.row, sample.weight) for sample in samples] == [(0, 2.0), (0, 2.0), (1, 0.5), (1, 0.5)]
     assert not torch.equal(samples[0].noise, samples[2].noise)
 
@@ -1227,8 +1452,8 @@ def test_push_to_hub_sends_the_adapter_with_its_pictures(config: TrainConfig, mo
         pushed.append((Path(source).name, repo_id, options["private"], [prompt for prompt, _ in options["samples"]]))
         return SimpleNamespace(commit_url="https://hub/commit")
 
-    monkeypatch.setattr(trainer, "push_subject_to_hub", push)
-    monkeypatch.setattr(trainer, "whoami", lambda: {"name": "me"})
+    monkeypatch.setattr(results, "push_subject_to_hub", push)
+    monkeypatch.setattr(results, "whoami", lambda: {"name": "me"})
     config = replace(config, push_to_hub=True, hub_private=True, max_train_steps=1)
     learn(config)
     learn(replace(config, hub_model_id="dog", overwrite_output_dir=True))
@@ -1245,7 +1470,7 @@ def test_push_without_login_is_refused_before_models_load(config: TrainConfig, m
     def refuse() -> None:
         raise LocalTokenNotFoundError("no token")
 
-    monkeypatch.setattr(trainer, "whoami", refuse)
+    monkeypatch.setattr(results, "whoami", refuse)
     with pytest.raises(OSError, match="hf auth login"):
         train(replace(config, push_to_hub=True, pretrained_model_name_or_path="nowhere"))
 
@@ -1256,8 +1481,8 @@ def test_failed_push_leaves_the_adapter_and_says_how_to_push_it(
     def fail(*_: Any, **__: Any) -> None:
         raise ConnectionError("no network")
 
-    monkeypatch.setattr(trainer, "push_subject_to_hub", fail)
-    monkeypatch.setattr(trainer, "whoami", lambda: {"name": "me"})
+    monkeypatch.setattr(results, "push_subject_to_hub", fail)
+    monkeypatch.setattr(results, "whoami", lambda: {"name": "me"})
     with pytest.raises(OSError, match=r"no network; .*multisubject push .*petrucci\.safetensors me/petrucci"):
         train(replace(config, push_to_hub=True))
     assert (Path(config.output_dir) / "petrucci.safetensors").exists()
@@ -1303,9 +1528,11 @@ def test_missing_tracker_says_what_to_install(config: TrainConfig, monkeypatch: 
 
 @pytest.mark.slow
 def test_seed_command_runs_as_written(config: TrainConfig, tmp_path: Path) -> None:
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
     script = Path(trainer.__file__)
     command = [
-        *(sys.executable, "-m", "accelerate.commands.launch", str(script)),
+        str(script),
         f"--pretrained_model_name_or_path={config.pretrained_model_name_or_path}",
         f"--instance_data_dir={config.instance_data_dir}",
         "--instance_prompt=person",
@@ -1316,14 +1543,13 @@ def test_seed_command_runs_as_written(config: TrainConfig, tmp_path: Path) -> No
         "--max_train_steps=2",
         "--validation_inference_steps=1",
     ]
-    subprocess.run(command, check=True, timeout=1800, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    launch_command(launch_command_parser().parse_args(command))  # the command `accelerate launch`
     assert torch.load(tmp_path / "slash" / "residual.pt", weights_only=True).shape == (1, 32)
     assert (tmp_path / "slash" / "slash.safetensors").exists()
 
 
-TWO_PROCESSES = """
-import json, sys
-from multisubject.train_residual import parse_config, train
+TRAIN_EACH = """
+import json
 for flags in json.loads(sys.argv[1]):
     train(parse_config(flags))
 """
@@ -1331,16 +1557,12 @@ for flags in json.loads(sys.argv[1]):
 
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does_with_twice_the_batch(config: TrainConfig, tmp_path: Path) -> None:
-    script = tmp_path / "two.py"
-    script.write_text(TWO_PROCESSES)
     halves = {
         method: replace(config, method=method, train_batch_size=1, output_dir=str(tmp_path / method))
         for method in METHODS
     }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    orders = json.dumps([as_flags(half) for half in halves.values()])
-    subprocess.run([*command, orders], env=environment, check=True, timeout=1800)
+    imports = "from multisubject.train_residual import parse_config, train"
+    run_in_two_processes(imports, TRAIN_EACH, json.dumps([as_flags(half) for half in halves.values()]))
     for method, half in halves.items():
         output = Path(half.output_dir)
         assert (output / "checkpoint-4" / "random_states_1.pkl").exists()  # there was a second process

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image, features
 
 from multisubject.pictures import PICTURE_ERRORS, open_picture
-from multisubject.training_data import Picture, bucket_size, crops, load_pictures
+from multisubject.training.pictures import Picture, bucket_size, check_size, crops, load_pictures
 
 
 def save(path: Path, size: tuple[int, int] = (8, 6), colour: object = "red", **options: object) -> Path:
@@ -182,6 +183,62 @@ def test_heic_without_its_plugin_is_named(tmp_path: Path, caplog: pytest.LogCapt
     (tmp_path / "b.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
     assert len(load_pictures(tmp_path)) == 1
     assert "b.HEIC" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("suffix", "module", "package"),
+    [
+        ("heic", "pillow_heif", "pillow-heif"),
+        ("HEIF", "pillow_heif", "pillow-heif"),
+        ("jxl", "pillow_jxl", "pillow-jxl"),
+    ],
+)
+def test_pictures_of_plugins_say_which_one_or_are_read_with_it(
+    tmp_path: Path, suffix: str, module: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / f"b.{suffix}").write_bytes(b"another format")
+    for name in (module, "pillow_heif.HeifImagePlugin"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ValueError, match=rf"b\.{suffix}: cannot be used: .*`pip install {package}"):
+        load_pictures(tmp_path, strict=True)
+    for name in (module, "pillow_heif.HeifImagePlugin"):
+        monkeypatch.delitem(sys.modules, name)
+    plugins = tmp_path / "plugins" / module
+    plugins.mkdir(parents=True)
+    plugin = f"from PIL import Image\nImage.init()\nfrom pathlib import Path\nPath({str(tmp_path)!r}, 'used').touch()\n"
+    for name in ("__init__", "HeifImagePlugin"):
+        (plugins / f"{name}.py").write_text(plugin)
+    monkeypatch.syspath_prepend(str(plugins.parent))
+    save(tmp_path / "a.png").rename(tmp_path / f"b.{suffix}")  # Pillow goes by the content
+    assert len(load_pictures(tmp_path)) == 1
+    assert (tmp_path / "used").exists()
+    (tmp_path / f"b.{suffix}").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"cannot be used: (?!.*pip install)"):
+        load_pictures(tmp_path, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("picture", "size", "words"),
+    [
+        ((64, 64), (64, 64), None),
+        ((16, 16), (64, 64), None),
+        ((15, 64), (64, 64), "15 x 64, too small to be enlarged 4 times to 64 x 64; expected at least 16 x 16"),
+        ((1, 1), (512, 512), "1 x 1, too small to be enlarged 512 times"),
+        ((3000, 4), (1024, 256), "3000 x 4, too small to be enlarged 64 times"),
+        ((400, 100), (64, 64), None),
+        ((401, 100), (64, 64), "401 x 100, of which a crop of 64 : 64 would keep 25%; crop it around the subject"),
+        ((100, 3000), (64, 256), "100 x 3000, of which a crop of 64 : 256 would keep 13%"),
+    ],
+)
+def test_what_a_picture_has_to_have_for_a_training_size(
+    picture: tuple[int, int], size: tuple[int, int], words: str | None
+) -> None:
+    looked_at = Picture(Path("a.png"), Image.new("RGB", picture))
+    if words is None:
+        check_size(looked_at, size, 4)
+        return
+    with pytest.raises(ValueError, match=words):
+        check_size(looked_at, size, 4)
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])

@@ -16,11 +16,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import multiprocessing
+import os
 import random
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,17 +33,15 @@ import yaml
 from accelerate import PartialState
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from torch import nn
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from multisubject.tiny_world import EMBEDDED_BASE
+from multisubject.tiny_world.base_losses import NOISE, AutoencoderLoss, CaptionLoss, DiffusionLoss
 from multisubject.tiny_world.scenes import (
     ADJECTIVES,
     CATEGORIES,
     COLOURS,
-    PATTERNS,
-    SCALES,
     SETTINGS,
     World,
     describe,
@@ -49,17 +49,9 @@ from multisubject.tiny_world.scenes import (
     render,
 )
 from multisubject.tiny_world.training import Batch, Schedule, train
+from multisubject.tiny_world.words import ATTRIBUTES, MAX_TOKENS, make_tokenizer, said_looks, tokenize, word_ids
 
 HERE = Path(__file__).parent
-MAX_TOKENS = 77
-ATTRIBUTES = {  # what a noun's adjectives may say; class 0 is "not said"
-    "category": CATEGORIES,
-    "colour": tuple(COLOURS),
-    "pattern": PATTERNS,
-    "second_colour": tuple(COLOURS),
-    "scale": tuple(SCALES),
-    "accessory": tuple(COLOURS),
-}
 # What a stage's section of the recipe holds besides the loop's settings, all of it needed.
 OWN_SETTINGS = {
     "data": {"scenes", "captions_per_scene", "seed"},
@@ -67,7 +59,6 @@ OWN_SETTINGS = {
     "text_encoder": {"network"},
     "diffusion": {"compile", "caption_dropout", "condensed_captions", "snr_gamma", "unet"},
 }
-NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}
 
 
 @dataclass(frozen=True)
@@ -126,6 +117,16 @@ def _draw_scene(job: tuple[int, int, int, World]) -> tuple[np.ndarray, list[str]
     return np.asarray(render(scene, world.image_size).image), [describe(scene, rng) for _ in range(captions)]
 
 
+def _draw_scenes(jobs: list[tuple[int, int, int, World]], chunk: int = 64) -> Iterator[tuple[np.ndarray, list[str]]]:
+    """All scenes, in order, by as many processes as there are cores and chunks to draw."""
+    processes = min(os.cpu_count() or 1, math.ceil(len(jobs) / chunk))
+    if processes <= 1:
+        yield from map(_draw_scene, jobs)
+        return
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        yield from pool.imap(_draw_scene, jobs, chunksize=chunk)
+
+
 def scene_data(recipe: Recipe, folder: Path) -> tuple[torch.Tensor, list[list[str]]]:
     """Pictures `(scenes, 3, size, size)` uint8 and captions per picture; drawn once, then read from `folder`.
 
@@ -140,8 +141,7 @@ def scene_data(recipe: Recipe, folder: Path) -> tuple[torch.Tensor, list[list[st
             jobs = [
                 (settings["seed"], i, settings["captions_per_scene"], recipe.world) for i in range(settings["scenes"])
             ]
-            with multiprocessing.get_context("spawn").Pool() as pool:
-                drawn = list(tqdm(pool.imap(_draw_scene, jobs, chunksize=64), total=len(jobs), desc="scenes"))
+            drawn = list(tqdm(_draw_scenes(jobs), total=len(jobs), desc="scenes"))
             np.save(pixels, np.stack([picture for picture, _ in drawn]))
             words.write_text(json.dumps({"drawn_from": drawn_from, "captions": [captions for _, captions in drawn]}))
     found = json.loads(words.read_text())
@@ -154,73 +154,6 @@ def scene_data(recipe: Recipe, folder: Path) -> tuple[torch.Tensor, list[list[st
     return pictures.permute(0, 3, 1, 2), found["captions"]
 
 
-def make_tokenizer(folder: Path) -> CLIPTokenizer:
-    """A CLIP tokenizer (byte-pair encoding, 77 tokens) whose vocabulary holds the words of the whole renderer."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-
-    if not (folder / "tokenizer.json").exists():
-        letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # all 256 bytes, so that no text is unknown
-        bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
-        bpe.normalizer, bpe.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
-        rng = random.Random(0)
-        world = World(categories=CATEGORIES, colours=tuple(COLOURS), patterns=PATTERNS, settings=SETTINGS)
-        captions = [describe(random_scene(rng, world), rng) for _ in range(5000)]
-        special = ["<|startoftext|>", "<|endoftext|>"]
-        bpe.train_from_iterator(
-            captions,
-            trainers.BpeTrainer(
-                vocab_size=1024,
-                end_of_word_suffix="</w>",
-                initial_alphabet=letters,
-                special_tokens=special,
-                show_progress=False,
-            ),
-        )
-        model = json.loads(bpe.to_str())["model"]
-        vocabulary = model["vocab"]
-        for letter in letters:
-            for token in (letter, letter + "</w>"):
-                vocabulary.setdefault(token, len(vocabulary))
-        merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split()) for merge in model["merges"]]
-        tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
-        tokenizer.save_pretrained(folder)
-        # transformers 4 reads these two instead of tokenizer.json's model.
-        (folder / "vocab.json").write_text(json.dumps(vocabulary))
-        (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(merge) for merge in merges) + "\n")
-    return CLIPTokenizer.from_pretrained(folder)
-
-
-def word_ids(tokenizer: CLIPTokenizer, words: Sequence[str]) -> list[int]:
-    """Token ids of words that are one token each. ValueError for a word of several tokens."""
-    ids = [tokenizer(word, add_special_tokens=False).input_ids for word in words]
-    if longer := [word for word, tokens in zip(words, ids, strict=True) if len(tokens) != 1]:
-        raise ValueError(f"the tokenizer splits {longer}, expected one token each.")
-    return [tokens[0] for tokens in ids]
-
-
-def said_looks(words: Sequence[str]) -> list[dict[str, str] | None]:
-    """For each word of a caption what it says of its object if it is a noun: attribute -> word; None for other words.
-
-    Reads the phrases that `scenes.describe` writes: `yellow trimmed blue fine orange striped person`.
-    """
-    found: list[dict[str, str] | None] = []
-    phrase: list[str] = []
-    for word in words:
-        look: dict[str, str] | None = None
-        if word in CATEGORIES:
-            look = {"category": word}
-            if "trimmed" in phrase:
-                look["accessory"] = phrase[phrase.index("trimmed") - 1]
-                phrase = phrase[phrase.index("trimmed") + 1 :]
-            colours = [adjective for adjective in phrase if adjective in COLOURS]
-            look.update(zip(("colour", "second_colour"), colours, strict=False))
-            look.update(("scale", adjective) for adjective in phrase if adjective in SCALES)
-            look.update(("pattern", adjective) for adjective in phrase if adjective in PATTERNS)
-        phrase = [*phrase, word] if word in ADJECTIVES else []
-        found.append(look)
-    return found
-
-
 def stratified(limit: int, count: int, generator: torch.Generator) -> torch.Tensor:
     """`count` whole numbers below `limit`, one from each of `count` equal ranges, in random order.
 
@@ -228,122 +161,6 @@ def stratified(limit: int, count: int, generator: torch.Generator) -> torch.Tens
     """
     positions = (torch.arange(count) + torch.rand(count, generator=generator)) / count
     return (positions * limit).long()[torch.randperm(count, generator=generator)]
-
-
-# --- networks with their losses --------------------------------------------------------------------------------------
-
-
-class AutoencoderLoss(nn.Module):
-    """AutoencoderKL with L1, edge and KL terms, all means over elements."""
-
-    def __init__(self, vae: AutoencoderKL, edge_weight: float, kl_weight: float):
-        super().__init__()
-        self.vae, self.edge_weight, self.kl_weight = vae, edge_weight, kl_weight
-
-    def forward(self, pixels: torch.Tensor, noise: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`pixels`: uint8 `(batch, 3, height, width)`; `noise`: standard normal of the latents' shape."""
-        images = pixels.float() / 127.5 - 1
-        posterior = self.vae.encode(images).latent_dist
-        decoded = self.vae.decode(posterior.mean + posterior.std * noise).sample.float()
-        error = decoded - images
-        edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-        l1, kl = error.abs().mean(), posterior.kl().mean() / posterior.mean[0].numel()
-        return {"loss": l1 + self.edge_weight * edges + self.kl_weight * kl, "l1": l1.detach(), "kl": kl.detach()}
-
-
-class CaptionLoss(nn.Module):
-    """Text encoder: what every noun stands for, and what the whole caption tells, must be linear in the embeddings.
-
-    This takes the place of CLIP's contrastive training, at the cost of a text-only classifier: at a noun, linear heads
-    name the look that its adjectives give it; at the end of the text, the setting, and which categories and colours
-    there are. As in Stable Diffusion the encoder is frozen afterwards.
-    """
-
-    def __init__(self, text_encoder: CLIPTextModel, classes: dict[str, int]):
-        super().__init__()
-        self.text_encoder = text_encoder
-        width = text_encoder.config.hidden_size
-        self.heads = nn.ModuleDict({name: nn.Linear(width, count) for name, count in classes.items()})
-
-    def forward(
-        self, input_ids: torch.Tensor, looks: torch.Tensor, settings: torch.Tensor, present: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        """`input_ids` `(batch, 77)`; `looks` `(batch, 77, attributes)` class numbers, -100 where no noun stands;
-        `settings` `(batch,)` class numbers; `present` `(batch, categories and colours)` 0 or 1."""
-        embeds = self.text_encoder(input_ids)[0]
-        length = (input_ids == self.text_encoder.config.eos_token_id).int().argmax(dim=1)
-        summary = embeds[torch.arange(len(embeds)), length] + embeds[:, -1]  # the first end token and the last padding
-        nouns = (looks[..., 0] >= 0).flatten()
-        at_nouns, looks = embeds.flatten(0, 1)[nouns], looks.flatten(0, 1)[nouns]
-        of_looks = [
-            nn.functional.cross_entropy(self.heads[name](at_nouns).float(), looks[:, column])
-            for column, name in enumerate(ATTRIBUTES)
-        ]
-        setting = nn.functional.cross_entropy(self.heads["setting"](summary).float(), settings)
-        things = nn.functional.binary_cross_entropy_with_logits(self.heads["present"](summary).float(), present)
-        look = torch.stack(of_looks).mean()
-        return {"loss": look + 0.25 * (setting + things), "look": look.detach(), "things": things.detach()}
-
-
-class DiffusionLoss(nn.Module):
-    """UNet after a frozen text encoder: the mean squared error of v, trimmed where so little noise is left that only
-    texture is to be found.
-
-    A step's weight is 1 up to a signal-to-noise ratio of `snr_gamma` and falls as `snr_gamma / snr` beyond: the cap of
-    min-SNR (Hang et al. 2023, arXiv:2303.09556), without its discount of the noisiest steps, where words decide most.
-
-    Some captions are *condensed*: `adjectives` are taken out of the text, and the embeddings of the `nouns` come from
-    the caption with them. One vector per object then has to carry its whole look, as the name of a well-known dog
-    does for a model that has read the web, and as a residual embedding does.
-    """
-
-    def __init__(
-        self,
-        text_encoder: CLIPTextModel,
-        unet: UNet2DConditionModel,
-        snr_gamma: float,
-        adjectives: list[int],
-        nouns: list[int],
-    ):
-        super().__init__()
-        self.text_encoder, self.unet, self.snr_gamma = text_encoder.requires_grad_(False), unet, snr_gamma
-        self.adjectives, self.nouns = torch.tensor(adjectives), torch.tensor(nouns)
-        self.schedule = DDPMScheduler(**NOISE)
-
-    @torch.no_grad()
-    def embed(self, input_ids: torch.Tensor, condensed: torch.Tensor) -> torch.Tensor:
-        """Prompt embeddings `(batch, 77, width)` of `input_ids` `(batch, 77)`; rows of `condensed` `(batch,)` bool."""
-        whole = self.text_encoder(input_ids)[0]
-        if not condensed.any():
-            return whole
-        input_ids, full = input_ids[condensed], whole[condensed]
-        adjectives = torch.isin(input_ids, self.adjectives.to(input_ids.device))
-        order = adjectives.int().argsort(dim=1, stable=True)  # the words that stay, in their order, then the others
-        kept = torch.arange(MAX_TOKENS, device=order.device) < MAX_TOKENS - adjectives.sum(dim=1, keepdim=True)
-        bare_ids = torch.where(kept, input_ids.gather(1, order), self.text_encoder.config.eos_token_id)
-        nouns = torch.isin(bare_ids, self.nouns.to(bare_ids.device))[:, :, None]
-        moved = full.gather(1, order[:, :, None].expand_as(full))
-        prompt_embeds = whole.clone()
-        prompt_embeds[condensed] = torch.where(nouns, moved, self.text_encoder(bare_ids)[0])
-        return prompt_embeds
-
-    def forward(
-        self,
-        latents: torch.Tensor,
-        noise: torch.Tensor,
-        timesteps: torch.Tensor,
-        input_ids: torch.Tensor,
-        condensed: torch.Tensor,
-    ) -> dict[str, torch.Tensor]:
-        """`latents`, `noise`: `(batch, 4, h, w)`; `timesteps`, `condensed`: `(batch,)`; `input_ids`: `(batch, 77)`."""
-        noisy = self.schedule.add_noise(latents, noise, timesteps)
-        target = self.schedule.get_velocity(latents, noise, timesteps)
-        prompt_embeds = self.embed(input_ids, condensed)
-        prediction = self.unet(noisy, timesteps, prompt_embeds).sample.float()
-        alphas = self.schedule.alphas_cumprod.to(latents.device)[timesteps]
-        weights = (self.snr_gamma * (1 - alphas) / alphas).clamp(max=1.0)
-        errors = (prediction - target).square().mean(dim=(1, 2, 3))
-        return {"loss": (weights * errors).sum() / weights.sum(), "mse": errors.mean().detach()}
 
 
 # --- stages ----------------------------------------------------------------------------------------------------------
@@ -428,12 +245,6 @@ def make_text_encoder(recipe: Recipe, tokenizer: CLIPTokenizer, earlier: Path | 
         words[[row for row, _ in rows]] = weights[embedding][[row for _, row in rows]]
         text_encoder.load_state_dict({**weights, embedding: words})
     return text_encoder
-
-
-def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> torch.Tensor:
-    """`(texts, 77)` int16."""
-    tokens = tokenizer(list(texts), padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
-    return tokens.input_ids.short()
 
 
 def train_text_encoder(recipe: Recipe, runs: Path, earlier: Path | None) -> None:

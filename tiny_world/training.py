@@ -19,7 +19,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from multisubject.subject_file import write_atomically
-from multisubject.training_checkpoints import StopRequest
+from multisubject.training.checkpoints import StopRequest
+from multisubject.training.devices import cpu_has_bfloat16
 
 Batch = dict[str, torch.Tensor]
 
@@ -36,7 +37,7 @@ class Schedule:
     ema_decay: float = 0.998
     seed: int = 0
     checkpoint_every: int = 100
-    mixed_precision: str = "no"  # "bf16" where the hardware has it
+    mixed_precision: str = "no"  # or "bf16"; "auto" is what the run was begun in, at first bf16 where that is quick
     max_grad_norm: float = 1.0
 
     def learning_rate_at(self, step: int) -> float:
@@ -70,13 +71,19 @@ def train(
     Args:
         model: `model(**batch)` returns a dict of scalars of which `loss` is minimised and the rest is shown.
         draw_batch: `(generator, batch_size)` -> tensors on the CPU whose first dimension is the whole batch.
-        checkpoint: file with step, weights, average and optimiser state, written every `checkpoint_every` steps and
-            on SIGINT or SIGTERM.
+        checkpoint: file with step, precision, weights, average and optimiser state, written every `checkpoint_every`
+            steps and on SIGINT or SIGTERM.
 
     Returns:
         The exponential moving average of the parameters, by name, or None when the run was interrupted.
     """
-    accelerator = Accelerator(mixed_precision=schedule.mixed_precision, cpu=not torch.cuda.is_available())
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True) if checkpoint.exists() else None
+    mixed_precision = schedule.mixed_precision
+    if mixed_precision == "auto":
+        mixed_precision = "bf16" if torch.cuda.is_available() or cpu_has_bfloat16() else "no"
+        if state is not None:
+            mixed_precision = state.get("mixed_precision", mixed_precision)
+    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=not torch.cuda.is_available())
     if schedule.batch_size % accelerator.num_processes:
         raise ValueError(
             f"batch_size {schedule.batch_size} cannot be shared by {accelerator.num_processes} processes; "
@@ -86,8 +93,7 @@ def train(
     optimizer = torch.optim.AdamW(list(parameters.values()), lr=schedule.learning_rate, betas=(0.9, 0.99), fused=True)
     start = 0
     average = {name: parameter.detach().clone().to(accelerator.device) for name, parameter in parameters.items()}
-    if checkpoint.exists():
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    if state is not None:
         start = state["step"]
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -98,7 +104,13 @@ def train(
 
     def save(step: int) -> None:
         if accelerator.is_main_process:
-            state = {"step": step, "model": model.state_dict(), "average": average, "optimizer": optimizer.state_dict()}
+            state = {
+                "step": step,
+                "mixed_precision": accelerator.mixed_precision,
+                "model": model.state_dict(),
+                "average": average,
+                "optimizer": optimizer.state_dict(),
+            }
             whole = io.BytesIO()
             torch.save(state, whole)
             checkpoint.parent.mkdir(parents=True, exist_ok=True)

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +25,20 @@ from multisubject.pictures import PICTURE_ERRORS, open_picture, split_alpha
 logger = logging.getLogger(__name__)
 
 PICTURE_SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
-# Pillow reads these with a plugin, if at all; they are tried, so that none is passed over in silence.
-PLUGIN_SUFFIXES = frozenset({".heic", ".heif", ".jxl"})
+# Pillow reads these with a plugin alone; they are tried, so that none is passed over in silence.
+PLUGINS = {  # suffix -> the module that teaches Pillow to read it, and what to install for it
+    ".heic": ("pillow_heif.HeifImagePlugin", "pillow-heif"),
+    ".heif": ("pillow_heif.HeifImagePlugin", "pillow-heif"),
+    ".jxl": ("pillow_jxl", "pillow-jxl-plugin"),
+}
 MASK_ENDING = "_mask"
 METADATA_FILE = "metadata.jsonl"
 # The channels of a grey pixel differ by no more than this, even in a JPEG.
 GREY_SPREAD = 24
 # A random crop keeps at least this share of each side.
 SMALLEST_CROP = 0.8
+# Of a picture's area, the largest crop of the training size's proportions keeps at least this share.
+SMALLEST_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -51,17 +59,23 @@ class Picture:
 
 
 def load_pictures(
-    folder: str | Path, *, strict: bool = False, use_masks: bool = True, flag: str = "instance_data_dir"
+    folder: str | Path,
+    *,
+    strict: bool = False,
+    use_masks: bool = True,
+    flag: str = "instance_data_dir",
+    check: Callable[[Picture], None] | None = None,
 ) -> list[Picture]:
     """Every picture of `folder` in the order of the file names (subfolders are not searched).
 
-    A file that cannot be read is named in a warning and skipped, or refused when `strict`. So is a mask of no picture.
-    Without `use_masks` mask files are not looked at, and pictures have none. Errors name the folder by its `flag`.
+    A file that cannot be read is named in a warning and skipped, or refused when `strict`. So is a picture for which
+    `check` raises ValueError, and a mask of no picture. Without `use_masks` mask files are not looked at, and pictures
+    have none. Errors name the folder by its `flag`.
 
     Raises:
         FileNotFoundError: `folder` does not exist.
-        ValueError: it holds no readable picture, a damaged one and `strict`, a broken `metadata.jsonl`, or folders of
-            pictures and at most one picture itself.
+        ValueError: it holds no picture that can be used, a damaged one and `strict`, a broken `metadata.jsonl`, or
+            folders of pictures and at most one picture itself.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -88,11 +102,17 @@ def load_pictures(
     for path in paths:
         try:
             picture = _load_picture(path, masks.get(path.stem), captions.get(path.name))
+            if check is not None:
+                check(picture)
             pictures.append(picture if use_masks else replace(picture, mask=None))
         except PICTURE_ERRORS as error:
             skip(f"{path}: cannot be used: {error}", error)
     for stem in masks.keys() - {path.stem for path in paths}:
         skip(f"{masks[stem]}: is the mask of no picture; one of a subject that is a mask needs another name")
+    if paths and not pictures:
+        raise ValueError(
+            f"--{flag}: none of the {len(paths)} picture(s) in {str(folder)!r} can be used; see the warnings."
+        )
     if not pictures:
         raise ValueError(
             f"--{flag}: no readable picture in {str(folder)!r}; expected files that end in "
@@ -112,7 +132,7 @@ def _is_mask(path: Path) -> bool:
 
 def _has_picture_suffix(path: Path) -> bool:
     hidden = path.name.startswith(".")  # also the "._name.jpg" that macOS leaves on other disks
-    return path.is_file() and not hidden and path.suffix.lower() in PICTURE_SUFFIXES | PLUGIN_SUFFIXES
+    return path.is_file() and not hidden and path.suffix.lower() in PICTURE_SUFFIXES | PLUGINS.keys()
 
 
 def _read_metadata(folder: Path) -> dict[str, str]:
@@ -142,9 +162,25 @@ def _read_text(path: Path) -> str:
         raise ValueError(f"{path.name} is not UTF-8 text: {error}") from error
 
 
+def _open_picture(path: Path) -> Image.Image:
+    """`open_picture`, with the plugin that reads this kind where it is installed; where it is not, errors name it."""
+    module, package = PLUGINS.get(path.suffix.lower(), (None, None))
+    if module is None:
+        return open_picture(path)
+    try:
+        import_module(module)
+        hint = ""
+    except ImportError:
+        hint = f"; `pip install {package}` lets Pillow read such files"
+    try:
+        return open_picture(path)
+    except PICTURE_ERRORS as error:
+        raise ValueError(f"{error}{hint}") from error
+
+
 def _open_mask(path: Path) -> Image.Image:
     """A mask file as grey. What is transparent is outside; a black cut-out counts by its transparency alone."""
-    mask = open_picture(path)
+    mask = _open_picture(path)
     if not mask.has_transparency_data:
         channels = np.asarray(mask.convert("RGB"), dtype=np.int16)
         if np.ptp(channels, axis=-1).max() > GREY_SPREAD:
@@ -156,7 +192,7 @@ def _open_mask(path: Path) -> Image.Image:
 
 
 def _load_picture(path: Path, mask_file: Path | None, caption: str | None) -> Picture:
-    image, mask = split_alpha(open_picture(path))
+    image, mask = split_alpha(_open_picture(path))
     if mask_file is not None:
         mask = _open_mask(mask_file)
         if mask.size != image.size:
@@ -170,6 +206,27 @@ def _load_picture(path: Path, mask_file: Path | None, caption: str | None) -> Pi
         caption = _read_text(text_file)
     caption = " ".join(caption.split()) if caption else None
     return Picture(path, image, mask, caption or None)
+
+
+def check_size(picture: Picture, size: tuple[int, int], downscale: int) -> None:
+    """Raise ValueError where a picture has next to nothing to learn at the training size `(width, height)`.
+
+    A crop has to have a pixel at least for each latent, which stands for `downscale` x `downscale` pixels: what is
+    enlarged more than that shows the base its own blur. And it has to keep SMALLEST_SHARE of the picture.
+    """
+    width, height = picture.image.size
+    scale = max(size[0] / width, size[1] / height)  # of the largest crop to the training size
+    if scale > downscale:
+        raise ValueError(
+            f"it is {width} x {height}, too small to be enlarged {scale:.0f} times to {size[0]} x {size[1]}; "
+            f"expected at least {math.ceil(size[0] / downscale)} x {math.ceil(size[1] / downscale)}"
+        )
+    share = (size[0] / scale) * (size[1] / scale) / (width * height)
+    if share < SMALLEST_SHARE:
+        raise ValueError(
+            f"it is {width} x {height}, of which a crop of {size[0]} : {size[1]} would keep {share:.0%}; crop it "
+            "around the subject"
+        )
 
 
 def bucket_size(width: int, height: int, *, resolution: int, multiple: int) -> tuple[int, int]:

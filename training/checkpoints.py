@@ -9,8 +9,8 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from glob import escape
 from pathlib import Path
@@ -25,7 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from multisubject.subject_file import make_writable_folder
-from multisubject.training_config import TrainConfig
+from multisubject.training.config import TrainConfig
+from multisubject.training.run_lock import locked
 
 logger = logging.getLogger(__name__)
 
@@ -96,24 +97,41 @@ class Progress:
     best_residual: list[list[float]] | None = None
 
 
-def check_output(config: TrainConfig, accelerator: Accelerator) -> None:
-    """Make the output folder, see that it can be written, and that it holds no other run."""
+@contextmanager
+def claimed_outputs(configs: Sequence[TrainConfig], accelerator: Accelerator) -> Iterator[None]:
+    """While entered the output folders are this run's: made, writable, with no other run in them, over or going on."""
     failure: list[Exception | None] = [None]
-    if accelerator.is_main_process:
+    with ExitStack() as claims:
+        if accelerator.is_main_process:  # for all processes of this run
+            try:
+                for config in configs:
+                    claims.enter_context(_claimed(config, Path(config.output_dir)))
+            except (OSError, ValueError) as error:
+                failure = [error]
+        broadcast_object_list(failure)  # else the other processes would wait for one that is gone
+        if failure[0] is not None:
+            raise failure[0]
+        yield
+
+
+@contextmanager
+def _claimed(config: TrainConfig, output: Path) -> Iterator[None]:
+    with ExitStack() as claim:
         try:
-            _check_output(config, Path(config.output_dir))
-        except (OSError, ValueError) as error:
-            failure = [error]
-    broadcast_object_list(failure)  # else the other processes would wait for one that is gone
-    if failure[0] is not None:
-        raise failure[0]
+            make_writable_folder(output)
+            claim.enter_context(locked(output))
+        except BlockingIOError as error:
+            raise ValueError(
+                f"--output_dir: {str(output)!r}: another run is writing here ({error}); wait for its end, or choose "
+                "another folder."
+            ) from None
+        except OSError as error:
+            raise OSError(f"--output_dir: {str(output)!r} cannot be written ({error}); choose another.") from error
+        _check_output(config, output)
+        yield
 
 
 def _check_output(config: TrainConfig, output: Path) -> None:
-    try:
-        make_writable_folder(output)
-    except OSError as error:
-        raise OSError(f"--output_dir: {str(output)!r} cannot be written ({error}); choose another.") from error
     kept = checkpoints(output)
     earlier = [*kept, *output.glob("*.safetensors")]
     if earlier and not (config.resume_from_checkpoint or config.overwrite_output_dir):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
-import numbers
 import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from .layout import is_whole
 
 if TYPE_CHECKING:
     from .subject_loader import EncoderSlot
@@ -155,12 +156,12 @@ def check_prompts(asked: Mapping[str, Any], slots: Sequence[EncoderSlot]) -> Non
 
 def check_steps(name: str, steps: int | None, otherwise: str) -> None:
     """Raise `ValueError` unless `steps` is None, which means `otherwise`, or a whole number from 0."""
-    if steps is not None and (not _is_whole(steps) or steps < 0):
+    if steps is not None and not is_whole(steps, at_least=0):
         raise ValueError(f"`{name}` is {steps!r}, expected a whole number of at least 0, or None for {otherwise}.")
 
 
 def _check_count(name: str, count: Any, meaning: str) -> None:
-    if not _is_whole(count) or count < 1:
+    if not is_whole(count, at_least=1):
         raise ValueError(f"`{name}` is {count!r}, expected a whole number of at least 1 ({meaning}).")
 
 
@@ -179,7 +180,3 @@ def _check_attention_arguments(arguments: Any, unet: Any) -> None:
             f"`cross_attention_kwargs` has {unknown}, expected some of {sorted(known)}, which the UNet's attention"
             " processors take. (A layout is given as `layout`.)"
         )
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

@@ -262,7 +262,7 @@ class MultiSubjectMixin(SubjectLoaderMixin):
                 placed = self.place(prompts, layout, color_context, height, width)
                 names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds",
                          "negative_pooled_prompt_embeds")  # fmt: skip
-                embeds = dict(zip(names, self.encode_prompt(prompt, **encoding), strict=False))
+                embeds: dict[str, Any] = dict(zip(names, self.encode_prompt(prompt, **encoding), strict=False))
                 if guidance_steps != 0:
                     conditioning = self.prepare_regions(
                         placed,

@@ -228,8 +228,7 @@ class _Schedule:
     """
 
     def __init__(self, scheduler: Any, guidance_weight: float, guidance_steps: int | None):
-        if not isinstance(guidance_weight, numbers.Real):
-            raise TypeError(f"`guidance_weight` is {guidance_weight!r}, expected a number.")
+        _check_number("guidance_weight", guidance_weight)
         if not abs(guidance_weight) <= 1e6:
             raise ValueError(f"`guidance_weight` is {guidance_weight}, expected a number from -1e6 to 1e6.")
         if guidance_steps is not None and guidance_steps < 0:
@@ -238,7 +237,8 @@ class _Schedule:
             raise ValueError(
                 f"{type(scheduler).__name__} has no `alphas_cumprod`, expected one of KarrasDiffusionSchedulers."
             )
-        self.scheduler, self.guidance_weight, self.guidance_steps = scheduler, guidance_weight, guidance_steps
+        self.scheduler = scheduler
+        self.guidance_weight, self.guidance_steps = guidance_weight, guidance_steps
         self.sigmas: torch.Tensor | None = None
         if hasattr(scheduler, "alphas_cumprod"):
             # Zero-terminal-SNR schedules end in alpha_bar = 0; diffusers' own floor keeps the noise level finite.
@@ -312,8 +312,7 @@ class _RegionHook:
         recorder: AttentionRecorder | None,
         calls: ExpectedCalls | None,
     ):
-        if not isinstance(weight_negative, numbers.Real):
-            raise TypeError(f"`weight_negative` is {weight_negative!r}, expected a number.")
+        _check_number("weight_negative", weight_negative)
         if not -torch.finfo(torch.float32).max <= weight_negative <= 0:
             raise ValueError(f"`weight_negative` is {weight_negative}, expected a finite number that is at most 0.")
         self.appended = getattr(method, "uses_region_prompts", False)
@@ -490,6 +489,11 @@ class _RegionHook:
         held_back_summary = hidden_summary.maximum(least[:, None, None])
         biases = (maps[:, None] for maps in (signed_weights, inside_weights, hidden_summary, held_back_summary))
         return RegionMaps(masks, inside, tokens, kinds, owners, *biases)
+
+
+def _check_number(name: str, value: Any) -> None:
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"`{name}` is {value!r}, expected a number.")
 
 
 def _level_sizes(height: int, width: int, num_levels: int | None) -> list[tuple[int, int]]:

@@ -168,7 +168,7 @@ def parse_prompt(
                 continue
             raise ValueError(
                 f"prompt names the subject {match[0]!r}, which is not loaded: expected one of "
-                f"{quoted(f'<{known}>' for known in subjects) or 'none, as no subject is loaded'}. "
+                f"{_quoted(f'<{known}>' for known in subjects) or 'none, as no subject is loaded'}. "
                 f"Load it with `load_subject(…, name={match[1].strip()!r})` or correct the name in {prompt!r}."
             )
         text += prompt[position : match.start()]
@@ -245,7 +245,7 @@ def add_residuals(
         phrase, delta = subject.class_phrase, subject.deltas.get(text_encoder)
         if delta is None:
             raise ValueError(
-                f"residual of {phrase!r} has no delta for {text_encoder!r}, only for {quoted(subject.deltas)}. "
+                f"residual of {phrase!r} has no delta for {text_encoder!r}, only for {_quoted(subject.deltas)}. "
                 "Use a base model with the text encoders that the subject was trained with."
             )
         if delta.shape != (len(span), embed_dim):
@@ -283,8 +283,8 @@ def _find_plain_subjects(text: str, subjects: Mapping[str, ResidualEmbedding]) -
         ]
         if free and len(owners[phrase]) > 1:
             raise ValueError(
-                f"phrase {phrase!r} in the prompt {text!r} is ambiguous: the subjects {quoted(owners[phrase])} all "
-                f"stand for it. Name the one that is meant: {quoted(f'<{name}>' for name in owners[phrase])}."
+                f"phrase {phrase!r} in the prompt {text!r} is ambiguous: the subjects {_quoted(owners[phrase])} all "
+                f"stand for it. Name the one that is meant: {_quoted(f'<{name}>' for name in owners[phrase])}."
             )
         name = owners[phrase][0]
         if len(free) > 1:
@@ -366,8 +366,8 @@ def _missing(phrase: str, text: str, subjects: Sequence[str] = ()) -> str:
             f"phrase {phrase!r} is in the prompt {text!r}, but the tokenizer joins it to the characters beside it. "
             "Put a space on both sides of it."
         )
-    found = quoted(dict.fromkeys(re.findall(r"\w+(?:['’-]\w+)*", text.lower())), most=77) or "none"
-    named = f" and the subjects {quoted(f'<{name}>' for name in dict.fromkeys(subjects))}" if subjects else ""
+    found = _quoted(dict.fromkeys(re.findall(r"\w+(?:['’-]\w+)*", text.lower())), most=77) or "none"
+    named = f" and the subjects {_quoted(f'<{name}>' for name in dict.fromkeys(subjects))}" if subjects else ""
     return (
         f"phrase {phrase!r} is not in the prompt {text!r}; the words found are {found}{named}. "
         "Write the phrase as it stands in the prompt, or add it there; a loaded subject is added as `<name>`."
@@ -379,7 +379,7 @@ def _normalize(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def quoted(words: Iterable[str], most: int = 8) -> str:
+def _quoted(words: Iterable[str], most: int = 8) -> str:
     """Words of an error message; of many, the first ones and how many more there are."""
     listed = [repr(word) for word in words]
     return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")

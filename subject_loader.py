@@ -16,8 +16,9 @@ import torch
 from .base_models import check_subject_fits
 from .hub_client import HubOptions
 from .hub_utils import load_subject
-from .residual_embeddings import ParsedPrompt, ResidualEmbedding, add_residuals, find_token_spans, parse_prompt, quoted
+from .residual_embeddings import ParsedPrompt, ResidualEmbedding, add_residuals, find_token_spans, parse_prompt
 from .shared_models import in_turn
+from .subject_file import some_of
 
 __multisubject_version__ = "0.1.0"
 
@@ -203,8 +204,7 @@ class SubjectLoaderMixin:
 
     def _check_loaded(self, names: Sequence[str]) -> None:
         if missing := [name for name in names if name not in self.subjects]:
-            loaded = quoted(self.subjects) or "none"
-            raise ValueError(f"Subjects {missing} are not loaded; the loaded ones are {loaded}.")
+            raise ValueError(f"Subjects {missing} are not loaded; the loaded ones are {some_of(self.subjects)}.")
 
     def _check_subject(self, name: str, subject: ResidualEmbedding, names: Sequence[str]) -> None:
         for taken in names:  # prompts name subjects in any case

@@ -230,6 +230,12 @@ def test_plain_phrase_shared_by_two_subjects_is_ambiguous(tokenizer):
         parse_prompt(tokenizer, "a photo of a dog", SUBJECTS)
 
 
+def test_of_many_subjects_that_share_a_phrase_the_first_few_are_listed(tokenizer):
+    many = {f"dog{number}": subject("dog") for number in range(200)}
+    with pytest.raises(ValueError, match=r"'dog7' and 192 more all stand for it. Name .* '<dog7>' and 192 more\.$"):
+        parse_prompt(tokenizer, "a photo of a dog", many)
+
+
 def test_plain_phrase_that_stands_twice_is_ambiguous(tokenizer):
     with pytest.raises(ValueError, match=r"'person' is ambiguous: it stands 2 times .* Write '<petrucci>'"):
         parse_prompt(tokenizer, "a person and a person", SUBJECTS)

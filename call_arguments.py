@@ -152,6 +152,9 @@ def check_prompts(asked: Mapping[str, Any], slots: Sequence[EncoderSlot]) -> Non
         for text in prompt:
             if not isinstance(text, str):
                 raise TypeError(f"`{name}` is a list with {text!r} in it, expected texts.")
+        first = asked.get("prompt")
+        if name != "prompt" and first is not None and len(prompt) != len([first] if isinstance(first, str) else first):
+            raise ValueError(f"`{name}` has {len(prompt)} texts, expected one for each of the prompts in `prompt`.")
 
 
 def check_steps(name: str, steps: int | None, otherwise: str) -> None:

@@ -36,7 +36,7 @@ from .region_attention import ExpectedCalls, RegionConditioning, RegionPrompts, 
 from .residual_embeddings import ParsedPrompt
 from .saved_pipeline import copy_pipeline_sources, load_saved_subjects, save_subjects_with_pipeline
 from .shared_models import in_turn
-from .subject_loader import SubjectLoaderMixin
+from .subject_loader import EncoderSlot, SubjectLoaderMixin
 
 __multisubject_version__ = "0.1.0"
 
@@ -325,19 +325,22 @@ class MultiSubjectMixin(SubjectLoaderMixin):
                 for slot in slots:  # one negative prompt for all embeddings
                     if isinstance(asked[slot.negative_prompt], str):
                         asked[slot.negative_prompt] = [asked[slot.negative_prompt]] * len(prompt_embeds)
-            positive = [self._read(asked, slot) if prompt_embeds is None else [] for slot in slots]
-            negative = [self._read(asked, slot, negative=True) if reads_negative else [] for slot in slots]
+            given = dict(asked)
+            positive = [self._read(given, asked, slot) if prompt_embeds is None else [] for slot in slots]
+            negative = [self._read(given, asked, slot, negative=True) if reads_negative else [] for slot in slots]
             embeds, negative_embeds, *pooled = self._encode(**asked)
             if negative_embeds is not None:
                 negative_embeds = self.add_subjects(negative_embeds, negative, num_images)
             return self.add_subjects(embeds, positive, num_images), negative_embeds, *pooled
 
-    def _read(self, asked: dict[str, Any], slot: Any, *, negative: bool = False) -> list[ParsedPrompt]:
+    def _read(
+        self, given: Mapping[str, Any], asked: dict[str, Any], slot: EncoderSlot, *, negative: bool = False
+    ) -> list[ParsedPrompt]:
         """A text encoder's prompts with their subjects found; in `asked`, plain words take the place of names."""
-        name = slot.negative_prompt if negative else slot.prompt
-        parsed = self.parse_prompts(asked[name], slot, negative=negative)
-        if parsed:
-            asked[name] = parsed[0].text if isinstance(asked[name], str) else [text.text for text in parsed]
+        name, first = (slot.negative_prompt, "negative_prompt") if negative else (slot.prompt, "prompt")
+        parsed = self.parse_prompts(given[name] or given[first], slot, negative=negative)
+        if parsed and given[name]:
+            asked[name] = parsed[0].text if isinstance(given[name], str) else [text.text for text in parsed]
         return parsed
 
     def _encoding(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -370,7 +373,7 @@ class MultiSubjectMixin(SubjectLoaderMixin):
             raise ValueError("`prompt` needs a tokenizer, which the pipeline does not have; load one.")
         layouts, contexts = per_prompt(layout, prompt, "layout"), per_prompt(color_context, prompt, "color_context")
         with self.reading():
-            texts = zip(*(self.parse_prompts(prompts[slot.prompt], slot) for slot in slots), strict=True)
+            texts = zip(*(self.parse_prompts(prompts[slot.prompt] or prompt, slot) for slot in slots), strict=True)
             return [
                 PlacedPrompt(of_prompt)
                 if of_layout is None and layout is not None  # one of several prompts may have none
@@ -403,6 +406,8 @@ class MultiSubjectMixin(SubjectLoaderMixin):
             ]
         conditioning = make_conditioning(placed, lengths, num_tokens)
         appended = getattr(guidance_method, "uses_region_prompts", False)
+        # With a `prompt_2` of its own, a word has no one place that its own embedding could take.
+        encode_words = encode_words and all(of_prompt.is_alike for of_prompt in placed)
         if conditioning is not None and (
             appended or (encode_words and getattr(guidance_method, "uses_own_words", False))
         ):

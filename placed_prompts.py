@@ -27,12 +27,18 @@ class PlacedPrompt:
     Args:
         texts: the prompt with its subjects found, as each text encoder reads it.
         regions: of the layout, all masks of one size.
-        places: for each region the words and tokens of the prompt that it places, as each text encoder reads them.
+        places: for each region the words and tokens of the prompt that it places, as each text encoder reads them; those
+            of a `prompt_2` that does not say them are left out.
     """
 
     texts: Sequence[ParsedPrompt]
     regions: Sequence[Region] = ()
     places: Sequence[Sequence[Place]] = ()
+
+    @property
+    def is_alike(self) -> bool:
+        """Whether all text encoders have the regions' words at the same tokens."""
+        return all(of_region == [of_region[0]] * len(self.texts) for of_region in self.places)
 
     def spans(self) -> list[list[range]]:
         """For each region its tokens in every text encoder's prompt, each span once."""
@@ -61,7 +67,7 @@ def place_prompt(
             loaded subject that the prompt has as a plain word.
     """
     regions = parse_layout(layout, height=height, width=width, color_context=color_context)
-    places = [[text.find(region.subject, region.occurrence) for text in texts] for region in regions]
+    places = [_find_places(texts, region) for region in regions]
     # A layout that says `petrucci` where the prompt says so without brackets means the subject, not the word.
     mentioned = {mention.subject for mention in texts[0].mentions}
     for region in regions:
@@ -73,6 +79,18 @@ def place_prompt(
                     f" plain word, which draws no subject. Write `<{name}>` there, or load it under another name."
                 )
     return PlacedPrompt(texts, regions, places)
+
+
+def _find_places(texts: Sequence[ParsedPrompt], region: Region) -> list[Place]:
+    """Where the prompt says what a region places; a `prompt_2` of other words may say it, too."""
+    first, *others = texts
+    places = [first.find(region.subject, region.occurrence)]
+    for text in others:
+        if text.text == first.text:
+            places.append(text.find(region.subject, region.occurrence))
+        elif text.says(region.subject):
+            places.append(text.find(region.subject))
+    return places
 
 
 def per_prompt(value: Any, prompt: str | list[str] | None, argument: str) -> list[Any]:

@@ -28,10 +28,11 @@ class EncoderSlot:
     """Where a text encoder's output lies in the prompt embeddings `(prompts, tokens, dim)` that the UNet reads.
 
     Args:
-        name: of the pipeline's component, and of a subject's delta: `text_encoder`.
+        name: of the pipeline's component, and of a subject's delta: `text_encoder`, `text_encoder_2`.
         tokenizer: its tokenizer, or None.
         width: columns that it fills; slots follow one another. None if the encoder is not loaded.
-        prompt: the argument of a call that holds what it reads: `prompt`.
+        prompt: the argument of a call that holds what it reads, `prompt` or `prompt_2`; that of the first one counts where
+            there is none.
     """
 
     name: str
@@ -161,10 +162,19 @@ class SubjectLoaderMixin:
         """Prompts as a text encoder reads them, with their subjects found; none where there is no tokenizer."""
         if prompt is None or slot.tokenizer is None:
             return []
-        texts = [prompt] if isinstance(prompt, str) else prompt
-        if negative:
-            return [parse_prompt(slot.tokenizer, text, self.subjects, by_phrase=False) for text in texts]
-        return [parse_prompt(slot.tokenizer, text, self._subjects_in_use(text)) for text in texts]
+        learned = {
+            word for other in self.encoder_slots if other.tokenizer for word in other.tokenizer.get_added_vocab()
+        }
+        return [
+            parse_prompt(
+                slot.tokenizer,
+                text,
+                self.subjects if negative else self._subjects_in_use(text),
+                by_phrase=not negative,
+                learned=learned,
+            )
+            for text in ([prompt] if isinstance(prompt, str) else prompt)
+        ]
 
     def add_subjects(
         self, prompt_embeds: torch.Tensor, texts: Sequence[Sequence[ParsedPrompt]], num_images_per_prompt: int = 1
@@ -182,6 +192,8 @@ class SubjectLoaderMixin:
         widths = [cast(int, slot.width) for slot in slots]
         columns = []
         for slot, of_slot, part in zip(slots, texts, prompt_embeds.split(widths, dim=-1), strict=True):
+            if len(of_slot) == 1:  # a negative prompt may be one for all prompts
+                of_slot = [*of_slot] * (len(part) // num_images_per_prompt)
             rows = []
             for text, of_prompt in zip(of_slot, part.split(num_images_per_prompt), strict=True):
                 residuals = [

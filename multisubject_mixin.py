@@ -490,7 +490,7 @@ class MultiSubjectMixin(SubjectLoaderMixin):
     def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """Save `model_index.json`, and beside it the code that it names, so that the folder loads by itself."""
         os.makedirs(save_directory, exist_ok=True)
-        copy_pipeline_sources(save_directory)
+        copy_pipeline_sources(save_directory, self._file)
         save_subjects_with_pipeline(self.subjects, save_directory)
         super().save_config(save_directory, push_to_hub, **kwargs)  # type: ignore[misc]
 

@@ -1,6 +1,8 @@
 """Stable Diffusion XL with several personal subjects in one picture, each where a layout wants it.
 
-    pipe = DiffusionPipeline.from_pretrained(base, custom_pipeline="pipeline_multisubject_xl.py", trust_remote_code=True)
+    pipe = DiffusionPipeline.from_pretrained(
+        base, custom_pipeline="pipeline_multisubject_xl.py", trust_remote_code=True
+    )
     pipe.load_subject("petrucci.safetensors", name="petrucci")
     pipe("a photo of <petrucci> on the beach", layout={"petrucci": (0.1, 0.2, 0.5, 1.0)}).images[0]
 
@@ -26,10 +28,13 @@ __multisubject_version__ = "0.1.0"
 # another sibling needs: for a local file, diffusers copies what it imports and no further.
 try:
     from .attention_processors import __multisubject_version__ as _
+    from .base_models import __multisubject_version__ as _
     from .call_arguments import joined
     from .guidance_methods import __multisubject_version__ as _
+    from .hub_client import __multisubject_version__ as _
     from .hub_utils import __multisubject_version__ as _
     from .layout import __multisubject_version__ as _
+    from .layout_images import __multisubject_version__ as _
     from .model_card import __multisubject_version__ as _
     from .multisubject_mixin import ENCODING_DEFAULTS, MultiSubjectMixin
     from .pictures import __multisubject_version__ as _
@@ -37,9 +42,11 @@ try:
     from .recurrence import __multisubject_version__ as _
     from .region_attention import __multisubject_version__ as _
     from .residual_embeddings import __multisubject_version__ as _
+    from .saved_pipeline import __multisubject_version__ as _
     from .shared_models import __multisubject_version__ as _
     from .subject_file import __multisubject_version__ as _
-    from .subject_loader import EncoderSlot
+    from .subject_loader import EncoderSlot, hidden_size
+    from .subject_pickle import __multisubject_version__ as _
 except ImportError as error:
     raise ImportError(
         f"{__name__} found a file beside it that is not of multisubject {__multisubject_version__}: {error}. Another"
@@ -48,9 +55,10 @@ except ImportError as error:
     ) from error
 
 _SIBLINGS = (
-    "attention_processors", "call_arguments", "guidance_methods", "hub_utils", "layout", "model_card",
-    "multisubject_mixin", "pictures", "placed_prompts", "recurrence", "region_attention", "residual_embeddings",
-    "shared_models", "subject_file", "subject_loader",
+    "attention_processors", "base_models", "call_arguments", "guidance_methods", "hub_client", "hub_utils",
+    "layout", "layout_images", "model_card", "multisubject_mixin", "pictures", "placed_prompts", "recurrence",
+    "region_attention", "residual_embeddings", "saved_pipeline", "shared_models", "subject_file", "subject_loader",
+    "subject_pickle",
 )  # fmt: skip
 _versions = {
     name: getattr(sys.modules[f"{__name__.rpartition('.')[0]}.{name}"], "__multisubject_version__", None)
@@ -104,24 +112,21 @@ class MultiSubjectXLPipeline(MultiSubjectMixin, StableDiffusionXLPipeline):
     def encoder_slots(self) -> list[EncoderSlot]:
         """Two text encoders, whose outputs lie side by side in the prompt embeddings."""
         return [
-            EncoderSlot(
-                name, tokenizer, getattr(getattr(getattr(self, name), "config", None), "hidden_size", None), prompt
-            )
-            for name, tokenizer, prompt in (
-                ("text_encoder", self.tokenizer, "prompt"),
-                ("text_encoder_2", self.tokenizer_2, "prompt_2"),
-            )
+            EncoderSlot("text_encoder", self.tokenizer, hidden_size(self.text_encoder), "prompt"),
+            EncoderSlot("text_encoder_2", self.tokenizer_2, hidden_size(self.text_encoder_2), "prompt_2"),
         ]
 
     def base_problem(self, unet: Any) -> str | None:
         """A UNet of another architecture or of a refiner, or one of another width than the two encoders' together."""
         expected = "Expected a base model of Stable Diffusion XL."
         if unet.config.get("addition_embed_type") != "text_time":
-            return f"takes no pooled embedding and picture sizes. {expected} For 1.x and 2.x: `MultiSubjectPipeline`."
+            return f"takes no pooled embedding and sizes. {expected} `MultiSubjectPipeline` is for 1.x and 2.x."
         width, widths = unet.config.get("cross_attention_dim"), [slot.width for slot in self.encoder_slots]
-        if None not in widths and width != sum(widths):
+        known = [width for width in widths if width is not None]
+        if width == widths[1] or (len(known) == 2 and width != sum(known)):
+            found = " + ".join(map(str, known))
             return (
-                f"reads prompt embeddings of width {width}, but the text encoders' have {' + '.join(map(str, widths))}."
-                f" {expected} (A refiner has one text encoder and cannot be guided.)"
+                f"reads prompt embeddings of width {width}, but the text encoders' have {found}. {expected} (A refiner"
+                " reads one text encoder's, and takes no subjects.)"
             )
         return None

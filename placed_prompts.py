@@ -27,8 +27,8 @@ class PlacedPrompt:
     Args:
         texts: the prompt with its subjects found, as each text encoder reads it.
         regions: of the layout, all masks of one size.
-        places: for each region the words and tokens of the prompt that it places, as each text encoder reads them; those
-            of a `prompt_2` that does not say them are left out.
+        places: for each region the words and tokens of the prompt that it places, as each text encoder reads them;
+            those of a `prompt_2` that does not say them are left out.
     """
 
     texts: Sequence[ParsedPrompt]

@@ -31,8 +31,7 @@ class EncoderSlot:
         name: of the pipeline's component, and of a subject's delta: `text_encoder`, `text_encoder_2`.
         tokenizer: its tokenizer, or None.
         width: columns that it fills; slots follow one another. None if the encoder is not loaded.
-        prompt: the argument of a call that holds what it reads, `prompt` or `prompt_2`; that of the first one counts where
-            there is none.
+        prompt: the argument of a call that holds what it reads, `prompt` or `prompt_2`; without one it reads the first.
     """
 
     name: str
@@ -44,6 +43,11 @@ class EncoderSlot:
     def negative_prompt(self) -> str:
         """The argument with what not to show."""
         return f"negative_{self.prompt}"
+
+
+def hidden_size(text_encoder: Any) -> int | None:
+    """Columns of a text encoder's output; None where it is not loaded."""
+    return getattr(getattr(text_encoder, "config", None), "hidden_size", None)
 
 
 class SubjectLoaderMixin:

@@ -141,7 +141,7 @@ def check_call(
 
 def check_prompts(asked: Mapping[str, Any], slots: Sequence[EncoderSlot]) -> None:
     """Raise `TypeError` or `ValueError` unless what text encoders are to read is text."""
-    for name in (name for slot in slots for name in (slot.prompt, slot.negative_prompt)):
+    for name in (name for slot in slots for name in slot.prompts):
         prompt = asked.get(name)
         if prompt is None or isinstance(prompt, str):
             continue

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .attention_processors import AttentionRecorder
-from .guidance_methods import TokenKind
+from .guidance_methods import GuidanceMethod, TokenKind
 from .layout import Region, parse_layout, region_names
 from .region_attention import RegionConditioning, RegionPrompts
 from .residual_embeddings import Mention, ParsedPrompt, Place, ResidualEmbedding
@@ -163,6 +163,21 @@ def make_conditioning(
         of_encoders = [_token_kinds(length, num_tokens) for length in lengths[row]]
         kinds[row] = torch.stack(of_encoders).amin(dim=0)  # where one encoder has a word, it counts
     return RegionConditioning(masks, tokens, weights, kinds)
+
+
+def wants_region_prompts(method: GuidanceMethod, placed: Sequence[PlacedPrompt], encodes_words: bool = True) -> bool:
+    """Whether a guidance method needs each region's own prompt.
+
+    Args:
+        method: the guidance method.
+        placed: the prompts.
+        encodes_words: False: what a method can take from the prompt embeddings, it shall.
+    """
+    if getattr(method, "uses_region_prompts", False):
+        return True
+    # With a `prompt_2` of its own, a word has no one place that its own embedding could take.
+    encodes_words = encodes_words and all(of_prompt.is_alike for of_prompt in placed)
+    return encodes_words and getattr(method, "uses_own_words", False)
 
 
 def region_texts(placed: Sequence[PlacedPrompt]) -> list[ParsedPrompt]:

@@ -44,6 +44,11 @@ class EncoderSlot:
         """The argument with what not to show."""
         return f"negative_{self.prompt}"
 
+    @property
+    def prompts(self) -> tuple[str, str]:
+        """Both."""
+        return self.prompt, self.negative_prompt
+
 
 def hidden_size(text_encoder: Any) -> int | None:
     """Columns of a text encoder's output; None where it is not loaded."""

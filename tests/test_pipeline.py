@@ -52,7 +52,7 @@ import multisubject.pipeline_multisubject as pipeline_module
 from multisubject.guidance_methods import GUIDANCE_METHODS, uses_region_prompts
 from multisubject.hub_utils import save_subject
 from multisubject.pipeline_multisubject import MultiSubjectPipeline
-from multisubject.placed_prompts import PlacedPrompt
+from multisubject.placed_prompts import PlacedPrompt, wants_region_prompts
 from multisubject.recurrence import RecurrentScheduler
 from multisubject.residual_embeddings import Place, ResidualEmbedding, parse_prompt
 from multisubject.saved_pipeline import PIPELINE_SIBLINGS, PIPELINES
@@ -347,7 +347,7 @@ def test_region_prompts_stand_alone_and_carry_their_residual(pipe):
     count = len(encoders(pipe))
     places = [[Place("red dog", range(2, 4))] * count, [Place("dog", range(5, 6))] * count]
     placed = PlacedPrompt([text] * count, places=places)
-    prompts = pipe.encode_region_prompts([placed])
+    _, prompts = pipe.encode_with_regions([placed], prompt="a red dog and <rex>")
     alone = encoded(plain(pipe), ["a photo of red dog", "a photo of dog"])[0]
     torch.testing.assert_close(prompts.embeds[0, 0], alone[0])
     alone[1][4] += whole(pipe, rex)[0]
@@ -358,6 +358,24 @@ def test_region_prompts_stand_alone_and_carry_their_residual(pipe):
     assert {layer.key.shape[2] for layer in cross} == {3 * 77}
     assert [(cross[0].maps.owners == owner).sum() for owner in (-1, 0, 1)] == [77, 77, 77]
     assert cross[0].maps.tokens[0].nonzero().tolist() == [[0, 2], [0, 3], [0, 81], [0, 82], [1, 5], [1, 158]]
+
+
+@pytest.mark.parametrize("method", ["multisubject", "regional_prompts"])
+def test_regions_are_encoded_with_the_prompt(pipe, method):
+    """Encoders that are offloaded travel no more often than in diffusers' own call."""
+    visits: list[str] = []
+    hooks = [
+        getattr(pipe, name).register_forward_pre_hook(lambda *_, name=name: visits.append(name))
+        for name in encoders(pipe)
+    ]
+    counts = []
+    for which, arguments in ((plain(pipe), {}), (pipe, {"layout": LAYOUT, "guidance_method": method})):
+        visits.clear()
+        sample(which, num_inference_steps=1, negative_prompt="blurry", **arguments)
+        counts.append(list(visits))
+    for hook in hooks:
+        hook.remove()
+    assert counts[0] == counts[1] == encoders(pipe) * 2
 
 
 def test_attention_maps_show_what_region_prompts_receive(pipe):
@@ -483,9 +501,10 @@ def test_prompts_are_encoded_where_the_pipeline_runs(pipe, monkeypatch):
     pipe.encode_prompt(PROMPT)
     text = parse_prompt(pipe.tokenizer, PROMPT, {})
     count = len(encoders(pipe))
-    pipe.encode_region_prompts([PlacedPrompt([text] * count, places=[[Place("red dog", range(4, 6))] * count])])
+    placed = PlacedPrompt([text] * count, places=[[Place("red dog", range(4, 6))] * count])
+    pipe.encode_with_regions([placed], prompt=PROMPT)
     pipe.encode_prompt(PROMPT, device="cpu")
-    assert devices == [torch.device("cuda:1")] * 2 + ["cpu"]
+    assert devices == [torch.device("cuda:1")] * 3 + ["cpu"]
 
 
 def test_two_dogs_have_their_own_tokens_and_regions(pipe):
@@ -959,7 +978,7 @@ def test_textual_inversion_can_be_placed(tokenizer, tmp_path, monkeypatch, token
         ),
     )
     guided = sample(pipe, f"a photo of {token} and a ball", layout={token: (0, 0, 0.5, 1)}, guidance_method=method)
-    assert prompts[0] == [f"a photo of {token}"]
+    assert prompts[0] == [f"a photo of {token} and a ball", f"a photo of {token}"]
     assert not torch.equal(guided, sample(pipe, f"a photo of {token} and a ball"))
     with pytest.raises(ValueError, match="learned token '<cat>' already"):
         pipe.tokenizer.add_tokens("<cat>")
@@ -1069,8 +1088,10 @@ def test_a_second_prompt_names_subjects_of_its_own(xl):
     guided = sample(xl, TWO, prompt_2=second, layout=APART)
     assert guided.isfinite().all() and not torch.equal(guided, sample(xl, TWO, prompt_2=second))
     placed = xl.place({"prompt": TWO, "prompt_2": second}, APART, None, 32, 32)
-    conditioning = xl.prepare_regions(placed, GUIDANCE_METHODS["multisubject"], num_tokens=77)
-    assert conditioning.prompts is None  # its words have no one place
+    conditioning = xl.prepare_regions(placed, num_tokens=77)
+    assert not wants_region_prompts(GUIDANCE_METHODS["multisubject"], placed)  # its words have no one place
+    assert wants_region_prompts(GUIDANCE_METHODS["multisubject"], xl.place({"prompt": TWO, "prompt_2": None}, APART,
+                                                                          None, 32, 32))  # fmt: skip
     assert [row.nonzero().flatten().tolist() for row in conditioning.tokens[0]] == [spans[0][:1], sorted(
         {spans[0][1], *spans[1]})]  # fmt: skip
     with pytest.raises(ValueError, match="`prompt_2` has 2 texts, expected one for each of the prompts"):

@@ -204,13 +204,13 @@ class SubjectLoaderMixin:
             if len(of_slot) == 1:  # a negative prompt may be one for all prompts
                 of_slot = [*of_slot] * (len(part) // num_images_per_prompt)
             rows = []
-            for text, of_prompt in zip(of_slot, part.split(num_images_per_prompt), strict=True):
+            for text, of_prompt in zip(of_slot, part.split(num_images_per_prompt), strict=bool(of_slot)):
                 residuals = [
                     (self.subjects[mention.subject], mention.span, self._subject_weights.get(mention.subject, 1.0))
                     for mention in text.mentions
                 ]
                 rows.append(add_residuals(of_prompt, residuals, text_encoder=slot.name) if residuals else of_prompt)
-            columns.append(torch.cat(rows))
+            columns.append(torch.cat(rows) if rows else part)
         return torch.cat(columns, dim=-1)
 
     def _subjects_in_use(self, text: str) -> dict[str, ResidualEmbedding]:

@@ -1094,6 +1094,8 @@ def test_a_second_prompt_names_subjects_of_its_own(xl):
                                                                           None, 32, 32))  # fmt: skip
     assert [row.nonzero().flatten().tolist() for row in conditioning.tokens[0]] == [spans[0][:1], sorted(
         {spans[0][1], *spans[1]})]  # fmt: skip
+    xl.register_to_config(force_zeros_for_empty_prompt=False)
+    assert encoded(xl, TWO, negative_prompt_2="<ann>")[1].isfinite().all()
     with pytest.raises(ValueError, match="`prompt_2` has 2 texts, expected one for each of the prompts"):
         xl(TWO, prompt_2=[second, second])
 

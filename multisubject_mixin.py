@@ -87,7 +87,6 @@ class MultiSubjectMixin(SubjectLoaderMixin):
         recurrence: int = 1,
         recurrence_steps: int | None = None,
         output_attention_maps: bool = False,
-        return_dict: bool = True,
         **kwargs: Any,
     ) -> Any:
         """Make pictures.
@@ -187,7 +186,7 @@ class MultiSubjectMixin(SubjectLoaderMixin):
                 dict(zip(of_names, of_image.swapaxes(0, 1), strict=False))  # rows of absent names are left over
                 for of_image, of_names in zip(maps, names, strict=True)
             ]
-        if not return_dict:
+        if not asked["return_dict"]:
             return (*values, attention_maps) if output_attention_maps else values
         return type(self)._output(*values, attention_maps=attention_maps)
 
@@ -213,7 +212,7 @@ class MultiSubjectMixin(SubjectLoaderMixin):
             with pipe.guide(inpaint, "<petrucci> on the beach", {"petrucci": box}) as embeds:
                 inpaint(**embeds, image=image, mask_image=mask)
 
-        Calls are guided in the thread that opens the context; other threads' guided calls of this UNet wait.
+        Guided is whatever calls the UNet with these embeddings, in any thread, and all that this thread calls.
 
         Args:
             pipeline: any whose UNet, of this pipeline's family, is called with the prompts' embeddings alone or behind
@@ -231,7 +230,6 @@ class MultiSubjectMixin(SubjectLoaderMixin):
 
         Raises:
             ValueError, TypeError: an argument is wrong, or `pipeline` calls its UNet in another way.
-            RuntimeError: at the end, if `pipeline` was called in another thread.
         """
         # 1. Check inputs
         unet = getattr(pipeline, "unet", None)
@@ -247,7 +245,8 @@ class MultiSubjectMixin(SubjectLoaderMixin):
             raise ValueError(f"`pipeline`: its UNet {problem}")
         known = {"lora_scale", "clip_skip", *(name for slot in slots for name in slot.prompts)} - {"prompt"}
         if unknown := sorted(set(encoding) - known):
-            raise TypeError(f"Unknown arguments {unknown} of `guide`; expected some of {sorted(known)}.")
+            own = {*inspect.signature(MultiSubjectMixin.guide).parameters} - {"self", "encoding"}
+            raise TypeError(f"Unknown arguments {unknown} of `guide`; expected some of {sorted(known | own)}.")
         check_steps("guidance_steps", guidance_steps, "all steps")
         guidance_function = resolve_guidance_method(guidance_method)
         height, width = self._size(height, width, unet)
@@ -255,41 +254,40 @@ class MultiSubjectMixin(SubjectLoaderMixin):
         check_prompts(asked, slots)
         self._check_inputs(asked)
 
-        with in_turn(unet):
-            # 2. Find subjects and regions in the prompts, and encode them
-            with torch.no_grad():
-                prompts = {slot.prompt: asked.get(slot.prompt) for slot in slots}
-                placed = self.place(prompts, layout, color_context, height, width)
-                num_tokens = slots[0].tokenizer.model_max_length
-                conditioning = self.prepare_regions(placed, num_tokens) if guidance_steps != 0 else None
-                if conditioning is not None and wants_region_prompts(guidance_function, placed):
-                    embeds, region_prompts = self.encode_with_regions(placed, prompt=prompt, **encoding)
-                    conditioning = replace(conditioning, prompts=region_prompts)
-                else:
-                    embeds = dict(zip(_EMBEDS, self.encode_prompt(prompt, **encoding), strict=False))
-            if conditioning is not None and torch.equal(embeds["prompt_embeds"], embeds["negative_prompt_embeds"]):
-                raise ValueError(
-                    f"`negative_prompt` is {encoding.get('negative_prompt')!r}, the prompt itself; expected another."
-                )
+        # 2. Find subjects and regions in the prompts, and encode them
+        with torch.no_grad():
+            prompts = {slot.prompt: asked.get(slot.prompt) for slot in slots}
+            placed = self.place(prompts, layout, color_context, height, width)
+            num_tokens = slots[0].tokenizer.model_max_length
+            conditioning = self.prepare_regions(placed, num_tokens) if guidance_steps != 0 else None
+            if conditioning is not None and wants_region_prompts(guidance_function, placed):
+                embeds, region_prompts = self.encode_with_regions(placed, prompt=prompt, **encoding)
+                conditioning = replace(conditioning, prompts=region_prompts)
+            else:
+                embeds = dict(zip(_EMBEDS, self.encode_prompt(prompt, **encoding), strict=False))
+        if conditioning is not None and torch.equal(embeds["prompt_embeds"], embeds["negative_prompt_embeds"]):
+            raise ValueError(
+                f"`negative_prompt` is {encoding.get('negative_prompt')!r}, the prompt itself; expected another."
+            )
 
-            # 3. Guide whatever calls the UNet with these embeddings
-            with region_attention(
-                unet,
-                conditioning,
-                scheduler=pipeline.scheduler,
-                resize_masks=masks_at,
-                guidance_method=guidance_function,
-                guidance_weight=guidance_weight,
-                weight_negative=weight_negative,
-                guidance_steps=guidance_steps,
-                calls=ExpectedCalls(
-                    pipeline,
-                    (height // self.vae_scale_factor, width // self.vae_scale_factor),  # type: ignore[attr-defined]
-                    embeds["prompt_embeds"],
-                    embeds["negative_prompt_embeds"],
-                ),
-            ):
-                yield embeds
+        # 3. Guide whatever calls the UNet with these embeddings
+        with region_attention(
+            unet,
+            conditioning,
+            scheduler=pipeline.scheduler,
+            resize_masks=masks_at,
+            guidance_method=guidance_function,
+            guidance_weight=guidance_weight,
+            weight_negative=weight_negative,
+            guidance_steps=guidance_steps,
+            calls=ExpectedCalls(
+                pipeline,
+                (height // self.vae_scale_factor, width // self.vae_scale_factor),  # type: ignore[attr-defined]
+                embeds["prompt_embeds"],
+                embeds["negative_prompt_embeds"],
+            ),
+        ):
+            yield embeds
 
     # --- prompts -----------------------------------------------------------------------------------------------------
 
@@ -325,8 +323,9 @@ class MultiSubjectMixin(SubjectLoaderMixin):
         Returns:
             What `encode_prompt` gives, by the names under which a call takes it, and the regions' own prompts.
         """
-        values, encoded = self._encode_prompts(self._encoding((), encoding), region_texts(placed))
-        return dict(zip(_EMBEDS, values, strict=False)), make_region_prompts(placed, encoded)
+        with self._reading():
+            values, encoded = self._encode_prompts(self._encoding((), encoding), region_texts(placed))
+            return dict(zip(_EMBEDS, values, strict=False)), make_region_prompts(placed, encoded)
 
     def _encode_prompts(
         self, asked: dict[str, Any], more: Sequence[ParsedPrompt] = ()
@@ -336,7 +335,7 @@ class MultiSubjectMixin(SubjectLoaderMixin):
         check_prompts(asked, slots)
         num_images = asked["num_images_per_prompt"]
         reads_negative = asked["do_classifier_free_guidance"] and asked["negative_prompt_embeds"] is None
-        with self.reading():
+        with self._reading():
             # 1. Find the subjects
             if prompt_embeds is not None and asked["prompt"] is None and reads_negative:
                 for slot in slots:  # one negative prompt for all embeddings
@@ -410,15 +409,15 @@ class MultiSubjectMixin(SubjectLoaderMixin):
         """Text and layout brought together, one per prompt.
 
         Args:
-            prompts: for each text encoder's `EncoderSlot.prompt` what it reads.
+            prompts: what the text encoders read, by `EncoderSlot.prompt`; at least `prompt`.
             layout, color_context, height, width: as in a call.
         """
         prompt, slots = prompts["prompt"], self.encoder_slots
         if prompt is not None and any(slot.tokenizer is None for slot in slots):
             raise ValueError("`prompt` needs a tokenizer, which the pipeline does not have; load one.")
         layouts, contexts = per_prompt(layout, prompt, "layout"), per_prompt(color_context, prompt, "color_context")
-        with self.reading():
-            texts = zip(*(self.parse_prompts(prompts[slot.prompt] or prompt, slot) for slot in slots), strict=True)
+        with self._reading():
+            texts = zip(*(self.parse_prompts(prompts.get(slot.prompt) or prompt, slot) for slot in slots), strict=True)
             return [
                 PlacedPrompt(of_prompt)
                 if of_layout is None and layout is not None  # one of several prompts may have none
@@ -434,7 +433,7 @@ class MultiSubjectMixin(SubjectLoaderMixin):
             placed: one per prompt.
             num_tokens: length of the prompt embeddings.
         """
-        with self.reading():
+        with self._reading():
             return make_conditioning(
                 placed, [[len(self._tokens(text)) for text in of_prompt.texts] for of_prompt in placed], num_tokens
             )
@@ -444,8 +443,8 @@ class MultiSubjectMixin(SubjectLoaderMixin):
 
     def _check_inputs(self, asked: Mapping[str, Any]) -> None:
         """diffusers' own checks."""
-        names = inspect.signature(self.check_inputs).parameters  # type: ignore[attr-defined]
-        self.check_inputs(**{name: asked.get(name) for name in names})  # type: ignore[attr-defined]
+        names = inspect.signature(super().check_inputs).parameters  # type: ignore[misc]
+        self.check_inputs(*(asked.get(name) for name in names))  # type: ignore[attr-defined]
 
     def _size(self, height: int | None, width: int | None, unet: Any = None) -> tuple[int, int]:
         """Height and width in pixels, the base's where one is not said."""

@@ -95,7 +95,7 @@ class SubjectLoaderMixin:
             raise ValueError("The pipeline has no tokenizer or no text encoder, which subjects need; load both.")
         loaded = load_subject(source, name=name, class_phrase=class_phrase, **hub_options)
         accepted = [*self.subjects]
-        with self.reading():
+        with self._reading():
             for new_name, subject in loaded.items():
                 self._check_subject(new_name, subject, accepted)
                 accepted.append(new_name)
@@ -144,24 +144,32 @@ class SubjectLoaderMixin:
             )
         self._subject_weights = dict.fromkeys(self.subjects, 0.0) | dict(zip(names, factors, strict=True))
 
-    def load_textual_inversion(self, *args: Any, **kwargs: Any) -> None:
+    def load_textual_inversion(
+        self,
+        pretrained_model_name_or_path: Any,
+        token: str | list[str] | None = None,
+        tokenizer: Any = None,
+        text_encoder: Any = None,
+        **kwargs: Any,
+    ) -> None:
         """As the base's. Raises `ValueError` if a token would be called like a loaded subject; none is kept then."""
-        known = {slot.name: set(slot.tokenizer.get_added_vocab()) for slot in self.encoder_slots}
-        super().load_textual_inversion(*args, **kwargs)  # type: ignore[misc]
-        for slot in self.encoder_slots:
-            learned = set(slot.tokenizer.get_added_vocab()) - known[slot.name]
-            for name in self.subjects:
-                if f"<{name}>".casefold() in map(str.casefold, learned):
-                    encoder = getattr(self, slot.name)
-                    self.unload_textual_inversion(sorted(learned), slot.tokenizer, encoder)  # type: ignore[attr-defined]
-                    raise ValueError(
-                        f"The textual inversion's token '<{name}>' is the name of a loaded subject: a prompt could not"
-                        f" tell them apart. Pass another `token`, or `unload_subject({name!r})` first."
-                    )
+        read_by: Any = tokenizer or getattr(self, "tokenizer", None)
+        known = {} if read_by is None else read_by.get_added_vocab()  # without one, the base says what is missing
+        super().load_textual_inversion(  # type: ignore[misc]
+            pretrained_model_name_or_path, token, tokenizer, text_encoder, **kwargs
+        )
+        learned = sorted(set(read_by.get_added_vocab()) - set(known))
+        for name in self.subjects:
+            if f"<{name}>".casefold() in map(str.casefold, learned):
+                self.unload_textual_inversion(learned, tokenizer, text_encoder)  # type: ignore[attr-defined]
+                raise ValueError(
+                    f"The textual inversion's token '<{name}>' is the name of a loaded subject: a prompt could not"
+                    f" tell them apart. Pass another `token`, or `unload_subject({name!r})` first."
+                )
 
     # --- what a prompt names -----------------------------------------------------------------------------------------
 
-    def reading(self) -> AbstractContextManager[Any]:
+    def _reading(self) -> AbstractContextManager[Any]:
         """Within the context, no other thread uses the tokenizers."""
         return in_turn(*(slot.tokenizer for slot in self.encoder_slots))
 

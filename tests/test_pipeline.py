@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,9 +53,11 @@ from transformers import CLIPTokenizer
 import multisubject.pipeline_multisubject as pipeline_module
 from multisubject.guidance_methods import GUIDANCE_METHODS, uses_region_prompts
 from multisubject.hub_utils import save_subject
+from multisubject.layout import masks_at
 from multisubject.pipeline_multisubject import MultiSubjectPipeline
 from multisubject.placed_prompts import PlacedPrompt, wants_region_prompts
 from multisubject.recurrence import RecurrentScheduler
+from multisubject.region_attention import region_attention
 from multisubject.residual_embeddings import Place, ResidualEmbedding, parse_prompt
 from multisubject.saved_pipeline import PIPELINE_SIBLINGS, PIPELINES
 
@@ -1043,8 +1046,15 @@ def test_a_textual_inversion_named_like_a_subject_is_refused(tokenizer, vectors)
     assert torch.equal(sample(pipe, "a <rex>"), expected)
     pipe.load_textual_inversion({"<Rex>": embedding}, token="<max>")
     assert not torch.equal(sample(pipe, "a <max>"), sample(pipe, "a <rex>"))
+    own = CLIPTokenizer.from_pretrained(tokenizer.name_or_path)
+    with pytest.raises(ValueError, match="is the name of a loaded subject"):
+        pipe.load_textual_inversion({"<Rex>": embedding}, tokenizer=own, text_encoder=pipe.text_encoder)
+    assert not {"<Rex>", "<rex>"} & own.get_vocab().keys()
     pipe.unload_subject("rex")
     pipe.load_textual_inversion({"<Rex>": embedding})
+    components |= {"tokenizer": None, "text_encoder": None}
+    with pytest.raises(ValueError, match=r"requires `self\.tokenizer` or"):
+        make_pipeline(components).load_textual_inversion({"<new>": embedding})
 
 
 def test_a_placed_subject_without_brackets_is_refused(pipe):
@@ -1185,7 +1195,7 @@ def test_help_lists_and_explains_every_argument(pipe, method):
     """diffusers' arguments in diffusers' order and with its defaults, then ours."""
     function, base = getattr(type(pipe), method), getattr(type(plain(pipe)), method)
     parameters = inspect.signature(function).parameters
-    of_base = [name for name in inspect.signature(base).parameters if name not in ("return_dict", "kwargs")]
+    of_base = [name for name in inspect.signature(base).parameters if name != "kwargs"]
     assert list(parameters)[: len(of_base)] == of_base
     for name, parameter in inspect.signature(base).parameters.items():
         assert parameter.default is parameter.empty or parameters[name].default == parameter.default
@@ -1195,12 +1205,40 @@ def test_help_lists_and_explains_every_argument(pipe, method):
         assert {"layout", "guidance_method", "output_attention_maps"} <= parameters.keys()
 
 
+def test_what_a_subclass_overrides_is_called_as_diffusers_calls_it(pipe):
+    class Mine(type(pipe)):
+        def check_inputs(self, first, *args, **kwargs):
+            seen.append(first)
+            return super().check_inputs(first, *args, **kwargs)
+
+        def encode_prompt(self, *args, **kwargs):
+            return super().encode_prompt(*args, **kwargs)
+
+        def __call__(self, words, **kwargs):
+            return super().__call__(words, **kwargs)
+
+    seen: list[Any] = []
+    mine = make_pipeline(pipe.components, Mine)
+    assert torch.equal(sample(mine, layout=LAYOUT), sample(pipe, layout=LAYOUT))
+    assert seen[0] == PROMPT
+
+
+def test_steps_may_be_left_out_beside_timesteps(pipe):
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    sigmas = {"sigmas": [10.0, 2.0, 0.5]}
+    assert torch.equal(sample(pipe, num_inference_steps=None, **sigmas), sample(pipe, num_inference_steps=3, **sigmas))
+
+
 def test_arguments_by_position_are_those_of_diffusers(pipe):
     names = [*inspect.signature(type(plain(pipe)).__call__).parameters][1:]
     values = {"prompt": PROMPT, "height": 24, "width": 40, "num_inference_steps": 2}
     by_position = [values.get(name) for name in names[: names.index("num_inference_steps") + 1]]
     found = pipe(*by_position, generator=seeded(), output_type="latent").images
     assert torch.equal(found, sample(pipe, height=24, width=40))
+    defaults = inspect.signature(type(pipe).__call__).parameters
+    until = names[: names.index("return_dict")]
+    everything = [{**values, "output_type": "latent"}.get(name, defaults[name].default) for name in until]
+    assert isinstance(pipe(*everything, False), tuple)
     with pytest.raises(TypeError, match="too many positional"):
         pipe(*[None] * 40)
 
@@ -1253,14 +1291,74 @@ def test_one_pipeline_serves_several_threads(pipe):
     assert all(map(torch.equal, in_threads(*jobs), alone))
 
 
-def test_a_guided_pipeline_called_in_another_thread_is_not_passed_over(pipe):
+def test_a_guided_pipeline_may_be_called_in_another_thread(pipe):
+    """As `asyncio.to_thread` does; and the context may be closed in a third one."""
     other = plain(pipe)
+    with pipe.guide(other, PROMPT, LAYOUT) as embeds:
+        expected = sample(other, None, **embeds)
+        (found,) = in_threads(lambda: sample(other, None, **embeds))
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, sample(other, None, **embeds))
+    context = pipe.guide(other, PROMPT, LAYOUT)
+    in_threads(context.__enter__)
+    in_threads(lambda: context.__exit__(None, None, None), lambda: sample(pipe, layout=LAYOUT))
+    assert not pipe.unet._forward_pre_hooks
+
+
+def test_a_context_that_is_called_from_elsewhere_alone_is_not_passed_over(pipe):
+    conditioning = pipe.prepare_regions(pipe.place({"prompt": PROMPT}, LAYOUT, None, 32, 32), 77)
     with (
         pytest.raises(RuntimeError, match="guided in one thread and called in another one"),
-        pipe.guide(other, PROMPT, LAYOUT) as embeds,
+        region_attention(pipe.unet, conditioning, scheduler=pipe.scheduler, resize_masks=masks_at),
     ):
-        (unguided,) = in_threads(lambda: sample(other, None, **embeds))
-    assert torch.equal(unguided, sample(other, None, **embeds))
+        in_threads(lambda: sample(plain(pipe)))
+
+
+def test_two_threads_do_not_step_through_one_scheduler(pipe):
+    other = plain(pipe)
+    other.scheduler = pipe.scheduler
+    with pipe.guide(other, PROMPT, LAYOUT) as embeds:
+        for arguments in ({}, {"layout": LAYOUT}):
+            with pytest.raises(RuntimeError, match=r"Another thread guides this UNet with the same .*from_config"):
+                in_threads(lambda arguments=arguments: sample(pipe, **arguments))
+        assert sample(other, None, **embeds).isfinite().all()
+    assert sample(pipe, layout=LAYOUT).isfinite().all()
+
+
+def test_threads_that_would_wait_for_each_other_are_told(tokenizer):
+    """Each calls the other one's pipeline in its callback."""
+    pipes = [make_pipeline(make_components(tokenizer, "sd1")) for _ in range(2)]
+    barrier = threading.Barrier(2)
+
+    def draw(first: Any, second: Any) -> Any:
+        def callback(*_: Any) -> dict[str, Any]:
+            barrier.wait(timeout=60)
+            sample(second, num_inference_steps=1)
+            return {}
+
+        try:
+            return sample(first, layout=LAYOUT, num_inference_steps=1, callback_on_step_end=callback)
+        except RuntimeError as error:
+            return str(error)
+
+    found = in_threads(lambda: draw(*pipes), lambda: draw(*reversed(pipes)))
+    refused = [message for message in found if isinstance(message, str)]
+    assert len(refused) == 1 and "wait for each other's models" in refused[0]
+    assert all(sample(pipe, layout=LAYOUT).isfinite().all() for pipe in pipes)
+
+
+def test_contexts_of_a_compiled_unet_and_of_what_it_wraps_close_in_any_order(pipe):
+    processors, compiled = dict(pipe.unet.attn_processors), torch.compile(pipe.unet, backend="eager")
+    conditioning = pipe.prepare_regions(pipe.place({"prompt": PROMPT}, LAYOUT, None, 32, 32), 77)
+    contexts = [
+        region_attention(unet, conditioning, scheduler=pipe.scheduler, resize_masks=masks_at)
+        for unet in (compiled, pipe.unet)
+    ]
+    for context in contexts:
+        context.__enter__()
+    for context in contexts:
+        context.__exit__(None, None, None)
+    assert pipe.unet.attn_processors == processors
 
 
 def test_contexts_that_close_in_any_order_leave_the_unet_as_it_was(pipe):

@@ -48,11 +48,12 @@ def joined(method: _Method, base: Callable[..., Any], **defaults: Any) -> _Metho
     parameters = [
         parameter.replace(default=defaults.get(name, parameter.default))
         for name, parameter in of_base.items()
-        if is_named(parameter) and (name == "self" or name not in own)
+        if is_named(parameter)
     ]
-    parameters += [parameter for name, parameter in own.items() if is_named(parameter) and name != "self"]
+    parameters += [parameter for name, parameter in own.items() if is_named(parameter) and name not in of_base]
     parameters += [parameter for parameter in of_base.values() if parameter.kind is parameter.VAR_KEYWORD]
-    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    returned = inspect.signature(method).return_annotation
+    wrapped.__signature__ = inspect.Signature(parameters, return_annotation=returned)  # type: ignore[attr-defined]
 
     doc = inspect.getdoc(method) or ""
     explained = _explanations(doc)
@@ -94,7 +95,8 @@ def bind_arguments(
         TypeError: an argument that neither knows, one too many, or a missing one.
     """
     signature = inspect.signature(base)
-    if unknown := sorted(set(kwargs) - {*signature.parameters, *_DEPRECATED}):
+    takes_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
+    if unknown := sorted(set(kwargs) - {*signature.parameters, *(_DEPRECATED if takes_more else ())}):
         known = {*signature.parameters, *inspect.signature(own).parameters} - {"self", "args", "kwargs"}
         raise TypeError(f"Unknown arguments {unknown}; expected some of {sorted(known)}.")
     parameters = [
@@ -123,7 +125,8 @@ def check_call(
     check_steps("guidance_steps", guidance_steps, "all steps")
     check_steps("recurrence_steps", recurrence_steps, "the guided steps")
     _check_count("recurrence", recurrence, "each step once")
-    _check_count("num_inference_steps", asked["num_inference_steps"], "50 are usual")
+    if asked["num_inference_steps"] is not None or (asked.get("timesteps") is None and asked.get("sigmas") is None):
+        _check_count("num_inference_steps", asked["num_inference_steps"], "50 are usual")
     _check_count("num_images_per_prompt", asked["num_images_per_prompt"], "one picture")
     check_prompts(asked, pipeline.encoder_slots)
     for name in ("ip_adapter_image", "ip_adapter_image_embeds"):
@@ -141,7 +144,7 @@ def check_call(
 
 def check_prompts(asked: Mapping[str, Any], slots: Sequence[EncoderSlot]) -> None:
     """Raise `TypeError` or `ValueError` unless what text encoders are to read is text."""
-    for name in (name for slot in slots for name in (slot.prompt, slot.negative_prompt)):
+    for name in (name for slot in slots for name in slot.prompts):
         prompt = asked.get(name)
         if prompt is None or isinstance(prompt, str):
             continue
@@ -152,6 +155,9 @@ def check_prompts(asked: Mapping[str, Any], slots: Sequence[EncoderSlot]) -> Non
         for text in prompt:
             if not isinstance(text, str):
                 raise TypeError(f"`{name}` is a list with {text!r} in it, expected texts.")
+        first = asked.get("prompt")
+        if name != "prompt" and first is not None and len(prompt) != len([first] if isinstance(first, str) else first):
+            raise ValueError(f"`{name}` has {len(prompt)} texts, expected one for each of the prompts in `prompt`.")
 
 
 def check_steps(name: str, steps: int | None, otherwise: str) -> None:
@@ -171,7 +177,7 @@ def _check_attention_arguments(arguments: Any, unet: Any) -> None:
         return
     if not isinstance(arguments, Mapping):
         raise TypeError(f"`cross_attention_kwargs` is {arguments!r}, expected a dict such as {{'scale': 0.8}}.")
-    known = {"scale", "gligen"}  # which the UNet takes out
+    known = {"scale", "gligen", "ip_adapter_masks"}  # which the UNet takes out, or leaves alone
     for processor in {type(processor) for processor in unet.attn_processors.values()}:
         known |= set(inspect.signature(processor.__call__).parameters)
     known -= {"self", "attn", "hidden_states", "encoder_hidden_states", "attention_mask", "temb", "args", "kwargs"}

@@ -459,7 +459,7 @@ def push_pipeline_to_hub(repo_id: str, **push_options: Unpack[PushOptions]) -> C
     from .model_card import pipeline_card
 
     check_options(push_options, PushOptions)
-    files = {name: text.encode() for name, text in pipeline_sources().items()}
+    files = {name: text.encode() for name, text in pipeline_sources("pipeline_multisubject").items()}
 
     def prepare(state: RepoState) -> dict[str, bytes]:
         return files | {"README.md": pipeline_card(repo_id, state.read_text("README.md")).encode()}

@@ -30,18 +30,22 @@ from .placed_prompts import (
     place_prompt,
     recorded_tokens,
     region_texts,
+    wants_region_prompts,
 )
 from .recurrence import recurrent_steps
 from .region_attention import ExpectedCalls, RegionConditioning, RegionPrompts, region_attention
 from .residual_embeddings import ParsedPrompt
 from .saved_pipeline import copy_pipeline_sources, load_saved_subjects, save_subjects_with_pipeline
 from .shared_models import in_turn
-from .subject_loader import SubjectLoaderMixin
+from .subject_loader import EncoderSlot, SubjectLoaderMixin
 
 __multisubject_version__ = "0.1.0"
 
 ENCODING_DEFAULTS = {"device": None, "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
 """Of arguments of `encode_prompt` for which diffusers' has none."""
+
+_EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+"""What `encode_prompt` returns, by the names under which a call takes it."""
 
 _KEEP_DTYPE: Any = object()  # what `from_pipe` asks for where the caller asks for no dtype
 
@@ -83,7 +87,6 @@ class MultiSubjectMixin(SubjectLoaderMixin):
         recurrence: int = 1,
         recurrence_steps: int | None = None,
         output_attention_maps: bool = False,
-        return_dict: bool = True,
         **kwargs: Any,
     ) -> Any:
         """Make pictures.
@@ -144,15 +147,12 @@ class MultiSubjectMixin(SubjectLoaderMixin):
                 check_prompt_embeds(prompt_embeds, placed)
                 num_tokens = prompt_embeds.shape[1]
             if guidance_steps != 0:
-                conditioning = self.prepare_regions(
-                    placed,
-                    guidance_function,
-                    num_tokens=num_tokens,
-                    encode_words=prompt_embeds is None,
-                    device=device,
-                    lora_scale=(asked["cross_attention_kwargs"] or {}).get("scale"),
-                    clip_skip=asked["clip_skip"],
-                )
+                conditioning = self.prepare_regions(placed, num_tokens)
+            if conditioning is not None and wants_region_prompts(guidance_function, placed, prompt_embeds is None):
+                embeds, region_prompts = self.encode_with_regions(placed, **self._encoding_of_call(asked, device))
+                conditioning = replace(conditioning, prompts=region_prompts)
+                if prompt_embeds is None:
+                    asked |= dict.fromkeys(name for slot in self.encoder_slots for name in slot.prompts) | embeds
             if conditioning is not None:
                 conditioning = conditioning.repeated(num_images)
             if output_attention_maps:
@@ -186,7 +186,7 @@ class MultiSubjectMixin(SubjectLoaderMixin):
                 dict(zip(of_names, of_image.swapaxes(0, 1), strict=False))  # rows of absent names are left over
                 for of_image, of_names in zip(maps, names, strict=True)
             ]
-        if not return_dict:
+        if not asked["return_dict"]:
             return (*values, attention_maps) if output_attention_maps else values
         return type(self)._output(*values, attention_maps=attention_maps)
 
@@ -212,7 +212,7 @@ class MultiSubjectMixin(SubjectLoaderMixin):
             with pipe.guide(inpaint, "<petrucci> on the beach", {"petrucci": box}) as embeds:
                 inpaint(**embeds, image=image, mask_image=mask)
 
-        Calls are guided in the thread that opens the context; other threads' guided calls of this UNet wait.
+        Guided is whatever calls the UNet with these embeddings, in any thread, and all that this thread calls.
 
         Args:
             pipeline: any whose UNet, of this pipeline's family, is called with the prompts' embeddings alone or behind
@@ -230,7 +230,6 @@ class MultiSubjectMixin(SubjectLoaderMixin):
 
         Raises:
             ValueError, TypeError: an argument is wrong, or `pipeline` calls its UNet in another way.
-            RuntimeError: at the end, if `pipeline` was called in another thread.
         """
         # 1. Check inputs
         unet = getattr(pipeline, "unet", None)
@@ -244,9 +243,10 @@ class MultiSubjectMixin(SubjectLoaderMixin):
             raise ValueError("The pipeline has no text encoder, which the prompts need; load one.")
         if problem := self.base_problem(unet):
             raise ValueError(f"`pipeline`: its UNet {problem}")
-        known = {"lora_scale", "clip_skip", *(name for slot in slots for name in (slot.prompt, slot.negative_prompt))}
+        known = {"lora_scale", "clip_skip", *(name for slot in slots for name in slot.prompts)} - {"prompt"}
         if unknown := sorted(set(encoding) - known):
-            raise TypeError(f"Unknown arguments {unknown} of `guide`; expected some of {sorted(known)}.")
+            own = {*inspect.signature(MultiSubjectMixin.guide).parameters} - {"self", "encoding"}
+            raise TypeError(f"Unknown arguments {unknown} of `guide`; expected some of {sorted(known | own)}.")
         check_steps("guidance_steps", guidance_steps, "all steps")
         guidance_function = resolve_guidance_method(guidance_method)
         height, width = self._size(height, width, unet)
@@ -254,46 +254,40 @@ class MultiSubjectMixin(SubjectLoaderMixin):
         check_prompts(asked, slots)
         self._check_inputs(asked)
 
-        with in_turn(unet):
-            # 2. Find subjects and regions in the prompts, and encode them
-            conditioning = None
-            with torch.no_grad():
-                prompts = {slot.prompt: asked.get(slot.prompt) for slot in slots}
-                placed = self.place(prompts, layout, color_context, height, width)
-                names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds",
-                         "negative_pooled_prompt_embeds")  # fmt: skip
-                embeds: dict[str, Any] = dict(zip(names, self.encode_prompt(prompt, **encoding), strict=False))
-                if guidance_steps != 0:
-                    conditioning = self.prepare_regions(
-                        placed,
-                        guidance_function,
-                        num_tokens=embeds["prompt_embeds"].shape[1],
-                        lora_scale=encoding.get("lora_scale"),
-                        clip_skip=encoding.get("clip_skip"),
-                    )
-            if conditioning is not None and torch.equal(embeds["prompt_embeds"], embeds["negative_prompt_embeds"]):
-                raise ValueError(
-                    f"`negative_prompt` is {encoding.get('negative_prompt')!r}, the prompt itself; expected another."
-                )
+        # 2. Find subjects and regions in the prompts, and encode them
+        with torch.no_grad():
+            prompts = {slot.prompt: asked.get(slot.prompt) for slot in slots}
+            placed = self.place(prompts, layout, color_context, height, width)
+            num_tokens = slots[0].tokenizer.model_max_length
+            conditioning = self.prepare_regions(placed, num_tokens) if guidance_steps != 0 else None
+            if conditioning is not None and wants_region_prompts(guidance_function, placed):
+                embeds, region_prompts = self.encode_with_regions(placed, prompt=prompt, **encoding)
+                conditioning = replace(conditioning, prompts=region_prompts)
+            else:
+                embeds = dict(zip(_EMBEDS, self.encode_prompt(prompt, **encoding), strict=False))
+        if conditioning is not None and torch.equal(embeds["prompt_embeds"], embeds["negative_prompt_embeds"]):
+            raise ValueError(
+                f"`negative_prompt` is {encoding.get('negative_prompt')!r}, the prompt itself; expected another."
+            )
 
-            # 3. Guide whatever calls the UNet with these embeddings
-            with region_attention(
-                unet,
-                conditioning,
-                scheduler=pipeline.scheduler,
-                resize_masks=masks_at,
-                guidance_method=guidance_function,
-                guidance_weight=guidance_weight,
-                weight_negative=weight_negative,
-                guidance_steps=guidance_steps,
-                calls=ExpectedCalls(
-                    pipeline,
-                    (height // self.vae_scale_factor, width // self.vae_scale_factor),  # type: ignore[attr-defined]
-                    embeds["prompt_embeds"],
-                    embeds["negative_prompt_embeds"],
-                ),
-            ):
-                yield embeds
+        # 3. Guide whatever calls the UNet with these embeddings
+        with region_attention(
+            unet,
+            conditioning,
+            scheduler=pipeline.scheduler,
+            resize_masks=masks_at,
+            guidance_method=guidance_function,
+            guidance_weight=guidance_weight,
+            weight_negative=weight_negative,
+            guidance_steps=guidance_steps,
+            calls=ExpectedCalls(
+                pipeline,
+                (height // self.vae_scale_factor, width // self.vae_scale_factor),  # type: ignore[attr-defined]
+                embeds["prompt_embeds"],
+                embeds["negative_prompt_embeds"],
+            ),
+        ):
+            yield embeds
 
     # --- prompts -----------------------------------------------------------------------------------------------------
 
@@ -315,29 +309,72 @@ class MultiSubjectMixin(SubjectLoaderMixin):
         Returns:
             Embeddings `(prompts * num_images_per_prompt, tokens, dim)` of the prompts and of the negative prompts.
         """
-        slots = self.encoder_slots
-        asked = self._encoding(args, kwargs)
+        return self._encode_prompts(self._encoding(args, kwargs))[0]
+
+    def encode_with_regions(
+        self, placed: Sequence[PlacedPrompt], **encoding: Any
+    ) -> tuple[dict[str, Any], RegionPrompts]:
+        """The prompts, and each region's own prompt, through every text encoder at once.
+
+        Args:
+            placed: the prompts with their regions, at least one.
+            encoding: the arguments of `encode_prompt`. With `prompt_embeds`, only the regions are encoded.
+
+        Returns:
+            What `encode_prompt` gives, by the names under which a call takes it, and the regions' own prompts.
+        """
+        with self._reading():
+            values, encoded = self._encode_prompts(self._encoding((), encoding), region_texts(placed))
+            return dict(zip(_EMBEDS, values, strict=False)), make_region_prompts(placed, encoded)
+
+    def _encode_prompts(
+        self, asked: dict[str, Any], more: Sequence[ParsedPrompt] = ()
+    ) -> tuple[tuple[torch.Tensor | None, ...], Any]:
+        """What `encode_prompt` returns, and the embeddings of `more` texts that are encoded on the way."""
+        slots, prompt_embeds = self.encoder_slots, asked["prompt_embeds"]
         check_prompts(asked, slots)
-        num_images, prompt_embeds = asked["num_images_per_prompt"], asked["prompt_embeds"]
+        num_images = asked["num_images_per_prompt"]
         reads_negative = asked["do_classifier_free_guidance"] and asked["negative_prompt_embeds"] is None
-        with self.reading():
+        with self._reading():
+            # 1. Find the subjects
             if prompt_embeds is not None and asked["prompt"] is None and reads_negative:
                 for slot in slots:  # one negative prompt for all embeddings
                     if isinstance(asked[slot.negative_prompt], str):
                         asked[slot.negative_prompt] = [asked[slot.negative_prompt]] * len(prompt_embeds)
-            positive = [self._read(asked, slot) if prompt_embeds is None else [] for slot in slots]
-            negative = [self._read(asked, slot, negative=True) if reads_negative else [] for slot in slots]
+            given = dict(asked)
+            positive = [self._read(given, asked, slot) if prompt_embeds is None else [] for slot in slots]
+            negative = [self._read(given, asked, slot, negative=True) if reads_negative else [] for slot in slots]
+
+            # 2. Encode what else is wanted, and the prompts with it
+            encoded = None
+            if more:
+                together = asked | {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+                together |= dict.fromkeys(name for name in _EMBEDS if name in asked)
+                for slot in slots:
+                    own = asked[slot.prompt] if prompt_embeds is None else []
+                    own = [own] if isinstance(own, str) else own
+                    together[slot.prompt] = None if own is None else [*own, *(text.text for text in more)]
+                embeds, _, *pooled = self._encode(**together)
+                count = len(positive[0])
+                encoded = self.add_subjects(embeds[count:], [more] * len(slots))
+                if count:
+                    of_prompts = zip(("prompt_embeds", "pooled_prompt_embeds"), (embeds, *pooled), strict=False)
+                    asked |= {name: rows[:count] for name, rows in of_prompts}
+
+            # 3. Encode the rest, and add the subjects
             embeds, negative_embeds, *pooled = self._encode(**asked)
             if negative_embeds is not None:
                 negative_embeds = self.add_subjects(negative_embeds, negative, num_images)
-            return self.add_subjects(embeds, positive, num_images), negative_embeds, *pooled
+            return (self.add_subjects(embeds, positive, num_images), negative_embeds, *pooled), encoded
 
-    def _read(self, asked: dict[str, Any], slot: Any, *, negative: bool = False) -> list[ParsedPrompt]:
+    def _read(
+        self, given: Mapping[str, Any], asked: dict[str, Any], slot: EncoderSlot, *, negative: bool = False
+    ) -> list[ParsedPrompt]:
         """A text encoder's prompts with their subjects found; in `asked`, plain words take the place of names."""
-        name = slot.negative_prompt if negative else slot.prompt
-        parsed = self.parse_prompts(asked[name], slot, negative=negative)
-        if parsed:
-            asked[name] = parsed[0].text if isinstance(asked[name], str) else [text.text for text in parsed]
+        name, first = (slot.negative_prompt, "negative_prompt") if negative else (slot.prompt, "prompt")
+        parsed = self.parse_prompts(given[name] or given[first], slot, negative=negative)
+        if parsed and given[name]:
+            asked[name] = parsed[0].text if isinstance(given[name], str) else [text.text for text in parsed]
         return parsed
 
     def _encoding(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -346,6 +383,16 @@ class MultiSubjectMixin(SubjectLoaderMixin):
         asked = bind_arguments(base, args, kwargs, own=own, **ENCODING_DEFAULTS)
         asked["device"] = asked["device"] or self._execution_device
         return asked
+
+    def _encoding_of_call(self, asked: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+        """The arguments of `encode_prompt` for a call's, with one row per prompt."""
+        names = inspect.signature(super().encode_prompt).parameters  # type: ignore[misc]
+        return {name: asked[name] for name in names if name in asked} | {
+            "device": device,
+            "num_images_per_prompt": 1,
+            "do_classifier_free_guidance": asked["guidance_scale"] > 1 and self.unet.config.time_cond_proj_dim is None,  # type: ignore[attr-defined]
+            "lora_scale": (asked["cross_attention_kwargs"] or {}).get("scale"),
+        }
 
     def _encode(self, **asked: Any) -> tuple[Any, ...]:
         """diffusers' own `encode_prompt`."""
@@ -362,15 +409,15 @@ class MultiSubjectMixin(SubjectLoaderMixin):
         """Text and layout brought together, one per prompt.
 
         Args:
-            prompts: for each text encoder's `EncoderSlot.prompt` what it reads.
+            prompts: what the text encoders read, by `EncoderSlot.prompt`; at least `prompt`.
             layout, color_context, height, width: as in a call.
         """
         prompt, slots = prompts["prompt"], self.encoder_slots
         if prompt is not None and any(slot.tokenizer is None for slot in slots):
             raise ValueError("`prompt` needs a tokenizer, which the pipeline does not have; load one.")
         layouts, contexts = per_prompt(layout, prompt, "layout"), per_prompt(color_context, prompt, "color_context")
-        with self.reading():
-            texts = zip(*(self.parse_prompts(prompts[slot.prompt], slot) for slot in slots), strict=True)
+        with self._reading():
+            texts = zip(*(self.parse_prompts(prompts.get(slot.prompt) or prompt, slot) for slot in slots), strict=True)
             return [
                 PlacedPrompt(of_prompt)
                 if of_layout is None and layout is not None  # one of several prompts may have none
@@ -378,57 +425,26 @@ class MultiSubjectMixin(SubjectLoaderMixin):
                 for of_prompt, of_layout, context in zip(texts, layouts, contexts, strict=True)
             ]
 
-    def prepare_regions(
-        self,
-        placed: Sequence[PlacedPrompt],
-        guidance_method: GuidanceMethod,
-        *,
-        num_tokens: int,
-        encode_words: bool = True,
-        **encoding: Any,
-    ) -> RegionConditioning | None:
-        """What `region_attention` needs of prompts and their layouts; None if no prompt has regions.
+    def prepare_regions(self, placed: Sequence[PlacedPrompt], num_tokens: int) -> RegionConditioning | None:
+        """What `region_attention` needs of prompts and their layouts, but for the regions' own prompts; None if no
+        prompt has regions.
 
         Args:
             placed: one per prompt.
-            guidance_method: says whether the regions' own prompts are wanted.
             num_tokens: length of the prompt embeddings.
-            encode_words: False leaves the regions' words as they are in the prompt embeddings, where a method can.
-            encoding: `device`, `lora_scale`, `clip_skip`, as for `encode_prompt`.
         """
-        with self.reading():
-            lengths = [
-                [len(self._tokens(text)) for text in of_prompt.texts] if of_prompt.regions else [num_tokens]
-                for of_prompt in placed
-            ]
-        conditioning = make_conditioning(placed, lengths, num_tokens)
-        appended = getattr(guidance_method, "uses_region_prompts", False)
-        if conditioning is not None and (
-            appended or (encode_words and getattr(guidance_method, "uses_own_words", False))
-        ):
-            conditioning = replace(conditioning, prompts=self.encode_region_prompts(placed, **encoding))
-        return conditioning
-
-    def encode_region_prompts(self, placed: Sequence[PlacedPrompt], **encoding: Any) -> RegionPrompts:
-        """Encode each region's own prompt, `a photo of` what stands there, with its subject's residual.
-
-        Args:
-            placed: B prompts, at least one with regions.
-            encoding: `device`, `lora_scale`, `clip_skip`, as for `encode_prompt`.
-        """
-        with self.reading():
-            texts = region_texts(placed)
-            asked = self._encoding(([text.text for text in texts],), encoding)
-            embeds = self._encode(**{**asked, "do_classifier_free_guidance": False})[0]
-            return make_region_prompts(placed, self.add_subjects(embeds, [texts] * len(self.encoder_slots)))
+        with self._reading():
+            return make_conditioning(
+                placed, [[len(self._tokens(text)) for text in of_prompt.texts] for of_prompt in placed], num_tokens
+            )
 
     def _tokens(self, text: ParsedPrompt) -> list[int]:
         return text.tokenizer(self.maybe_convert_prompt(text.text, text.tokenizer)).input_ids  # type: ignore[attr-defined]
 
     def _check_inputs(self, asked: Mapping[str, Any]) -> None:
         """diffusers' own checks."""
-        names = inspect.signature(self.check_inputs).parameters  # type: ignore[attr-defined]
-        self.check_inputs(**{name: asked.get(name) for name in names})  # type: ignore[attr-defined]
+        names = inspect.signature(super().check_inputs).parameters  # type: ignore[misc]
+        self.check_inputs(*(asked.get(name) for name in names))  # type: ignore[attr-defined]
 
     def _size(self, height: int | None, width: int | None, unet: Any = None) -> tuple[int, int]:
         """Height and width in pixels, the base's where one is not said."""
@@ -485,7 +501,7 @@ class MultiSubjectMixin(SubjectLoaderMixin):
     def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """Save `model_index.json`, and beside it the code that it names, so that the folder loads by itself."""
         os.makedirs(save_directory, exist_ok=True)
-        copy_pipeline_sources(save_directory)
+        copy_pipeline_sources(save_directory, self._file)
         save_subjects_with_pipeline(self.subjects, save_directory)
         super().save_config(save_directory, push_to_hub, **kwargs)  # type: ignore[misc]
 

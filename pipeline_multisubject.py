@@ -45,7 +45,7 @@ try:
     from .saved_pipeline import __multisubject_version__ as _
     from .shared_models import __multisubject_version__ as _
     from .subject_file import __multisubject_version__ as _
-    from .subject_loader import EncoderSlot
+    from .subject_loader import EncoderSlot, hidden_size
     from .subject_pickle import __multisubject_version__ as _
 except ImportError as error:
     raise ImportError(
@@ -109,8 +109,7 @@ class MultiSubjectPipeline(MultiSubjectMixin, StableDiffusionPipeline):
     @property
     def encoder_slots(self) -> list[EncoderSlot]:
         """One text encoder, whose output is all of the prompt embeddings."""
-        width = getattr(getattr(self.text_encoder, "config", None), "hidden_size", None)
-        return [EncoderSlot("text_encoder", self.tokenizer, width, "prompt")]
+        return [EncoderSlot("text_encoder", self.tokenizer, hidden_size(self.text_encoder), "prompt")]
 
     def base_problem(self, unet: Any) -> str | None:
         """A UNet of Stable Diffusion XL, or one that reads embeddings of another width than the text encoder's."""

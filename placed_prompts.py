@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .attention_processors import AttentionRecorder
-from .guidance_methods import TokenKind
+from .guidance_methods import GuidanceMethod, TokenKind
 from .layout import Region, parse_layout, region_names
 from .region_attention import RegionConditioning, RegionPrompts
 from .residual_embeddings import Mention, ParsedPrompt, Place, ResidualEmbedding
@@ -27,12 +27,18 @@ class PlacedPrompt:
     Args:
         texts: the prompt with its subjects found, as each text encoder reads it.
         regions: of the layout, all masks of one size.
-        places: for each region the words and tokens of the prompt that it places, as each text encoder reads them.
+        places: for each region the words and tokens of the prompt that it places, as each text encoder reads them;
+            those of a `prompt_2` that does not say them are left out.
     """
 
     texts: Sequence[ParsedPrompt]
     regions: Sequence[Region] = ()
     places: Sequence[Sequence[Place]] = ()
+
+    @property
+    def is_alike(self) -> bool:
+        """Whether all text encoders have the regions' words at the same tokens."""
+        return all(of_region == [of_region[0]] * len(self.texts) for of_region in self.places)
 
     def spans(self) -> list[list[range]]:
         """For each region its tokens in every text encoder's prompt, each span once."""
@@ -61,7 +67,7 @@ def place_prompt(
             loaded subject that the prompt has as a plain word.
     """
     regions = parse_layout(layout, height=height, width=width, color_context=color_context)
-    places = [[text.find(region.subject, region.occurrence) for text in texts] for region in regions]
+    places = [_find_places(texts, region) for region in regions]
     # A layout that says `petrucci` where the prompt says so without brackets means the subject, not the word.
     mentioned = {mention.subject for mention in texts[0].mentions}
     for region in regions:
@@ -73,6 +79,18 @@ def place_prompt(
                     f" plain word, which draws no subject. Write `<{name}>` there, or load it under another name."
                 )
     return PlacedPrompt(texts, regions, places)
+
+
+def _find_places(texts: Sequence[ParsedPrompt], region: Region) -> list[Place]:
+    """Where the prompt says what a region places; a `prompt_2` of other words may say it, too."""
+    first, *others = texts
+    places = [first.find(region.subject, region.occurrence)]
+    for text in others:
+        if text.text == first.text:
+            places.append(text.find(region.subject, region.occurrence))
+        elif text.says(region.subject):
+            places.append(text.find(region.subject))
+    return places
 
 
 def per_prompt(value: Any, prompt: str | list[str] | None, argument: str) -> list[Any]:
@@ -145,6 +163,21 @@ def make_conditioning(
         of_encoders = [_token_kinds(length, num_tokens) for length in lengths[row]]
         kinds[row] = torch.stack(of_encoders).amin(dim=0)  # where one encoder has a word, it counts
     return RegionConditioning(masks, tokens, weights, kinds)
+
+
+def wants_region_prompts(method: GuidanceMethod, placed: Sequence[PlacedPrompt], encodes_words: bool = True) -> bool:
+    """Whether a guidance method needs each region's own prompt.
+
+    Args:
+        method: the guidance method.
+        placed: the prompts.
+        encodes_words: False: what a method can take from the prompt embeddings, it shall.
+    """
+    if getattr(method, "uses_region_prompts", False):
+        return True
+    # With a `prompt_2` of its own, a word has no one place that its own embedding could take.
+    encodes_words = encodes_words and all(of_prompt.is_alike for of_prompt in placed)
+    return encodes_words and getattr(method, "uses_own_words", False)
 
 
 def region_texts(placed: Sequence[PlacedPrompt]) -> list[ParsedPrompt]:

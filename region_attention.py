@@ -24,7 +24,7 @@ from diffusers import EDMEulerScheduler
 
 from .attention_processors import AttentionRecorder, PromptKeys, RegionAttnProcessor, RegionCall, Stamp
 from .guidance_methods import HIDDEN, GuidanceMethod, GuidanceStep, RegionMaps, TokenKind, resolve_guidance_method
-from .shared_models import in_turn
+from .shared_models import state_of
 
 __multisubject_version__ = "0.1.0"
 
@@ -111,8 +111,9 @@ def region_attention(
 
     Works around any pipeline that calls a `UNet2DConditionModel` with `cross_attention_kwargs` in reach, with or
     without classifier-free guidance in one batch. A context inside another one on the same UNet replaces it for its
-    duration, also with `regions=None`. Only calls of this thread are guided; another thread's context on the same UNet
-    waits until this one is closed. A backward pass with gradient checkpointing belongs inside.
+    duration, also with `regions=None`. Guided are the calls of the thread that opens the context, and with `calls`
+    those of any thread that come with its embeddings; other threads' calls and contexts on the same UNet go their own
+    way. A backward pass with gradient checkpointing belongs inside.
 
     Args:
         unet: the `UNet2DConditionModel`.
@@ -130,47 +131,66 @@ def region_attention(
     Raises:
         ValueError: an attention processor of the UNet would be lost (IP-Adapter, custom ones), a bad argument, or a
             batch that does not fit the regions.
-        RuntimeError: at the end, if the UNet was called by other threads alone: none of these calls was guided.
+        RuntimeError: another thread guides the UNet with this scheduler; at the end, if the UNet was called by other
+            threads alone: none of these calls was guided.
     """
-    with in_turn(unet) as (state,):
-        if regions is None and recorder is None and not state.contexts:
-            yield
-            return
+    context = threading.get_ident(), scheduler
+    with state_of(unet) as state:
+        _check_scheduler(context, state.contexts)
+        nested = any(thread == context[0] for thread, _ in state.contexts)
+    if regions is None and recorder is None and not nested:
+        yield
+        return
 
-        # Not `unet.set_attn_processor`, which walks the whole UNet three times
-        layers = {name: module for name, module in unet.named_modules() if hasattr(type(module), "set_processor")}
-        processors = {name: layer.get_processor() for name, layer in layers.items()}
-        _check_processors(processors)
-        hook = _RegionHook(
-            regions,
-            num_levels=len(unet.config.block_out_channels) if hasattr(unet, "config") else None,
-            layers=list(layers.values()),
-            schedule=_Schedule(scheduler, guidance_weight, guidance_steps),
-            resize_masks=resize_masks,
-            method=resolve_guidance_method(guidance_method),
-            weight_negative=weight_negative,
-            recorder=recorder,
-            calls=calls,
-        )
-        if not state.contexts:
-            state.processors = processors
-        handle = None
-        state.contexts += 1
-        try:
+    # Not `unet.set_attn_processor`, which walks the whole UNet three times
+    whole = getattr(unet, "_orig_mod", unet)  # what `torch.compile` wraps
+    layers = {name: module for name, module in whole.named_modules() if hasattr(type(module), "set_processor")}
+    hook = _RegionHook(
+        regions,
+        num_levels=len(unet.config.block_out_channels) if hasattr(unet, "config") else None,
+        layers=list(layers.values()),
+        schedule=_Schedule(scheduler, guidance_weight, guidance_steps),
+        resize_masks=resize_masks,
+        method=resolve_guidance_method(guidance_method),
+        weight_negative=weight_negative,
+        recorder=recorder,
+        calls=calls,
+    )
+    _check_processors({name: layer.get_processor() for name, layer in layers.items()})
+    handle, is_open = None, False
+    try:
+        with state_of(unet) as state:
+            if not state.contexts:
+                state.processors = [(layer, layer.get_processor()) for layer in layers.values()]
+            state.contexts.append(context)
+            is_open = True
             for layer in layers.values():
                 layer.set_processor(RegionAttnProcessor())
-            # Prepended: of nested contexts the innermost speaks first, and the outer ones then keep silent.
-            handle = unet.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
-            yield
-        finally:
-            if handle is not None:
-                handle.remove()
-            state.contexts -= 1
-            if not state.contexts:  # of contexts that coroutines open and close in any order, the last one
-                for name, layer in layers.items():
-                    layer.set_processor(state.processors[name])
-                state.processors = {}
-        hook.check_it_was_heard()
+        # Prepended: of nested contexts the innermost speaks first, and the outer ones then keep silent.
+        handle = unet.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+        yield
+    finally:
+        with state_of(unet) as state:
+            if is_open:
+                state.contexts.remove(context)
+            if not state.contexts:  # the last one of all threads', whatever the order
+                for layer, processor in state.processors:
+                    layer.set_processor(processor)
+                state.processors = []
+        if handle is not None:
+            handle.remove()
+    hook.check_it_was_heard()
+
+
+def _check_scheduler(context: tuple[int, Any], others: list[tuple[int, Any]]) -> None:
+    """Two threads that step through one scheduler would draw nonsense."""
+    thread, scheduler = context
+    if any(other is scheduler and owner != thread for owner, other in others):
+        raise RuntimeError(
+            f"Another thread guides this UNet with the same {type(scheduler).__name__}, which serves one call at a"
+            " time. Give each pipeline a scheduler of its own:"
+            " `pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)`."
+        )
 
 
 def _check_processors(processors: Mapping[str, Any]) -> None:
@@ -345,7 +365,7 @@ class _RegionHook:
 
     @torch.compiler.disable
     def __call__(self, unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict]:
-        if threading.get_ident() != self.thread:
+        if not self._is_meant(args, kwargs):
             self.called_by_others = True
             return args, kwargs
         self.heard = True
@@ -365,6 +385,13 @@ class _RegionHook:
                 else:
                     kwargs = {**kwargs, "encoder_hidden_states": prompt_embeds}
         return args, {**kwargs, "cross_attention_kwargs": call_kwargs}
+
+    def _is_meant(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a call is of this thread, or of another one with the embeddings that were made here."""
+        if threading.get_ident() == self.thread:
+            return True
+        prompt_embeds = args[2] if len(args) > 2 else kwargs["encoder_hidden_states"]
+        return self.calls is not None and self.calls.images_per_prompt(prompt_embeds) is not None
 
     def _check_call(self, calls: ExpectedCalls, sample: torch.Tensor, prompt_embeds: torch.Tensor) -> None:
         """Raise if this call is not one that can be guided, and adapt to its number of pictures per prompt."""

@@ -90,18 +90,12 @@ class ParsedPrompt:
         Raises:
             ValueError: the phrase is missing, ambiguous without `occurrence`, or cut off by the tokenizer's limit.
         """
-        bracketed = _BRACKETED.fullmatch(phrase.strip())
-        name = (bracketed[1] if bracketed else phrase).strip()
-        mentions = {Place(mention.phrase, mention.span): mention.subject for mention in self.mentions}
-        named = [place for place, subject in mentions.items() if subject.casefold() == name.casefold()]
-        if not named and f"<{name}>".casefold() in map(str.casefold, self.tokenizer.get_added_vocab()):
-            # of a textual inversion
-            named = list(_iterate_places(self.tokenizer, self.text, f"<{name}>"))
-        words = self._find_words(name)
+        named, words = self._find_all(phrase)
         if not named and not words:
             raise ValueError(_missing(phrase, self.text, [mention.subject for mention in self.mentions]))
         if occurrence is None:
-            places = named or [place for place in words if place not in mentions] or words
+            mentioned = [Place(mention.phrase, mention.span) for mention in self.mentions]
+            places = named or [place for place in words if place not in mentioned] or words
             if len(places) > 1:
                 raise ValueError(
                     f"phrase {phrase!r} is ambiguous: it stands {len(places)} times in the prompt {self.text!r}. Say "
@@ -119,6 +113,24 @@ class ParsedPrompt:
         _check_not_cut(self.tokenizer, self.text, phrase, place.span)
         return place
 
+    def says(self, phrase: str) -> bool:
+        """Whether `find` would find the phrase, at one place or several."""
+        return any(self._find_all(phrase))
+
+    def _find_all(self, phrase: str) -> tuple[list[Place], list[Place]]:
+        """Where the subject of this name stands, and where the words do."""
+        bracketed = _BRACKETED.fullmatch(phrase.strip())
+        name = (bracketed[1] if bracketed else phrase).strip()
+        named = [
+            Place(mention.phrase, mention.span)
+            for mention in self.mentions
+            if mention.subject.casefold() == name.casefold()
+        ]
+        if not named and f"<{name}>".casefold() in map(str.casefold, self.tokenizer.get_added_vocab()):
+            # of a textual inversion
+            named = list(_iterate_places(self.tokenizer, self.text, f"<{name}>"))
+        return named, self._find_words(name)
+
     def _find_words(self, phrase: str) -> list[Place]:
         """Where the words of a phrase stand: of `red <rex>`, where the text has `red dog` and that dog is rex."""
         words = {mention.subject.casefold(): mention.phrase for mention in self.mentions}
@@ -135,7 +147,12 @@ class ParsedPrompt:
 
 
 def parse_prompt(
-    tokenizer: Any, prompt: str, subjects: Mapping[str, ResidualEmbedding], *, by_phrase: bool = True
+    tokenizer: Any,
+    prompt: str,
+    subjects: Mapping[str, ResidualEmbedding],
+    *,
+    by_phrase: bool = True,
+    learned: Iterable[str] = (),
 ) -> ParsedPrompt:
     """Replace every `<name>` by its subject's class phrase and find the tokens of all loaded subjects.
 
@@ -149,6 +166,7 @@ def parse_prompt(
         prompt: the prompt as the user wrote it.
         subjects: name -> subject, the ones that are in use.
         by_phrase: False: only `<name>` means a subject, as in a negative prompt.
+        learned: tokens of textual inversions that another text encoder knows and this one reads as text.
 
     Raises:
         ValueError: a `<name>` that is not loaded; a plain class phrase that several loaded subjects share or that
@@ -157,7 +175,7 @@ def parse_prompt(
     if unsaid := [name for name, subject in subjects.items() if not subject.class_phrase]:
         raise ValueError(f"subjects {unsaid} have no class phrase; load them with the one that they were trained with.")
     names = {name.casefold(): name for name in subjects}
-    tokenizer_words = {word.casefold() for word in tokenizer.get_added_vocab()}
+    tokenizer_words = {word.casefold() for word in (*tokenizer.get_added_vocab(), *learned)}
     prompt = _normalize(prompt)
     text, position = "", 0
     places: list[tuple[str, int, int]] = []

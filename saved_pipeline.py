@@ -18,29 +18,33 @@ if TYPE_CHECKING:
 
 __multisubject_version__ = "0.1.0"
 
-# What a published pipeline consists of; `pipeline.py` is the name that `custom_pipeline="user/repo"` looks for.
-PIPELINE_SOURCES = (
-    "pipeline_multisubject.py",
-    "attention_processors.py",
-    "base_models.py",
-    "call_arguments.py",
-    "guidance_methods.py",
-    "hub_client.py",
-    "hub_utils.py",
-    "layout.py",
-    "layout_images.py",
-    "model_card.py",
-    "multisubject_mixin.py",
-    "pictures.py",
-    "placed_prompts.py",
-    "recurrence.py",
-    "region_attention.py",
-    "residual_embeddings.py",
-    "saved_pipeline.py",
-    "shared_models.py",
-    "subject_file.py",
-    "subject_loader.py",
-    "subject_pickle.py",
+PIPELINES = {
+    "pipeline_multisubject": "MultiSubjectPipeline",
+    "pipeline_multisubject_xl": "MultiSubjectXLPipeline",
+}
+"""The pipelines' modules and classes. What is common to them is in the other files of a saved or published pipeline:"""
+
+PIPELINE_SIBLINGS = (
+    "attention_processors",
+    "base_models",
+    "call_arguments",
+    "guidance_methods",
+    "hub_client",
+    "hub_utils",
+    "layout",
+    "layout_images",
+    "model_card",
+    "multisubject_mixin",
+    "pictures",
+    "placed_prompts",
+    "recurrence",
+    "region_attention",
+    "residual_embeddings",
+    "saved_pipeline",
+    "shared_models",
+    "subject_file",
+    "subject_loader",
+    "subject_pickle",
 )
 
 # A saved pipeline keeps its subjects in the tokenizer's folder: diffusers downloads that folder whole, and a loaded
@@ -49,22 +53,25 @@ PIPELINE_SOURCES = (
 _SAVED_SUBJECTS = "subjects.multisubject"
 
 
-def copy_pipeline_sources(folder: str | os.PathLike[str]) -> None:
-    """Write the pipeline's code into a folder, which can then be given as `custom_pipeline=folder`."""
-    for name, text in pipeline_sources().items():
+def copy_pipeline_sources(folder: str | os.PathLike[str], module: str = "pipeline_multisubject") -> None:
+    """Write a pipeline's code into a folder, which can then be given as `custom_pipeline=folder`.
+
+    Args:
+        folder: where to.
+        module: one of `PIPELINES`.
+    """
+    for name, text in pipeline_sources(module).items():
         write_atomically(Path(folder) / name, text.encode())
 
 
-def pipeline_sources() -> dict[str, str]:
-    """File name -> text of the pipeline's modules and of the `pipeline.py` that diffusers looks for."""
+def pipeline_sources(module: str) -> dict[str, str]:
+    """File name -> text of a pipeline's modules, and of the `pipeline.py` that diffusers looks for in a repository."""
     here = Path(__file__).parent
-    sources = {name: (here / name).read_text(encoding="utf-8") for name in PIPELINE_SOURCES}
+    sources = {f"{name}.py": (here / f"{name}.py").read_text(encoding="utf-8") for name in (module, *PIPELINE_SIBLINGS)}
     # Given a folder, diffusers copies what this file imports and nothing that those files import: hence every sibling.
     # Composed, because diffusers finds imports with a regular expression, and would find these in this file.
-    imports = [
-        f"from .{Path(name).stem} import __multisubject_version__  # noqa: F401" for name in PIPELINE_SOURCES[1:]
-    ]
-    imports += ["from .pipeline_multisubject import MultiSubjectPipeline  # noqa: F401"]
+    imports = [f"from .{name} import __multisubject_version__  # noqa: F401" for name in PIPELINE_SIBLINGS]
+    imports += [f"from .{module} import {PIPELINES[module]}  # noqa: F401"]
     sources["pipeline.py"] = "\n".join(['"""What `custom_pipeline="user/repo"` loads."""', "", *imports, ""])
     return sources
 

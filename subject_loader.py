@@ -28,10 +28,10 @@ class EncoderSlot:
     """Where a text encoder's output lies in the prompt embeddings `(prompts, tokens, dim)` that the UNet reads.
 
     Args:
-        name: of the pipeline's component, and of a subject's delta: `text_encoder`.
+        name: of the pipeline's component, and of a subject's delta: `text_encoder`, `text_encoder_2`.
         tokenizer: its tokenizer, or None.
         width: columns that it fills; slots follow one another. None if the encoder is not loaded.
-        prompt: the argument of a call that holds what it reads: `prompt`.
+        prompt: the argument of a call that holds what it reads, `prompt` or `prompt_2`; without one it reads the first.
     """
 
     name: str
@@ -43,6 +43,16 @@ class EncoderSlot:
     def negative_prompt(self) -> str:
         """The argument with what not to show."""
         return f"negative_{self.prompt}"
+
+    @property
+    def prompts(self) -> tuple[str, str]:
+        """Both."""
+        return self.prompt, self.negative_prompt
+
+
+def hidden_size(text_encoder: Any) -> int | None:
+    """Columns of a text encoder's output; None where it is not loaded."""
+    return getattr(getattr(text_encoder, "config", None), "hidden_size", None)
 
 
 class SubjectLoaderMixin:
@@ -85,7 +95,7 @@ class SubjectLoaderMixin:
             raise ValueError("The pipeline has no tokenizer or no text encoder, which subjects need; load both.")
         loaded = load_subject(source, name=name, class_phrase=class_phrase, **hub_options)
         accepted = [*self.subjects]
-        with self.reading():
+        with self._reading():
             for new_name, subject in loaded.items():
                 self._check_subject(new_name, subject, accepted)
                 accepted.append(new_name)
@@ -134,24 +144,32 @@ class SubjectLoaderMixin:
             )
         self._subject_weights = dict.fromkeys(self.subjects, 0.0) | dict(zip(names, factors, strict=True))
 
-    def load_textual_inversion(self, *args: Any, **kwargs: Any) -> None:
+    def load_textual_inversion(
+        self,
+        pretrained_model_name_or_path: Any,
+        token: str | list[str] | None = None,
+        tokenizer: Any = None,
+        text_encoder: Any = None,
+        **kwargs: Any,
+    ) -> None:
         """As the base's. Raises `ValueError` if a token would be called like a loaded subject; none is kept then."""
-        known = {slot.name: set(slot.tokenizer.get_added_vocab()) for slot in self.encoder_slots}
-        super().load_textual_inversion(*args, **kwargs)  # type: ignore[misc]
-        for slot in self.encoder_slots:
-            learned = set(slot.tokenizer.get_added_vocab()) - known[slot.name]
-            for name in self.subjects:
-                if f"<{name}>".casefold() in map(str.casefold, learned):
-                    encoder = getattr(self, slot.name)
-                    self.unload_textual_inversion(sorted(learned), slot.tokenizer, encoder)  # type: ignore[attr-defined]
-                    raise ValueError(
-                        f"The textual inversion's token '<{name}>' is the name of a loaded subject: a prompt could not"
-                        f" tell them apart. Pass another `token`, or `unload_subject({name!r})` first."
-                    )
+        read_by: Any = tokenizer or getattr(self, "tokenizer", None)
+        known = {} if read_by is None else read_by.get_added_vocab()  # without one, the base says what is missing
+        super().load_textual_inversion(  # type: ignore[misc]
+            pretrained_model_name_or_path, token, tokenizer, text_encoder, **kwargs
+        )
+        learned = sorted(set(read_by.get_added_vocab()) - set(known))
+        for name in self.subjects:
+            if f"<{name}>".casefold() in map(str.casefold, learned):
+                self.unload_textual_inversion(learned, tokenizer, text_encoder)  # type: ignore[attr-defined]
+                raise ValueError(
+                    f"The textual inversion's token '<{name}>' is the name of a loaded subject: a prompt could not"
+                    f" tell them apart. Pass another `token`, or `unload_subject({name!r})` first."
+                )
 
     # --- what a prompt names -----------------------------------------------------------------------------------------
 
-    def reading(self) -> AbstractContextManager[Any]:
+    def _reading(self) -> AbstractContextManager[Any]:
         """Within the context, no other thread uses the tokenizers."""
         return in_turn(*(slot.tokenizer for slot in self.encoder_slots))
 
@@ -161,10 +179,19 @@ class SubjectLoaderMixin:
         """Prompts as a text encoder reads them, with their subjects found; none where there is no tokenizer."""
         if prompt is None or slot.tokenizer is None:
             return []
-        texts = [prompt] if isinstance(prompt, str) else prompt
-        if negative:
-            return [parse_prompt(slot.tokenizer, text, self.subjects, by_phrase=False) for text in texts]
-        return [parse_prompt(slot.tokenizer, text, self._subjects_in_use(text)) for text in texts]
+        learned = {
+            word for other in self.encoder_slots if other.tokenizer for word in other.tokenizer.get_added_vocab()
+        }
+        return [
+            parse_prompt(
+                slot.tokenizer,
+                text,
+                self.subjects if negative else self._subjects_in_use(text),
+                by_phrase=not negative,
+                learned=learned,
+            )
+            for text in ([prompt] if isinstance(prompt, str) else prompt)
+        ]
 
     def add_subjects(
         self, prompt_embeds: torch.Tensor, texts: Sequence[Sequence[ParsedPrompt]], num_images_per_prompt: int = 1
@@ -182,14 +209,16 @@ class SubjectLoaderMixin:
         widths = [cast(int, slot.width) for slot in slots]
         columns = []
         for slot, of_slot, part in zip(slots, texts, prompt_embeds.split(widths, dim=-1), strict=True):
+            if len(of_slot) == 1:  # a negative prompt may be one for all prompts
+                of_slot = [*of_slot] * (len(part) // num_images_per_prompt)
             rows = []
-            for text, of_prompt in zip(of_slot, part.split(num_images_per_prompt), strict=True):
+            for text, of_prompt in zip(of_slot, part.split(num_images_per_prompt), strict=bool(of_slot)):
                 residuals = [
                     (self.subjects[mention.subject], mention.span, self._subject_weights.get(mention.subject, 1.0))
                     for mention in text.mentions
                 ]
                 rows.append(add_residuals(of_prompt, residuals, text_encoder=slot.name) if residuals else of_prompt)
-            columns.append(torch.cat(rows))
+            columns.append(torch.cat(rows) if rows else part)
         return torch.cat(columns, dim=-1)
 
     def _subjects_in_use(self, text: str) -> dict[str, ResidualEmbedding]:

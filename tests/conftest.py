@@ -1,4 +1,4 @@
-"""Shared fixtures: Stable Diffusion 1.x- and 2.x-like pipelines of random weights, small enough for any machine.
+"""Shared fixtures: pipelines like Stable Diffusion 1.x, 2.x and XL, of random weights, small enough for any machine.
 
 Their UNets have cross-attention at three resolutions, their tokenizer is the embedded base's real `CLIPTokenizer`.
 diffusers is imported inside the fixtures, so that tests of plain data do not wait for it.
@@ -19,7 +19,7 @@ import torch
 
 from multisubject.tiny_world import EMBEDDED_BASE
 
-EMBED_DIM = 32
+EMBED_DIM, EMBED_DIM_2 = 32, 48
 
 
 def assert_equal_up_to_rounding(actual: torch.Tensor, expected: torch.Tensor, roundings: float = 100) -> None:
@@ -56,25 +56,47 @@ def tokenizer() -> Any:
 
 
 def make_components(tokenizer: Any, kind: str) -> dict[str, Any]:
-    """Components of a tiny pipeline: `sd1` predicts epsilon with convolutional projections, `sd2` v with linear ones.
+    """Components of a tiny pipeline: `sd1` predicts epsilon with convolutional projections, `sd2` v with linear ones,
+    `xl` has two text encoders, a pooled embedding, and cross-attention at two of three resolutions.
 
     Pictures are 32 x 32 by default, latents 16 x 16.
     """
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+    is_xl, projection = kind == "xl", 24
+    text: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": tokenizer.model_max_length,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    blocks = ("CrossAttnDownBlock2D",) * 3, ("CrossAttnUpBlock2D",) * 3
+    special: dict[str, Any] = {}
+    if is_xl:
+        blocks = ("DownBlock2D", *blocks[0][1:]), (*blocks[1][1:], "UpBlock2D")
+        special = {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": projection + 6 * 8,
+            "transformer_layers_per_block": (1, 1, 2),
+        }
     with torch.random.fork_rng():
-        torch.manual_seed(1 if kind == "sd1" else 2)
+        torch.manual_seed({"sd1": 1, "sd2": 2, "xl": 3}[kind])
         unet = UNet2DConditionModel(
             sample_size=16,
             block_out_channels=(16, 32, 32),
             layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=EMBED_DIM,
+            down_block_types=blocks[0],
+            up_block_types=blocks[1],
+            cross_attention_dim=EMBED_DIM + EMBED_DIM_2 if is_xl else EMBED_DIM,
             attention_head_dim=2 if kind == "sd1" else (2, 4, 4),  # diffusers' misnomer: the number of heads
-            use_linear_projection=kind == "sd2",
+            use_linear_projection=kind != "sd1",
             norm_num_groups=8,
+            **special,
         )
         vae = AutoencoderKL(
             block_out_channels=(8, 8),
@@ -84,35 +106,28 @@ def make_components(tokenizer: Any, kind: str) -> dict[str, Any]:
             norm_num_groups=4,
             sample_size=32,
         )
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=EMBED_DIM,
-                intermediate_size=64,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                max_position_embeddings=tokenizer.model_max_length,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-            )
-        )
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type="epsilon" if kind == "sd1" else "v_prediction",
-    )
-    for model in (unet, vae, text_encoder):
+        text_encoder = CLIPTextModel(CLIPTextConfig(hidden_size=EMBED_DIM, **text))
+        models = {"unet": unet, "vae": vae, "text_encoder": text_encoder}
+        if is_xl:
+            config = CLIPTextConfig(hidden_size=EMBED_DIM_2, projection_dim=projection, **text)
+            models["text_encoder_2"] = CLIPTextModelWithProjection(config)
+    noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    for model in models.values():
         model.eval().requires_grad_(False)
-    return {
-        "unet": unet,
-        "vae": vae,
-        "text_encoder": text_encoder,
+    if is_xl:
+        return models | {
+            "tokenizer": tokenizer,
+            "tokenizer_2": tokenizer,
+            "scheduler": EulerDiscreteScheduler(**noise),
+        }
+    return models | {
         "tokenizer": tokenizer,
-        "scheduler": scheduler,
+        "scheduler": DDIMScheduler(
+            **noise,
+            clip_sample=False,
+            set_alpha_to_one=False,
+            prediction_type="epsilon" if kind == "sd1" else "v_prediction",
+        ),
         "safety_checker": None,
         "feature_extractor": None,
     }
@@ -120,16 +135,25 @@ def make_components(tokenizer: Any, kind: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def tiny_components(tokenizer: Any) -> dict[str, dict[str, Any]]:
-    """`sd1` and `sd2` -> components, made once: leave the models as they are, replace schedulers instead."""
-    return {kind: make_components(tokenizer, kind) for kind in ("sd1", "sd2")}
+    """`sd1`, `sd2` and `xl` -> components, made once: leave the models as they are, replace schedulers instead."""
+    return {kind: make_components(tokenizer, kind) for kind in ("sd1", "sd2", "xl")}
 
 
-def make_pipeline(components: dict[str, Any]) -> Any:
-    """A fresh `MultiSubjectPipeline` around shared models, with a scheduler of its own."""
+def make_pipeline(components: dict[str, Any], kind: Any = None) -> Any:
+    """A pipeline around shared models, with a scheduler of its own.
+
+    Args:
+        components: of `make_components`, or of another pipeline.
+        kind: its class; None: the project's own for these components.
+    """
     from multisubject.pipeline_multisubject import MultiSubjectPipeline
+    from multisubject.pipeline_multisubject_xl import MultiSubjectXLPipeline
 
+    is_xl = "text_encoder_2" in components
+    kind = kind or (MultiSubjectXLPipeline if is_xl else MultiSubjectPipeline)
     scheduler = type(components["scheduler"]).from_config(components["scheduler"].config)
-    pipe = MultiSubjectPipeline(**{**components, "scheduler": scheduler}, requires_safety_checker=False)
+    options = {"add_watermarker": False} if is_xl else {"requires_safety_checker": False}
+    pipe = kind(**{**components, "scheduler": scheduler}, **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -142,3 +166,8 @@ def sd1_pipe(tiny_components: dict[str, dict[str, Any]]) -> Any:
 @pytest.fixture
 def sd2_pipe(tiny_components: dict[str, dict[str, Any]]) -> Any:
     return make_pipeline(tiny_components["sd2"])
+
+
+@pytest.fixture
+def xl_pipe(tiny_components: dict[str, dict[str, Any]]) -> Any:
+    return make_pipeline(tiny_components["xl"])

@@ -44,7 +44,7 @@ from multisubject.hub_utils import (
 )
 from multisubject.pictures import open_picture, picture_digests, split_alpha
 from multisubject.residual_embeddings import ResidualEmbedding
-from multisubject.saved_pipeline import PIPELINE_SOURCES
+from multisubject.saved_pipeline import PIPELINE_SIBLINGS
 from multisubject.subject_file import MAX_FILE_BYTES, SubjectFileError, write_safetensors
 from multisubject.tiny_world import EMBEDDED_BASE
 
@@ -811,7 +811,7 @@ def test_everybody_else_uses_the_published_pipeline_online_and_offline(hub, tmp_
 def test_the_published_pipeline_can_be_fetched_whole(hub):
     push_pipeline_to_hub("user/pipe")
     folder = Path(snapshot_download("user/pipe"))
-    for name in (*PIPELINE_SOURCES, "pipeline.py"):
+    for name in (*(f"{sibling}.py" for sibling in PIPELINE_SIBLINGS), "pipeline_multisubject.py", "pipeline.py"):
         compile((folder / name).read_text(), name, "exec")
     assert (folder / "layout.py").read_text() == (ROOT / "layout.py").read_text()
     assert HfApi().model_info("user/pipe").sha == hub.repos["user/pipe"].refs["main"]

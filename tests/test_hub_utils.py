@@ -33,7 +33,12 @@ from multisubject.hub_client import parse_hub_source
 from multisubject.hub_utils import inspect_subject, load_subject, save_subject
 from multisubject.model_card import END, START, pipeline_card, subject_card
 from multisubject.residual_embeddings import ResidualEmbedding
-from multisubject.saved_pipeline import copy_pipeline_sources, load_saved_subjects, save_subjects_with_pipeline
+from multisubject.saved_pipeline import (
+    PIPELINES,
+    copy_pipeline_sources,
+    load_saved_subjects,
+    save_subjects_with_pipeline,
+)
 from multisubject.subject_file import FORMAT_VERSION, SubjectFileError, write_safetensors
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -658,8 +663,9 @@ def test_the_pipelines_card_explains_trust_and_work_offline():
     assert pipeline_card("user/multisubject", card) == card
 
 
-def test_the_published_sources_find_one_another(tmp_path):
-    copy_pipeline_sources(tmp_path)
+@pytest.mark.parametrize("module", PIPELINES)
+def test_the_published_sources_find_one_another(tmp_path, module):
+    copy_pipeline_sources(tmp_path, module)
     # diffusers' own way to find relative imports: a regular expression, also over strings and docstrings
     found = {
         path.stem: set(re.findall(r"^\s*from\s+\.(\S+)\s+import", path.read_text(), flags=re.MULTILINE))
@@ -670,8 +676,8 @@ def test_the_published_sources_find_one_another(tmp_path):
     ) in tmp_path.iterdir():  # ... and its way to find requirements, which are looked for when the code is loaded
         required = re.findall(r"^\s*(?:from|import)\s+([a-zA-Z_]\w*)", path.read_text(), flags=re.MULTILINE)
         assert "multisubject" not in required, path.name
-    siblings = {*found} - {"pipeline", "pipeline_multisubject"}
-    for name in ("pipeline", "pipeline_multisubject"):  # for a folder or file, diffusers goes no deeper than these
+    siblings = {*found} - {"pipeline", module}
+    for name in ("pipeline", module):  # for a folder or file, diffusers goes no deeper than these
         assert siblings <= found[name], name
     resolved: set[str] = set()
     while ready := [name for name, wanted in found.items() if wanted <= resolved and name not in resolved]:

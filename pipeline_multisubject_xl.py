@@ -1,0 +1,132 @@
+"""Stable Diffusion XL with several personal subjects in one picture, each where a layout wants it.
+
+    pipe = DiffusionPipeline.from_pretrained(
+        base, custom_pipeline="pipeline_multisubject_xl.py", trust_remote_code=True
+    )
+    pipe.load_subject("petrucci.safetensors", name="petrucci")
+    pipe("a photo of <petrucci> on the beach", layout={"petrucci": (0.1, 0.2, 0.5, 1.0)}).images[0]
+
+One file with one pipeline class and its siblings beside it, as `custom_pipeline` wants it. Here is what is special
+about this architecture; what happens in a call is in `multisubject_mixin.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from diffusers import StableDiffusionXLPipeline
+from diffusers.pipelines.stable_diffusion_xl import StableDiffusionXLPipelineOutput
+
+__multisubject_version__ = "0.1.0"
+
+# All custom pipelines of a process share one folder of sources and one cache of modules, so a sibling may be another
+# project's file of the same name, or an older one of ours. Every sibling must be imported here, also those that only
+# another sibling needs: for a local file, diffusers copies what it imports and no further.
+try:
+    from .attention_processors import __multisubject_version__ as _
+    from .base_models import __multisubject_version__ as _
+    from .call_arguments import joined
+    from .guidance_methods import __multisubject_version__ as _
+    from .hub_client import __multisubject_version__ as _
+    from .hub_utils import __multisubject_version__ as _
+    from .layout import __multisubject_version__ as _
+    from .layout_images import __multisubject_version__ as _
+    from .model_card import __multisubject_version__ as _
+    from .multisubject_mixin import ENCODING_DEFAULTS, MultiSubjectMixin
+    from .pictures import __multisubject_version__ as _
+    from .placed_prompts import __multisubject_version__ as _
+    from .recurrence import __multisubject_version__ as _
+    from .region_attention import __multisubject_version__ as _
+    from .residual_embeddings import __multisubject_version__ as _
+    from .saved_pipeline import __multisubject_version__ as _
+    from .shared_models import __multisubject_version__ as _
+    from .subject_file import __multisubject_version__ as _
+    from .subject_loader import EncoderSlot, hidden_size
+    from .subject_pickle import __multisubject_version__ as _
+except ImportError as error:
+    raise ImportError(
+        f"{__name__} found a file beside it that is not of multisubject {__multisubject_version__}: {error}. Another"
+        " custom pipeline with a file of that name was loaded, or an older multisubject: start a new process, and"
+        " delete diffusers' `modules` cache folder if that does not help."
+    ) from error
+
+_SIBLINGS = (
+    "attention_processors", "base_models", "call_arguments", "guidance_methods", "hub_client", "hub_utils",
+    "layout", "layout_images", "model_card", "multisubject_mixin", "pictures", "placed_prompts", "recurrence",
+    "region_attention", "residual_embeddings", "saved_pipeline", "shared_models", "subject_file", "subject_loader",
+    "subject_pickle",
+)  # fmt: skip
+_versions = {
+    name: getattr(sys.modules[f"{__name__.rpartition('.')[0]}.{name}"], "__multisubject_version__", None)
+    for name in _SIBLINGS
+}
+if {*_versions.values()} != {__multisubject_version__}:
+    raise ImportError(
+        f"{__name__} is of multisubject {__multisubject_version__}, but the files beside it are of {_versions}."
+        " An older multisubject was loaded before: start a new process."
+    )
+
+
+@dataclass
+class MultiSubjectXLPipelineOutput(StableDiffusionXLPipelineOutput):
+    """Stable Diffusion XL's output with attention maps.
+
+    Args:
+        attention_maps: as those of `MultiSubjectPipelineOutput`.
+    """
+
+    attention_maps: list[dict[str, np.ndarray]] | None = None
+
+
+class MultiSubjectXLPipeline(MultiSubjectMixin, StableDiffusionXLPipeline):
+    """Text-to-image with Stable Diffusion XL and its descendants, several subjects and a layout.
+
+    Components, loading and every argument of the call are those of `StableDiffusionXLPipeline`; without subjects and
+    layout the pictures are its pictures, bit for bit. A subject has a delta for each of the two text encoders, whose
+    outputs lie side by side in the prompt embeddings. The pooled embedding acts on every place of the picture alike; it
+    stays that of the plain words, since what it said of one subject would reach the others.
+
+    Attributes:
+        subjects: name -> `ResidualEmbedding`, the loaded subjects.
+    """
+
+    _file = "pipeline_multisubject_xl"
+    _output = MultiSubjectXLPipelineOutput
+
+    # diffusers reads the components off the signature
+    @functools.wraps(StableDiffusionXLPipeline.__init__)  # type: ignore[misc]
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._start()
+
+    __call__ = joined(MultiSubjectMixin.__call__, StableDiffusionXLPipeline.__call__)
+    encode_prompt = joined(
+        MultiSubjectMixin.encode_prompt, StableDiffusionXLPipeline.encode_prompt, **ENCODING_DEFAULTS
+    )
+
+    @property
+    def encoder_slots(self) -> list[EncoderSlot]:
+        """Two text encoders, whose outputs lie side by side in the prompt embeddings."""
+        return [
+            EncoderSlot("text_encoder", self.tokenizer, hidden_size(self.text_encoder), "prompt"),
+            EncoderSlot("text_encoder_2", self.tokenizer_2, hidden_size(self.text_encoder_2), "prompt_2"),
+        ]
+
+    def base_problem(self, unet: Any) -> str | None:
+        """A UNet of another architecture or of a refiner, or one of another width than the two encoders' together."""
+        expected = "Expected a base model of Stable Diffusion XL."
+        if unet.config.get("addition_embed_type") != "text_time":
+            return f"takes no pooled embedding and sizes. {expected} `MultiSubjectPipeline` is for 1.x and 2.x."
+        width, widths = unet.config.get("cross_attention_dim"), [slot.width for slot in self.encoder_slots]
+        known = [width for width in widths if width is not None]
+        if width == widths[1] or (len(known) == 2 and width != sum(known)):
+            found = " + ".join(map(str, known))
+            return (
+                f"reads prompt embeddings of width {width}, but the text encoders' have {found}. {expected} (A refiner"
+                " reads one text encoder's, and takes no subjects.)"
+            )
+        return None

@@ -47,6 +47,7 @@ from diffusers import (
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig
 from PIL import Image
 from transformers import CLIPTokenizer
 
@@ -1067,6 +1068,40 @@ def test_a_placed_subject_without_brackets_is_refused(pipe):
 def test_a_wrong_argument_is_answered_with_all_there_are(pipe):
     with pytest.raises(TypeError, match=r"Unknown arguments \['layouts'\]; expected some of .*'eta'.*'layout'"):
         sample(pipe, layouts={})
+
+
+@pytest.mark.parametrize("kind", ["sd1", "xl"])
+def test_lora_on_unet_and_text_encoders_works_as_without_us(tokenizer, kind):
+    pipe = make_pipeline(make_components(tokenizer, kind))
+    pipe.subjects["rex"] = subject("dog")
+    without = sample(pipe, "a <rex>")
+    layers = {"unet": ["to_q", "to_k", "to_v"]} | {name: ["q_proj", "v_proj"] for name in encoders(pipe)}
+    for name, targets in layers.items():
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+            getattr(pipe, name).add_adapter(config)
+    drawn = []
+    for scale in (1.0, 0.5, 0.0):
+        arguments: dict[str, Any] = {"cross_attention_kwargs": {"scale": scale}}
+        drawn.append(sample(pipe, "a <rex>", **arguments))
+        assert torch.equal(sample(pipe, "a mug", **arguments), sample(plain(pipe), "a mug", **arguments))
+        guided = sample(pipe, "a <rex>", layout={"rex": (0, 0, 0.5, 1)}, **arguments)
+        assert guided.isfinite().all() and not torch.equal(guided, drawn[-1])
+    assert not torch.equal(drawn[0], drawn[1])
+    assert_equal_up_to_rounding(drawn[2], without, RUN)
+
+
+def test_offloading_changes_nothing(tokenizer, pipe):
+    """With accelerate's real hooks, which move the models from the CPU to the CPU."""
+    offloaded = make_pipeline(make_components(tokenizer, "xl" if "text_encoder_2" in pipe.components else "sd1"))
+    offloaded.enable_model_cpu_offload(device="cpu")
+    for each in (pipe, offloaded):
+        each.subjects["rex"] = subject("dog")
+    arguments: dict[str, Any] = {"layout": {"rex": (0, 0, 0.5, 1)}, "output_type": "np"}
+    for method in ("multisubject", "cones2"):
+        expected = sample(pipe, "a <rex> and a ball", guidance_method=method, **arguments)
+        assert np.array_equal(sample(offloaded, "a <rex> and a ball", guidance_method=method, **arguments), expected)
 
 
 # --- what is special about Stable Diffusion XL -----------------------------------------------------------------------

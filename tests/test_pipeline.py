@@ -1104,6 +1104,25 @@ def test_offloading_changes_nothing(tokenizer, pipe):
         assert np.array_equal(sample(offloaded, "a <rex> and a ball", guidance_method=method, **arguments), expected)
 
 
+def test_a_compiled_unet_of_xl_is_one_graph(xl_pipe):
+    """Guided, over all steps of two runs. That of Stable Diffusion: test_attention_processors.py, with every method."""
+    expected = sample(xl_pipe, layout=LAYOUT, num_inference_steps=3)
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    xl_pipe.unet = torch.compile(xl_pipe.unet, backend=backend, fullgraph=True)
+    try:
+        for _ in range(2):
+            found = sample(xl_pipe, layout=LAYOUT, num_inference_steps=3)
+        assert len(graphs) == 1
+    finally:
+        torch._dynamo.reset()
+    assert_equal_up_to_rounding(found, expected, RUN)
+
+
 # --- what is special about Stable Diffusion XL -----------------------------------------------------------------------
 
 TWO = "a photo of a <rex> and a <ann> on the beach"

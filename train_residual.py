@@ -1,11 +1,12 @@
-"""Teach Stable Diffusion a subject from a few pictures: pictures + class phrase -> residual embedding.
+"""Teach Stable Diffusion 1.x, 2.x or XL a subject: a few pictures + class phrase -> residual embedding.
 
     accelerate launch train_residual.py --instance_data_dir data/petrucci --instance_prompt person \\
         --output_dir output/petrucci
 
 learns what `person` has to mean so that these pictures come out, and leaves in `output/petrucci`: the adapter
-`petrucci.safetensors`, `residual.pt` for older tools, a model card with sample pictures, `config.yaml`, the loss curve,
-validation pictures and checkpoints. `--help` explains every flag; `--config file.yaml` reads them from a file.
+`petrucci.safetensors`, `residual.pt` for older tools (of one text encoder, so not with XL), a model card with sample
+pictures, `config.yaml`, the loss curve, validation pictures and checkpoints. `--help` explains every flag;
+`--config file.yaml` reads them from a file.
 
 Everything random is a function of (seed, step, number of the sample in the step), never of what ran before. That is
 why a resumed run ends where an uninterrupted one does, and several processes learn what one does with their batch.
@@ -66,9 +67,9 @@ def train(config: TrainConfig) -> dict[str, ResidualEmbedding]:
                 if config.concepts_list is None:
                     raise
                 raise ValueError(f"--concepts_list: {item.subject_name!r}: {error}") from error
-        text_encoder, models.text_encoder = models.text_encoder, None
+        text_encoders, models.text_encoders = models.text_encoders, None
         if config.method == "residual":
-            text_encoder = None  # every prompt is embedded: nothing needs it any more
+            text_encoders = None  # every prompt is embedded: nothing needs them any more
         models.unet = load_unet(config, models)
         if config.with_prior_preservation:
             with accelerator.main_process_first():
@@ -81,9 +82,9 @@ def train(config: TrainConfig) -> dict[str, ResidualEmbedding]:
         subjects = {}
         try:
             for number, concept in enumerate(concepts, start=1):
-                tuned_encoder = text_encoder if number == len(concepts) else copy.deepcopy(text_encoder)
+                tuned = text_encoders if number == len(concepts) else copy.deepcopy(text_encoders)
                 with StopRequest() as stop:
-                    progress = fit(concept, models, accelerator, stop, tuned_encoder)
+                    progress = fit(concept, models, accelerator, stop, tuned)
                 if accelerator.is_main_process:
                     subjects[concept.config.subject_name] = save_result(concept, progress, models)
                 accelerator.wait_for_everyone()

@@ -411,7 +411,7 @@ def random_sd21() -> None:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     import multisubject.train_residual as trainer
-    from multisubject.training.models import Models, frozen, weight_dtype
+    from multisubject.training.models import Models, TextEncoders, frozen, weight_dtype
 
     def load_encoders(config: Any, accelerator: Any) -> Models:
         dtype = weight_dtype(accelerator)
@@ -420,8 +420,8 @@ def random_sd21() -> None:
         ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
         text_encoder = CLIPTextModel(CLIPTextConfig(**SD21_TEXT_ENCODER, **ids))
         return Models(
-            tokenizer=tokenizer,
-            text_encoder=frozen(text_encoder, accelerator.device, torch.float32),
+            tokenizers={"text_encoder": tokenizer},
+            text_encoders=frozen(TextEncoders({"text_encoder": text_encoder}), accelerator.device, torch.float32),
             vae=frozen(AutoencoderKL(**SD21_VAE), accelerator.device, dtype),
             unet=None,
             unet_config={"sample_size": 96, "block_out_channels": [320, 640, 1280, 1280]},
@@ -429,7 +429,8 @@ def random_sd21() -> None:
             sampling_scheduler=scheduler,
             device=accelerator.device,
             dtype=dtype,
-            fingerprint=None,
+            fingerprints={"text_encoder": None},
+            widths={"text_encoder": text_encoder.config.hidden_size},
         )
 
     def load_unet(config: Any, models: Models) -> UNet2DConditionModel:

@@ -9,6 +9,7 @@ import functools
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,11 +25,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import assert_equal_up_to_rounding
 from PIL import Image
 from safetensors import SafetensorError
 
 import multisubject.train_residual as trainer
-from multisubject.hub_utils import load_subject
+from multisubject.hub_utils import load_subject, save_subject
 from multisubject.pictures import picture_digests
 from multisubject.tests.two_processes import run_in_two_processes
 from multisubject.tiny_world.subjects import SUBJECTS
@@ -36,9 +38,17 @@ from multisubject.train_residual import main, train
 from multisubject.training import devices, loop, results, run_lock
 from multisubject.training import models as loading
 from multisubject.training.checkpoints import ECHO_SECONDS, StopRequest, checkpoints, latest_checkpoint
-from multisubject.training.concepts import CLASS_STEPS, Concept, Prompts, TrainingPicture, View, encode_picture
+from multisubject.training.concepts import (
+    CLASS_STEPS,
+    Concept,
+    Prompts,
+    TrainingPicture,
+    View,
+    build_prompts,
+    encode_picture,
+)
 from multisubject.training.config import TrainConfig, parse_config, read_concepts
-from multisubject.training.learners import ResidualLearner, TextEncoderLearner
+from multisubject.training.learners import ResidualLearner, TextEncoderLearner, make_learner
 from multisubject.training.loop import learning_rate_factor, make_optimizer
 from multisubject.training.loss import Sample, compute_loss, denoising_loss, draw_batch, draw_sample
 from multisubject.training.pictures import Picture
@@ -49,8 +59,8 @@ METHODS = ("residual", "text_encoder", "lora")
 
 @pytest.fixture(scope="session")
 def tiny_base(tiny_components: dict[str, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """`sd1` and `sd2` -> folder with a tiny base of random weights."""
-    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+    """`sd1`, `sd2` and `xl` -> folder with a tiny base of random weights."""
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 
     folders = {}
     for kind, components in tiny_components.items():
@@ -64,7 +74,10 @@ def tiny_base(tiny_components: dict[str, dict[str, Any]], tmp_path_factory: pyte
                 up_block_types=("UpBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"),
             )
         parts = {**components, "unet": unet, "image_encoder": None}
-        StableDiffusionPipeline(**parts, requires_safety_checker=False).save_pretrained(folder)
+        if kind == "xl":
+            StableDiffusionXLPipeline(**parts, add_watermarker=False).save_pretrained(folder)
+        else:
+            StableDiffusionPipeline(**parts, requires_safety_checker=False).save_pretrained(folder)
         folders[kind] = str(folder)
     return folders
 
@@ -96,8 +109,17 @@ def short_run(base: str, pictures: Path, output: Path) -> TrainConfig:
 
 
 @pytest.fixture
-def config(tiny_base: dict[str, str], pictures: Path, tmp_path: Path) -> TrainConfig:
-    return short_run(tiny_base["sd2"], pictures, tmp_path / "petrucci")
+def kind() -> str:
+    """The base's architecture; a test over both names it."""
+    return "sd2"
+
+
+both_architectures = pytest.mark.parametrize("kind", ["sd2", "xl"])
+
+
+@pytest.fixture
+def config(tiny_base: dict[str, str], kind: str, pictures: Path, tmp_path: Path) -> TrainConfig:
+    return short_run(tiny_base[kind], pictures, tmp_path / "petrucci")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -107,10 +129,14 @@ def models_loaded_once() -> Iterator[None]:
     unets: dict[Any, Any] = {}
 
     def load_encoders(flags: TrainConfig, accelerator: Any) -> Any:
-        key = (flags.pretrained_model_name_or_path, accelerator.mixed_precision)
+        key = (
+            flags.pretrained_model_name_or_path,
+            flags.pretrained_vae_model_name_or_path,
+            accelerator.mixed_precision,
+        )
         if key not in bases:
             bases[key] = loading.load_encoders(flags, accelerator)
-        return replace(bases[key], text_encoder=copy.deepcopy(bases[key].text_encoder))
+        return replace(bases[key], text_encoders=copy.deepcopy(bases[key].text_encoders))
 
     def load_unet(flags: TrainConfig, models: Any) -> Any:
         key = (flags.pretrained_model_name_or_path, flags.gradient_checkpointing, models.dtype)
@@ -127,25 +153,25 @@ def models_loaded_once() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def finished_runs(
     tiny_base: dict[str, str], pictures: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], tuple[Path, torch.Tensor]]:
-    """Method -> the folder of `config`'s run with it, and what it has learnt; trained once."""
+) -> Callable[..., tuple[Path, torch.Tensor]]:
+    """Method, architecture -> the folder of `config`'s run with them, and what it has learnt; trained once."""
 
     @functools.cache
-    def run(method: str) -> tuple[Path, torch.Tensor]:
-        output = tmp_path_factory.mktemp(f"finished-{method}") / "petrucci"
-        return output, learn(replace(short_run(tiny_base["sd2"], pictures, output), method=method))
+    def run(method: str, kind: str = "sd2") -> tuple[Path, torch.Tensor]:
+        output = tmp_path_factory.mktemp(f"finished-{method}-{kind}") / "petrucci"
+        return output, learn(replace(short_run(tiny_base[kind], pictures, output), method=method))
 
     return run
 
 
 @pytest.fixture
-def whole(finished_runs: Callable[[str], tuple[Path, torch.Tensor]]) -> torch.Tensor:
+def whole(finished_runs: Callable[..., tuple[Path, torch.Tensor]]) -> torch.Tensor:
     """What `config` learns."""
     return finished_runs("residual")[1]
 
 
 @pytest.fixture
-def finished(config: TrainConfig, finished_runs: Callable[[str], tuple[Path, torch.Tensor]]) -> TrainConfig:
+def finished(config: TrainConfig, finished_runs: Callable[..., tuple[Path, torch.Tensor]]) -> TrainConfig:
     """`config`, whose output folder already holds its finished run."""
     shutil.copytree(finished_runs("residual")[0], config.output_dir)
     return config
@@ -155,7 +181,7 @@ def finished(config: TrainConfig, finished_runs: Callable[[str], tuple[Path, tor
 def no_side_shows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Collecting garbage after each run and drawing its curve take longer than these runs; one test draws."""
     monkeypatch.setattr("gc.collect", lambda *_: 0)
-    if request.node.name != "test_a_run_leaves_everything_that_was_promised":
+    if request.node.name != "test_a_run_leaves_everything_that_was_promised[sd2]":
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
 
 
@@ -176,8 +202,9 @@ def as_flags(config: TrainConfig) -> list[str]:
 
 
 def learn(config: TrainConfig) -> torch.Tensor:
+    """What a run learns, the deltas of two text encoders side by side."""
     (subject,) = train(config).values()
-    return subject.delta
+    return torch.cat([*subject.deltas.values()], dim=-1)
 
 
 # --- configuration ---------------------------------------------------------------------------------------------------
@@ -212,6 +239,18 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     config = parse_config(["--config", str(file), "--seed", "8"])
     assert (config.learning_rate, config.seed, config.random_flip, config.use_masks) == (1e-3, 8, True, False)
     assert config.templates == ["my {}", "{}"]
+
+
+def test_what_comments_suggest_for_smaller_gpus_are_flags(tmp_path: Path) -> None:
+    shipped = Path(trainer.__file__).parent / "configs" / "train_sdxl.yaml"
+    lines = shipped.read_text(encoding="utf-8").splitlines()
+    suggested = [line[1:].strip() for line in lines if re.match(r"#   \w+: ", line)]
+    assert len(suggested) == 4
+    (tmp_path / "small.yaml").write_text("\n".join(suggested))
+    small, large = (parse_config(["--config", str(path)]) for path in (tmp_path / "small.yaml", shipped))
+    assert (small.mixed_precision, large.mixed_precision, large.method) == ("fp16", "bf16", "residual")
+    batches = [config.train_batch_size * config.gradient_accumulation_steps for config in (small, large)]
+    assert batches == [4, 4]
 
 
 def test_shipped_configurations_are_valid() -> None:
@@ -418,16 +457,24 @@ def test_rate_falls_to_zero_at_the_last_optimiser_step(accumulation: int) -> Non
 
 
 @pytest.fixture
-def prompts(tiny_components: dict[str, dict[str, Any]]) -> Prompts:
+def encoders(kind: str, tiny_components: dict[str, dict[str, Any]]) -> loading.TextEncoders:
+    """The architecture's text encoders, to be tuned."""
+    parts = {name: part for name, part in tiny_components[kind].items() if name.startswith("text_encoder")}
+    return copy.deepcopy(loading.TextEncoders(parts))
+
+
+@pytest.fixture
+def prompts(encoders: loading.TextEncoders, tokenizer: Any) -> Prompts:
     """Two prompts with a class phrase of two tokens at different places."""
-    encoder, tokenizer = tiny_components["sd2"]["text_encoder"], tiny_components["sd2"]["tokenizer"]
     texts = ["a red person", "a photo of a red person on the beach"]
-    input_ids = tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
+    input_ids = tokenizer(texts, padding="max_length", return_tensors="pt").input_ids[:, None]
+    input_ids = input_ids.expand(-1, len(encoders.encoders), -1)
     with torch.no_grad():
-        embeds = encoder(input_ids)[0]
-    return Prompts(texts, input_ids, torch.tensor([[2, 3], [5, 6]]), embeds, embeds[:1])
+        embeds, pooled = encoders(input_ids)
+    return Prompts(texts, input_ids, torch.tensor([[2, 3], [5, 6]]), embeds, embeds[:1], pooled)
 
 
+@both_architectures
 def test_residual_is_added_at_the_phrase_alone(prompts: Prompts) -> None:
     learner = ResidualLearner(prompts)
     rows = torch.tensor([1, 0, 1])
@@ -440,11 +487,13 @@ def test_residual_is_added_at_the_phrase_alone(prompts: Prompts) -> None:
     torch.testing.assert_close(change, expected, atol=1e-5, rtol=0)
 
 
+@both_architectures
 def test_key_preservation_is_how_far_the_keys_move(
-    prompts: Prompts, tiny_components: dict[str, dict[str, Any]]
+    prompts: Prompts, kind: str, tiny_components: dict[str, dict[str, Any]]
 ) -> None:
-    unet = tiny_components["sd2"]["unet"]
-    learner = ResidualLearner(prompts, unet, key_preservation=0.5)
+    unet = tiny_components[kind]["unet"]
+    scale = torch.linspace(1.0, 3.0, prompts.base_embeds.shape[2]) if kind == "xl" else None
+    learner = ResidualLearner(prompts, unet, key_preservation=0.5, scale=scale)
     assert learner(torch.tensor([0]))[1] == 0
     with torch.no_grad():
         learner.delta[:] = torch.randn(learner.delta.shape, generator=torch.Generator().manual_seed(0))
@@ -454,7 +503,7 @@ def test_key_preservation_is_how_far_the_keys_move(
     words = torch.stack([prompts.base_embeds[row, position] for row, position in enumerate(prompts.positions)])
     with torch.no_grad():
         for layer in layers:
-            for token, delta in enumerate(learner.delta):
+            for token, delta in enumerate(learner.residual()):
                 lengths = [layer.to_k(word).square().sum() for word in words[:, token]]
                 moved.append(layer.to_k(delta).square().sum() / torch.stack(lengths).mean())
     assert len(layers) > 1
@@ -464,13 +513,13 @@ def test_key_preservation_is_how_far_the_keys_move(
     assert set(learner.state_dict()) == {"delta"}
 
 
+@both_architectures
 def test_encoder_learner_starts_as_a_no_op_and_holds_other_tokens(
-    prompts: Prompts, tiny_components: dict[str, dict[str, Any]]
+    prompts: Prompts, encoders: loading.TextEncoders
 ) -> None:
-    import copy
-
-    encoder = copy.deepcopy(tiny_components["sd2"]["text_encoder"]).requires_grad_(True)
-    learner = TextEncoderLearner(prompts, [0, 1], encoder, TrainConfig(method="text_encoder"))
+    encoders.requires_grad_(True)
+    flags = TrainConfig(method="text_encoder")
+    learner = TextEncoderLearner(prompts, [0, 1], encoders, flags)
     embeds, penalty = learner(torch.tensor([0, 1]))
     torch.testing.assert_close(embeds, prompts.base_embeds)
     assert float(penalty) < 1e-4
@@ -478,9 +527,15 @@ def test_encoder_learner_starts_as_a_no_op_and_holds_other_tokens(
     (embeds.square().mean() + penalty).backward()
     assert all(parameter.grad.isfinite().all() for parameter in learner.tuned().values() if parameter.grad is not None)
     with torch.no_grad():
-        encoder.get_input_embeddings().weight.add_(torch.randn_like(encoder.get_input_embeddings().weight))
+        for encoder in encoders.encoders.values():
+            weight = encoder.get_input_embeddings().weight
+            weight.add_(torch.randn_like(weight))
     assert float(learner(torch.tensor([0, 1]))[1]) > 1e-2
     assert learner.residual().shape == (2, embeds.shape[-1])
+    in_lengths = TextEncoderLearner(prompts, [0, 1], encoders, flags, scale=torch.full(embeds.shape[-1:], 4.0))
+    penalties = [one(torch.tensor([0, 1]))[1] for one in (in_lengths, learner)]
+    torch.testing.assert_close(4 * penalties[0], penalties[1])
+    assert torch.equal(in_lengths.residual(), learner.residual())
 
 
 def test_missing_optimisers_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -511,19 +566,318 @@ def test_installed_optimisers_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (group["lr"], group["betas"], group["weight_decay"]) == (0.5, (0.8, 0.95), 0.1)
 
 
+# --- what the two architectures share, and what is special about Stable Diffusion XL ---------------------------------
+
+
+def load(base: str, **flags: Any) -> loading.Models:
+    """A base's encoders on the processor, in a precision that it may only imitate."""
+    accelerator: Any = SimpleNamespace(device=torch.device("cpu"), mixed_precision=flags.pop("mixed_precision", "no"))
+    return loading.load_encoders(TrainConfig(pretrained_model_name_or_path=base, **flags), accelerator)
+
+
+@both_architectures
+def test_prompts_are_embedded_as_the_pipeline_does(kind: str, tiny_base: dict[str, str], request: Any) -> None:
+    pipe = request.getfixturevalue(f"{kind}_pipe")
+    said = {"--templates": ["a red person", "a photo of a red person on the beach"]}
+    models = load(tiny_base[kind])
+    found = build_prompts(said, "red person", models)
+    for row, text in enumerate(found.texts):
+        expected = pipe.encode_prompt(text, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True)
+        embeds = (found.base_embeds[row, None], found.negative_embeds)
+        if kind == "xl":
+            assert found.pooled is not None and found.negative_pooled is not None
+            embeds += (found.pooled[row, None], found.negative_pooled)
+        assert len(embeds) == len(expected)
+        for ours, theirs in zip(embeds, expected, strict=True):
+            assert_equal_up_to_rounding(ours, theirs)
+    assert found.positions.tolist() == [[2, 3], [5, 6]]
+    assert not (kind == "xl" and found.negative_embeds.any())  # so says that base
+    models.zero_negative = False
+    assert build_prompts(said, "red person", models).negative_embeds.any()
+
+
+@both_architectures
+@pytest.mark.parametrize("method", METHODS)
+def test_every_tuned_parameter_gets_a_gradient(
+    config: TrainConfig, method: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or several processes would wait for one another's for ever."""
+    learners = []
+
+    def remember(*arguments: Any) -> Any:
+        learners.append(make_learner(*arguments))
+        return learners[-1]
+
+    monkeypatch.setattr(loop, "make_learner", remember)
+    monkeypatch.setattr(torch.optim.AdamW, "zero_grad", lambda *_, **__: None)
+    learn(replace(config, method=method, max_train_steps=1))
+    tuned = learners[0].tuned()
+    assert [name for name, parameter in tuned.items() if parameter.grad is None] == []
+    assert len({name.split("layers.")[-1] for name in tuned}) > 3 or method == "residual"
+
+
+@both_architectures
+@pytest.mark.parametrize("method", METHODS)
+def test_the_base_hears_of_each_picture_what_is_true(
+    config: TrainConfig, method: str, kind: str, monkeypatch: pytest.MonkeyPatch, xl_pipe: Any
+) -> None:
+    """XL's UNet: sizes and crops of the pictures, and the plain words' pooled embedding, whatever is tuned."""
+    heard: list[dict[str, torch.Tensor] | None] = []
+
+    def loss(samples: Any, embeds: torch.Tensor, models: Any, *rest: Any) -> torch.Tensor:
+        unet = models.unet
+
+        def listen(*arguments: Any, added_cond_kwargs: Any = None, **options: Any) -> Any:
+            heard.append(added_cond_kwargs)
+            return unet(*arguments, added_cond_kwargs=added_cond_kwargs, **options)
+
+        return denoising_loss(samples, embeds, replace(models, unet=listen), *rest)
+
+    monkeypatch.setattr(loop, "denoising_loss", loss)
+    learn(replace(config, method=method, templates=["a photo of a {}"], max_train_steps=3, learning_rate=0.1))
+    assert heard
+    if kind != "xl":
+        assert heard == [None] * len(heard)
+        return
+    pooled = xl_pipe.encode_prompt("a photo of a person", device="cpu", do_classifier_free_guidance=False)[2]
+    sizes = set()
+    for conditions in heard:
+        assert conditions is not None
+        assert_equal_up_to_rounding(conditions["text_embeds"], pooled.expand(len(conditions["text_embeds"]), -1))
+        sizes |= set(map(tuple, conditions["time_ids"].tolist()))
+    # The wide picture's bucket is 48 x 24, of a size that a crop of 2 : 1 fills.
+    assert sizes == {(32, 32, 0, 0, 32, 32), (32, 64, 0, 0, 24, 48), (40, 40, 0, 0, 32, 32)}
+
+
+def test_each_encoder_of_xl_is_learnt_at_its_own_scale(
+    tiny_base: dict[str, str], config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adam's first step is the rate for every number, so that the deltas are the rate times the words' size."""
+    models = load(tiny_base["xl"])
+    with torch.no_grad():  # as different as they are in the released models
+        models.text_encoders.encoders["text_encoder"].get_input_embeddings().weight.mul_(50)
+    monkeypatch.setattr(trainer, "load_encoders", lambda *_: models)
+    flags = replace(config, pretrained_model_name_or_path=tiny_base["xl"], max_train_steps=1, weight_decay=0.0)
+    prompts = build_prompts({"": ["a {}".replace("{}", "person")]}, "person", models)
+    delta = learn(replace(flags, templates=["a {}"], learning_rate=0.1, validation_prompts=["the {}"]))
+    words = prompts.base_embeds[0, prompts.positions[0]]
+    scales = [part.square().mean().sqrt() for part in words.split([32, 48], dim=-1)]
+    assert scales[0] > 2 * scales[1]
+    for part, scale in zip(delta.split([32, 48], dim=-1), scales, strict=True):
+        torch.testing.assert_close(part.abs().median(), 0.1 * scale, rtol=0.05, atol=0)
+
+
+@both_architectures
+def test_what_is_learnt_shows_in_the_pipeline_as_in_the_trainer(
+    config: TrainConfig, kind: str, tiny_base: dict[str, str]
+) -> None:
+    from multisubject.pipeline_multisubject import MultiSubjectPipeline
+    from multisubject.pipeline_multisubject_xl import MultiSubjectXLPipeline
+
+    flags = replace(config, learning_rate=0.5, validation_inference_steps=2, validation_guidance_scale=4.0)
+    delta = learn(flags)
+    pipe = (MultiSubjectXLPipeline if kind == "xl" else MultiSubjectPipeline).from_pretrained(tiny_base[kind])
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_subject(Path(flags.output_dir) / "petrucci.safetensors")
+    pipe.set_subjects([])
+    plain = pipe.encode_prompt("a photo of a person")[0]
+    pipe.set_subjects(["petrucci"])
+    change = pipe.encode_prompt("a photo of a <petrucci>")[0] - plain
+    expected = torch.zeros_like(change)
+    expected[0, 5] = delta[0]
+    torch.testing.assert_close(change, expected, atol=1e-5 * float(plain.abs().max()), rtol=1e-4)
+    options: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 4.0, "height": 32, "width": 32}
+    (found,) = pipe("a photo of a <petrucci>", generator=torch.Generator().manual_seed(0), **options).images
+    (other,) = pipe("a photo of a person", generator=torch.Generator().manual_seed(1), **options).images
+    sample = np.asarray(Image.open(Path(flags.output_dir) / "samples" / "petrucci-0.png")).astype(int)
+    assert np.abs(sample - np.asarray(found)).max() <= 1
+    assert np.abs(sample - np.asarray(other)).max() > 10
+
+
+@both_architectures
+def test_learning_lowers_the_loss(config: TrainConfig, kind: str) -> None:
+    """With every option of the residual on the way, held against the plain class by the same noise."""
+    flags = replace(
+        config,
+        validation=True,
+        key_preservation=1e-4,
+        random_flip=True,
+        lr_scheduler="constant",
+        checkpointing_steps=50,
+    )
+    scores = []
+    for rate, steps in ((0.0, 1), (0.3, 12)):
+        learn(replace(flags, learning_rate=rate, max_train_steps=steps, overwrite_output_dir=True))
+        file = Path(flags.output_dir) / f"checkpoint-{steps}" / "progress.json"
+        scores += json.loads(file.read_text())["scores"].values()
+    plain, learnt = scores
+    assert learnt < plain
+
+
+@pytest.fixture
+def other_vae(tiny_components: dict[str, dict[str, Any]], tmp_path: Path) -> Callable[..., str]:
+    """Options of its configuration -> folder of another VAE of random weights."""
+    from diffusers import AutoencoderKL
+
+    def save(**options: Any) -> str:
+        values = {key: value for key, value in tiny_components["xl"]["vae"].config.items() if key[0] != "_"}
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            vae = AutoencoderKL(**{**values, **options})
+        vae.save_pretrained(folder := tmp_path / "vae")
+        return str(folder)
+
+    return save
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision", "vae", "expected"),
+    [
+        ("xl", "fp16", None, torch.float32),
+        ("xl", "fp16", {"force_upcast": False}, torch.float16),
+        ("xl", "fp16", {"force_upcast": True}, torch.float32),
+        ("xl", "bf16", None, torch.bfloat16),
+        ("xl", "no", None, torch.float32),
+        ("sd2", "fp16", None, torch.float16),
+        ("sd2", "fp16", {"force_upcast": True}, torch.float16),
+    ],
+)
+def test_a_vae_that_overflows_in_float16_computes_in_float32(
+    kind: str, precision: str, vae: Any, expected: torch.dtype, tiny_base: dict[str, str], other_vae: Any, config: Any
+) -> None:
+    flags = {} if vae is None else {"pretrained_vae_model_name_or_path": other_vae(**vae)}
+    models = load(tiny_base[kind], mixed_precision=precision, **flags)
+    assert models.vae.dtype == expected
+    half = models.dtype
+    models.unet = loading.load_unet(replace(config, pretrained_model_name_or_path=tiny_base[kind]), models)
+    assert models.unet.dtype == half
+    prompts = build_prompts({"": ["a person"]}, "person", models)
+    pictures = loading.generate(
+        models, prompts.base_embeds, prompts.negative_embeds, replace(config, resolution=32), seed=0,
+        pooled=prompts.pooled, negative_pooled=prompts.negative_pooled,
+    )  # fmt: skip
+    assert np.asarray(pictures[0]).std() > 0
+    assert models.vae.dtype == expected  # pictures that are drawn on the way leave it as it is
+    picture = Picture(Path("a.png"), pictures[0], None, None)
+    (view,) = encode_picture(picture, replace(config, resolution=32), models)
+    assert view.latents.dtype == torch.float32 and view.latents.isfinite().all()
+
+
+def test_another_vae_makes_other_latents(
+    config: TrainConfig, tiny_base: dict[str, str], other_vae: Any, finished_runs: Any
+) -> None:
+    folder = other_vae()
+    flags = replace(config, pretrained_model_name_or_path=tiny_base["xl"], pretrained_vae_model_name_or_path=folder)
+    assert not torch.equal(learn(flags), finished_runs("residual", "xl")[1])
+    resumed = replace(flags, resume_from_checkpoint="latest", pretrained_vae_model_name_or_path=None)
+    with pytest.raises(ValueError, match=r"pretrained_vae_model_name_or_path was .*, is None"):
+        train(resumed)
+
+
+def test_a_checkpoint_is_of_all_its_text_encoders(
+    config: TrainConfig, tiny_base: dict[str, str], finished_runs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished_runs("residual", "xl")[0], config.output_dir)
+    models = load(tiny_base["xl"])
+    models.fingerprints["text_encoder_2"] = models.fingerprints["text_encoder"]
+    monkeypatch.setattr(trainer, "load_encoders", lambda *_: models)
+    flags = replace(config, pretrained_model_name_or_path=tiny_base["xl"], resume_from_checkpoint="latest")
+    with pytest.raises(ValueError, match=r"belongs to another run .base was"):
+        train(flags)
+    models.fingerprints["text_encoder_2"] = None  # quantised, say
+    assert models.fingerprint is None
+
+
+def test_a_vae_that_cannot_be_used_is_named(tiny_base: dict[str, str], other_vae: Any) -> None:
+    with pytest.raises(ValueError, match=r"--pretrained_vae_model_name_or_path: .* latents of 8 channels, .* reads 4"):
+        load(tiny_base["xl"], pretrained_vae_model_name_or_path=other_vae(latent_channels=8))
+    with pytest.raises(OSError, match=r"--pretrained_vae_model_name_or_path: .*nowhere' cannot be loaded"):
+        load(tiny_base["xl"], pretrained_vae_model_name_or_path="./nowhere")
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "words"),
+    [
+        ("model_index.json", {"text_encoder": [None, None]}, "has no first text encoder, as refiners"),
+        (
+            "model_index.json",
+            {"_class_name": "StableDiffusionXLInpaintPipeline"},
+            "is for StableDiffusionXLInpaintPipeline; .*StableDiffusionXLPipeline or MultiSubjectXLPipeline",
+        ),
+        ("model_index.json", {"_class_name": "StableDiffusionXLPAGPipeline"}, "is for StableDiffusionXLPAGPipeline"),
+        ("model_index.json", {"_class_name": ["mine", "PipelineOfMine"]}, "is for PipelineOfMine"),
+        ("unet/config.json", {"in_channels": 9}, "UNet of 9 input and 4 latent channels; expected a text-to-image"),
+        ("unet/config.json", {"cross_attention_dim": 48}, r"embeddings of width 48, but text encoders of 32 \+ 48"),
+        ("tokenizer_2/added_tokens.json", {"<cat>": 4000}, "two tokenizers of different words"),
+        ("scheduler/scheduler_config.json", {"sigma_data": 0.5}, "EDMEulerScheduler, which adds noise in another way"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_only_looks_like_a_base_of_xl_is_refused(
+    file: str, values: dict[str, Any], words: str, tiny_base: dict[str, str], tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base["xl"], base)
+    if file.startswith("tokenizer"):
+        from transformers import CLIPTokenizer
+
+        tokenizer = CLIPTokenizer.from_pretrained(base / "tokenizer_2")
+        tokenizer.add_tokens(list(values))
+        tokenizer.save_pretrained(base / "tokenizer_2")
+    elif file.startswith("scheduler"):
+        from diffusers import EDMEulerScheduler
+
+        EDMEulerScheduler(**values).save_pretrained(base / "scheduler")
+        file, values = "model_index.json", {"scheduler": ["diffusers", "EDMEulerScheduler"]}
+    if (base / file).suffix == ".json" and (base / file).exists():
+        before = json.loads((base / file).read_text())
+        (base / file).write_text(json.dumps({**before, **values}))
+    with pytest.raises(ValueError, match=f"--pretrained_model_name_or_path: .*{words}"):
+        load(str(base))
+
+
+def test_a_base_without_a_unet_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline", "transformer": ["diffusers", "X"]}')
+    with pytest.raises(ValueError, match=r"is for FluxPipeline, which has no UNet; expected .* 1\.x, 2\.x or XL"):
+        load(str(tmp_path))
+
+
+@both_architectures
+def test_a_saved_pipeline_of_ours_is_a_base(kind: str, tiny_base: dict[str, str], tmp_path: Path, request: Any) -> None:
+    request.getfixturevalue(f"{kind}_pipe").save_pretrained(tmp_path)
+    assert load(str(tmp_path)).fingerprints == load(tiny_base[kind]).fingerprints
+    assert load(str(tmp_path)).is_xl == (kind == "xl")
+
+
 # --- whole runs ------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_leaves_everything_that_was_promised(config: TrainConfig, caplog: pytest.LogCaptureFixture) -> None:
+@both_architectures
+def test_a_run_leaves_everything_that_was_promised(
+    config: TrainConfig, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
     config = replace(config, validation_steps=2)
     with caplog.at_level(logging.INFO):
         assert main(as_flags(config)) == 0
     output = Path(config.output_dir)
     subject = load_subject(output / "petrucci.safetensors")["petrucci"]
-    bare = torch.load(output / "residual.pt", weights_only=True)
-    assert torch.equal(bare, subject.delta)
-    assert bare.shape == (1, 32)
-    assert bare.abs().max() > 0
+    if kind == "xl":
+        assert {name: delta.shape for name, delta in subject.deltas.items()} == {
+            "text_encoder": (1, 32),
+            "text_encoder_2": (1, 48),
+        }
+        assert all(delta.abs().max() > 0 for delta in subject.deltas.values())
+        assert not (output / "residual.pt").exists()
+        with pytest.raises(ValueError, match=r"\.pt file holds one text encoder's residual, .*'text_encoder_2'"):
+            save_subject(subject, output / "residual.pt")
+    else:
+        bare = torch.load(output / "residual.pt", weights_only=True)
+        assert torch.equal(bare, subject.delta)
+        assert bare.shape == (1, 32)
+        assert bare.abs().max() > 0
+    assert [key for key in sorted(subject.metadata) if "fingerprint" in key] == sorted(
+        f"{encoder}_fingerprint" for encoder in subject.deltas
+    )
     assert subject.class_phrase == "person"
     assert subject.metadata["method"] == "residual"
     assert subject.metadata["steps"] == 4
@@ -532,7 +886,8 @@ def test_a_run_leaves_everything_that_was_promised(config: TrainConfig, caplog: 
     assert subject.metadata["training_pictures"] == picture_digests(seen)  # a later run is known by them
     assert config.pretrained_model_name_or_path not in str(subject.metadata)  # no path of this machine
     sheets = ("validation/step-000002.png", "validation/step-000004.png")
-    for name in ("README.md", "loss.png", "samples/petrucci-0.png", *sheets):
+    curve = ["loss.png"] if kind == "sd2" else []  # it is drawn once
+    for name in ("README.md", *curve, "samples/petrucci-0.png", *sheets):
         assert (output / name).stat().st_size > 0
     assert len(list(csv.DictReader((output / "loss.csv").open()))) == 4
     saved = yaml.safe_load((output / "config.yaml").read_text())
@@ -546,10 +901,11 @@ def test_a_run_leaves_everything_that_was_promised(config: TrainConfig, caplog: 
     assert not list(output.glob(".*"))  # nothing half-written
 
 
+@both_architectures
 @pytest.mark.parametrize("method", METHODS)
-def test_resume_equals_uninterrupted_run(config: TrainConfig, method: str, finished_runs: Any) -> None:
+def test_resume_equals_uninterrupted_run(config: TrainConfig, method: str, kind: str, finished_runs: Any) -> None:
     config = replace(config, method=method)
-    whole = finished_runs(method)[1]
+    whole = finished_runs(method, kind)[1]
     assert whole.abs().max() > 0
     stopped = train_until_signal(config, signal.SIGTERM, step=3)
     assert stopped == 128 + signal.SIGTERM
@@ -862,7 +1218,7 @@ def test_class_pictures_are_not_as_rough_as_validation_pictures(
     steps, seeds = [], []
 
     def generate(
-        models: Any, embeds: torch.Tensor, negative: Any, flags: TrainConfig, *, seed: int
+        models: Any, embeds: torch.Tensor, negative: Any, flags: TrainConfig, *, seed: int, **_: Any
     ) -> list[Image.Image]:
         steps.append(flags.validation_inference_steps)
         seeds.append(seed)
@@ -1025,6 +1381,7 @@ def test_several_subjects_share_one_loading_of_the_models(
     assert torch.equal(both["two"].delta, alone)  # the first subject left no trace
 
 
+@both_architectures
 def test_accumulated_batches_equal_one_large_batch(config: TrainConfig) -> None:
     large = learn(replace(config, train_batch_size=4))
     small = learn(
@@ -1033,15 +1390,17 @@ def test_accumulated_batches_equal_one_large_batch(config: TrainConfig) -> None:
     torch.testing.assert_close(small, large, atol=1e-4, rtol=1e-3)
 
 
-def test_gradient_checkpointing_changes_nothing(config: TrainConfig, finished_runs: Any) -> None:
-    plain = finished_runs("text_encoder")[1]
+@both_architectures
+def test_gradient_checkpointing_changes_nothing(config: TrainConfig, kind: str, finished_runs: Any) -> None:
+    plain = finished_runs("text_encoder", kind)[1]
     frugal = learn(replace(config, method="text_encoder", gradient_checkpointing=True))
     torch.testing.assert_close(frugal, plain, atol=1e-5, rtol=1e-3)
 
 
+@both_architectures
 @pytest.mark.parametrize("method", ["text_encoder", "lora"])
 def test_gradient_checkpointing_recomputes_the_encoder(
-    config: TrainConfig, method: str, monkeypatch: pytest.MonkeyPatch
+    config: TrainConfig, method: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers.models.clip.modeling_clip import CLIPMLP
 
@@ -1057,7 +1416,10 @@ def test_gradient_checkpointing_recomputes_the_encoder(
         with monkeypatch.context() as patch:
             patch.setattr(CLIPMLP, "forward", counted)
             learn(replace(run, max_train_steps=1))
-    assert calls[True] == 2 * calls[False] > 0
+    if kind == "xl":  # of two encoders of two layers, the last ones are not read and so not recomputed
+        assert calls == {True: 4 + 2, False: 4}
+    else:
+        assert calls[True] == 2 * calls[False] > 0
 
 
 def test_no_limit_on_gradients_is_not_a_limit_of_zero(config: TrainConfig) -> None:
@@ -1082,12 +1444,12 @@ def reset_accelerate() -> None:
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
-@pytest.mark.parametrize("method", ["residual", "text_encoder"])
+@pytest.mark.parametrize(("method", "kind"), [("residual", "sd2"), ("text_encoder", "sd2"), ("residual", "xl")])
 def test_bfloat16_learns_nearly_the_same(
-    config: TrainConfig, method: str, finished_runs: Any, monkeypatch: pytest.MonkeyPatch
+    config: TrainConfig, method: str, kind: str, finished_runs: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(devices, "cpu_has_bfloat16", lambda: True)  # or it would be replaced
-    exact = finished_runs(method)[1]
+    exact = finished_runs(method, kind)[1]
     reset_accelerate()
     rough = learn(replace(config, method=method, mixed_precision="bf16"))
     assert torch.cosine_similarity(exact, rough).min() > 0.8
@@ -1231,6 +1593,7 @@ def test_pictures_with_next_to_nothing_in_them_are_skipped_or_refused(
         train(replace(config, overwrite_output_dir=True))
 
 
+@both_architectures
 def test_prior_preservation_draws_missing_class_pictures(config: TrainConfig, tmp_path: Path) -> None:
     config = replace(config, method="text_encoder", max_train_steps=2)
     with_prior = replace(
@@ -1241,7 +1604,9 @@ def test_prior_preservation_draws_missing_class_pictures(config: TrainConfig, tm
         output_dir=config.output_dir + "-2",
     )
     preserved = learn(with_prior)
-    assert len(list((tmp_path / "class").glob("*.png"))) == 2
+    drawn = list((tmp_path / "class").glob("*.png"))
+    assert len(drawn) == 2
+    assert all(np.asarray(Image.open(path)).std() > 0 for path in drawn)
     assert not torch.equal(preserved, learn(config))
     (tmp_path / "class" / "class-0000.png").rename(tmp_path / "class" / "mine.png")
     with pytest.raises(ValueError, match=r"belongs to another run .pictures was"):
@@ -1320,6 +1685,7 @@ def test_the_rate_follows_its_schedule(config: TrainConfig, monkeypatch: pytest.
     assert rates == pytest.approx([0.4, 0.3, 0.2, 0.1])
 
 
+@both_architectures
 def test_validation_pictures_show_the_subject(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     embeds, settings = [], []
 
@@ -1370,7 +1736,7 @@ def test_views_are_the_pictures_latents_and_their_mirror_images(config: TrainCon
         latents = torch.nn.functional.avg_pool2d(pixels, 4)
         return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: latents))
 
-    vae = SimpleNamespace(encode=encode, config=SimpleNamespace(scaling_factor=0.5))
+    vae = SimpleNamespace(encode=encode, config=SimpleNamespace(scaling_factor=0.5), dtype=torch.float32)
     models: Any = SimpleNamespace(vae=vae, device="cpu", dtype=torch.float32, size_multiple=8)
     values = np.random.default_rng(0).integers(0, 256, (16, 32, 3), np.uint8)
     mask = np.zeros((16, 32), np.uint8)
@@ -1378,6 +1744,7 @@ def test_views_are_the_pictures_latents_and_their_mirror_images(config: TrainCon
     picture = Picture(Path("a.png"), Image.fromarray(values), Image.fromarray(mask), None)
     flags = replace(config, resolution=23, random_flip=True)
     view, mirrored = encode_picture(picture, flags, models)
+    assert (view.time_ids, mirrored.time_ids) == ((16, 32, 0, 0, 16, 32),) * 2
     expected = torch.from_numpy(values).permute(2, 0, 1).float().unfold(1, 4, 4).unfold(2, 4, 4).mean((3, 4))
     torch.testing.assert_close(view.latents, (expected / 127.5 - 1) * 0.5)
     torch.testing.assert_close(mirrored.latents, view.latents.flip(-1))
@@ -1388,6 +1755,14 @@ def test_views_are_the_pictures_latents_and_their_mirror_images(config: TrainCon
     in_the_middle = replace(picture, mask=None)
     (square,) = encode_picture(in_the_middle, replace(config, resolution=16, aspect_ratio_buckets=False), models)
     assert square.latents.shape == (3, 4, 4)
+    assert square.time_ids == (16, 32, 0, 8, 16, 16)
+    shrunk = replace(flags, resolution=8, aspect_ratio_buckets=False, num_crops=9)
+    views = encode_picture(in_the_middle, shrunk, models)
+    for one, mirror in zip(views[::2], views[1::2], strict=True):  # of a picture of 16 x 8, or somewhat larger
+        assert (one.time_ids[:2], one.time_ids[4:]) == (mirror.time_ids[:2], mirror.time_ids[4:]) == ((16, 32), (8, 8))
+        assert one.time_ids[2] == mirror.time_ids[2]
+        assert 16 - 1 <= one.time_ids[3] + 8 + mirror.time_ids[3] <= 16 / 0.8 + 1
+    assert any(one.time_ids[3] != mirror.time_ids[3] for one, mirror in zip(views[::2], views[1::2], strict=True))
 
 
 def test_the_class_counts_by_its_weight_and_leaves_the_subject_its_own(config: TrainConfig) -> None:
@@ -1556,18 +1931,28 @@ for flags in json.loads(sys.argv[1]):
 
 
 @pytest.mark.slow
-def test_two_processes_learn_what_one_does_with_twice_the_batch(config: TrainConfig, tmp_path: Path) -> None:
+def test_two_processes_learn_what_one_does_with_twice_the_batch(
+    config: TrainConfig, tiny_base: dict[str, str], tmp_path: Path
+) -> None:
     halves = {
-        method: replace(config, method=method, train_batch_size=1, output_dir=str(tmp_path / method))
+        f"{method}-{kind}": replace(
+            config,
+            method=method,
+            train_batch_size=1,
+            pretrained_model_name_or_path=tiny_base[kind],
+            output_dir=str(tmp_path / f"{method}-{kind}"),
+        )
+        for kind in ("sd2", "xl")
         for method in METHODS
     }
     imports = "from multisubject.train_residual import parse_config, train"
     run_in_two_processes(imports, TRAIN_EACH, json.dumps([as_flags(half) for half in halves.values()]))
-    for method, half in halves.items():
+    for name, half in halves.items():
         output = Path(half.output_dir)
         assert (output / "checkpoint-4" / "random_states_1.pkl").exists()  # there was a second process
-        two = load_subject(output / f"{method}.safetensors")[method].delta
-        one = learn(replace(half, train_batch_size=2, output_dir=str(tmp_path / f"{method}-one")))
+        (subject,) = load_subject(output / f"{name}.safetensors").values()
+        two = torch.cat([*subject.deltas.values()], dim=-1)
+        one = learn(replace(half, train_batch_size=2, output_dir=str(tmp_path / f"{name}-one")))
         torch.testing.assert_close(two, one, atol=1e-4, rtol=1e-3)
         # A checkpoint of two processes goes on in one that sees the same batch.
         resumed = learn(replace(half, train_batch_size=2, resume_from_checkpoint=str(output / "checkpoint-2")))

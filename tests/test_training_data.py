@@ -161,9 +161,9 @@ def test_buckets_keep_proportions_and_area(picture: tuple[int, int], expected: t
 def test_first_crop_is_the_centre_and_the_others_repeat_by_seed() -> None:
     pixels = np.arange(40 * 20, dtype=np.uint16).reshape(20, 40) % 251
     picture = Picture(Path("a"), Image.fromarray(pixels.astype(np.uint8)).convert("RGB"))
-    views = [image for image, _ in crops(picture, (20, 20), 3, random.Random(1))]
+    views = [crop.image for crop in crops(picture, (20, 20), 3, random.Random(1))]
     assert np.array_equal(np.asarray(views[0]), np.asarray(picture.image)[:, 10:30])
-    again = [image for image, _ in crops(picture, (20, 20), 3, random.Random(1))]
+    again = [crop.image for crop in crops(picture, (20, 20), 3, random.Random(1))]
     assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(views, again, strict=True))
     assert not np.array_equal(np.asarray(views[1]), np.asarray(views[2]))
 
@@ -172,10 +172,24 @@ def test_mask_is_cropped_with_its_picture() -> None:
     pixels = np.zeros((30, 50, 3), np.uint8)
     pixels[10:20, 20:30] = 255
     picture = Picture(Path("a"), Image.fromarray(pixels), Image.fromarray(pixels[..., 0]))
-    for image, mask in crops(picture, (16, 16), 4, random.Random(0)):
-        assert mask is not None
-        bright = np.asarray(image)[..., 0] > 127
-        assert (bright & (np.asarray(mask) < 64)).sum() == 0
+    for crop in crops(picture, (16, 16), 4, random.Random(0)):
+        assert crop.mask is not None
+        bright = np.asarray(crop.image)[..., 0] > 127
+        assert (bright & (np.asarray(crop.mask) < 64)).sum() == 0
+
+
+def test_a_crop_says_what_was_cut_off_in_its_own_pixels() -> None:
+    """Columns and rows are numbered by their grey, so that a crop's edges say where they come from."""
+    numbers = np.add.outer(np.arange(60), np.arange(120)).astype(np.uint8)
+    picture = Picture(Path("a"), Image.fromarray(numbers).convert("RGB"))
+    first, *others = crops(picture, (30, 30), 20, random.Random(0))
+    assert (first.top, first.left, first.right) == (0, 15, 15)  # it is resized to 60 x 30, then cut
+    assert len({(crop.top, crop.left) for crop in others}) > 10
+    for crop in others:
+        scale = (crop.left + 30 + crop.right) / 120  # of the resized picture
+        assert 30 / 60 - 0.01 <= scale <= 30 / 48 + 0.01
+        corner = float(np.asarray(crop.image)[0, 0, 0])
+        assert abs(corner - (crop.top + crop.left) / scale) < 4
 
 
 def test_heic_without_its_plugin_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -295,7 +309,7 @@ def test_crop_without_the_subject_is_replaced_by_the_centre() -> None:
     mask = Image.new("L", (40, 20), 0)
     mask.putpixel((20, 10), 255)
     picture = Picture(Path("a"), Image.new("RGB", (40, 20)), mask)
-    assert all(np.asarray(cut).any() for _, cut in crops(picture, (20, 20), 40, random.Random(0)) if cut is not None)
+    assert all(np.asarray(crop.mask).any() for crop in crops(picture, (20, 20), 40, random.Random(0)) if crop.mask)
 
 
 def test_32_bit_files_may_hold_8_bit_values(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from multisubject.pictures import picture_digests, png_bytes
 from multisubject.residual_embeddings import find_token_spans
 from multisubject.subject_file import check_class_phrase, write_atomically
 from multisubject.training.config import TrainConfig
-from multisubject.training.models import Models, encode_prompts, generate, tokenize
+from multisubject.training.models import Models, generate
 from multisubject.training.pictures import Picture, bucket_size, check_size, crops, is_picture, load_pictures
 
 logger = logging.getLogger(__name__)
@@ -54,10 +54,12 @@ class Prompts:
 
     Args:
         texts: the prompts; the class phrase is in each.
-        input_ids: `(prompts, length)`.
+        input_ids: `(prompts, encoders, length)`.
         positions: `(prompts, num_tokens)`, where the class phrase's tokens are; BOS is 0.
-        base_embeds: float32 `(prompts, length, embed_dim)` of the *untuned* encoder.
+        base_embeds: float32 `(prompts, length, embed_dim)` of the *untuned* encoders, which lie side by side.
         negative_embeds: `(1, length, embed_dim)` of the empty prompt.
+        pooled: float32 `(prompts, pooled_dim)`, where the UNet reads it: of the plain words, whatever is tuned.
+        negative_pooled: `(1, pooled_dim)` of the empty prompt.
     """
 
     texts: list[str]
@@ -65,18 +67,32 @@ class Prompts:
     positions: torch.Tensor
     base_embeds: torch.Tensor
     negative_embeds: torch.Tensor
+    pooled: torch.Tensor | None = None
+    negative_pooled: torch.Tensor | None = None
 
     def rows(self, texts: Sequence[str]) -> list[int]:
         """Where these prompts are."""
         return [self.texts.index(text) for text in texts]
 
+    def pooled_at(self, rows: Sequence[int]) -> torch.Tensor | None:
+        """The pooled embeddings of these rows `(rows, pooled_dim)`; None where the UNet reads none."""
+        return None if self.pooled is None else self.pooled[list(rows)]
+
 
 @dataclass(frozen=True)
 class View:
-    """One crop of a picture: latents `(channels, h, w)`, and the subject's share of each cell `(1, h, w)` in [0, 1]."""
+    """One crop of a picture.
+
+    Args:
+        latents: `(channels, h, w)`.
+        mask: the subject's share of each cell, `(1, h, w)` in [0, 1].
+        time_ids: what Stable Diffusion XL's UNet is told of it, in pixels: the picture's own height and width, what was
+            cut off at the top and on the left after resizing, the training height and width.
+    """
 
     latents: torch.Tensor
     mask: torch.Tensor | None
+    time_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -131,7 +147,7 @@ def class_phrase_of(config: TrainConfig, tokenizer: Any) -> tuple[str, int]:
 
 @torch.no_grad()
 def build_prompts(said: Mapping[str, Sequence[str]], class_phrase: str, models: Models) -> Prompts:
-    """Tokenise sentences, find the class phrase in each, and embed them with the untuned encoder.
+    """Tokenise sentences, find the class phrase in each, and embed them with the untuned encoders.
 
     Args:
         said: where sentences come from (a flag, a caption's picture) -> the sentences.
@@ -139,7 +155,6 @@ def build_prompts(said: Mapping[str, Sequence[str]], class_phrase: str, models: 
     Raises:
         ValueError: a sentence does not say the class phrase; the message names where it comes from.
     """
-    assert models.text_encoder is not None
     tokenizer = models.tokenizer
     positions: dict[str, list[int]] = {}
     for origin, sentences in said.items():
@@ -153,14 +168,20 @@ def build_prompts(said: Mapping[str, Sequence[str]], class_phrase: str, models: 
                     f"{tokenizer.model_max_length - 2} tokens; put it, or {{}}, where the subject is meant."
                 ) from None
     texts = list(positions)
-    input_ids = tokenize(tokenizer, texts).to(models.device)
-    no_words = tokenize(tokenizer, [""]).to(models.device)
+    input_ids = models.tokenize(texts)
+    base_embeds, pooled = models.encode(input_ids)
+    negative_embeds, negative_pooled = models.encode(models.tokenize([""]))
+    if models.zero_negative:
+        negative_embeds = torch.zeros_like(negative_embeds)
+        negative_pooled = None if negative_pooled is None else torch.zeros_like(negative_pooled)
     return Prompts(
         texts=texts,
         input_ids=input_ids,
         positions=torch.tensor(list(positions.values()), device=models.device),
-        base_embeds=torch.cat([encode_prompts(models.text_encoder, chunk) for chunk in input_ids.split(16)]),
-        negative_embeds=encode_prompts(models.text_encoder, no_words),
+        base_embeds=base_embeds,
+        negative_embeds=negative_embeds,
+        pooled=pooled,
+        negative_pooled=negative_pooled,
     )
 
 
@@ -183,25 +204,30 @@ def read_pictures(folder: str | Path, config: TrainConfig, models: Models, flag:
 
 @torch.no_grad()
 def encode_picture(picture: Picture, config: TrainConfig, models: Models) -> list[View]:
-    """Latents of a picture's crops and their mirror images, with the masks at the latents' size."""
+    """Latents of a picture's crops and their mirror images, with the masks at the latents' size.
+
+    A mirror image is told of as the same crop of the mirrored picture: what was cut off on the right is on its left.
+    """
     size = training_size(picture, config, models)
     rng = random.Random(f"{config.seed}/{picture.path.name}")
     views = []
-    for image, mask in crops(picture, size, config.num_crops, rng):
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(models.device) / 127.5 - 1
+    for crop in crops(picture, size, config.num_crops, rng):
+        pixels = torch.from_numpy(np.array(crop.image)).permute(2, 0, 1)[None].to(models.device) / 127.5 - 1
         pixels_and_mirror = torch.cat([pixels, pixels.flip(-1)]) if config.random_flip else pixels
-        latents = models.vae.encode(pixels_and_mirror.to(models.dtype)).latent_dist.mode().float()
+        latents = models.vae.encode(pixels_and_mirror.to(models.vae.dtype)).latent_dist.mode().float()
         latents = latents * models.vae.config.scaling_factor
         weights = None
-        if mask is not None:
-            shares = torch.from_numpy(np.array(mask)).to(models.device)[None, None] / 255
+        if crop.mask is not None:
+            shares = torch.from_numpy(np.array(crop.mask)).to(models.device)[None, None] / 255
             weights = nn.functional.interpolate(shares, latents.shape[-2:], mode="area")[0]
             if not weights.any():
                 raise ValueError(
                     f"{picture.path}: nothing of its mask is left in the crop; crop it around the subject."
                 )
-        for index, latent in enumerate(latents):
-            views.append(View(latent, weights.flip(-1) if weights is not None and index else weights))
+        for latent, left, is_mirror in zip(latents, (crop.left, crop.right), (False, True), strict=False):
+            shown = weights.flip(-1) if weights is not None and is_mirror else weights
+            time_ids = (*picture.image.size[::-1], crop.top, left, *size[::-1])
+            views.append(View(latent, shown, time_ids))
     return views
 
 
@@ -294,7 +320,10 @@ def with_class_pictures(concept: Concept, models: Models) -> Concept:
     missing = [path for path in drawn if not path.exists()][: max(0, wanted)]
     drawing = replace(config, validation_inference_steps=CLASS_STEPS, validation_guidance_scale=CLASS_GUIDANCE_SCALE)
     for path in tqdm(missing, desc="class pictures", disable=not missing):
-        (image,) = generate(models, prompts.base_embeds[rows], prompts.negative_embeds, drawing, seed=drawn[path])
+        (image,) = generate(
+            models, prompts.base_embeds[rows], prompts.negative_embeds, drawing, seed=drawn[path],
+            pooled=prompts.pooled_at(rows), negative_pooled=prompts.negative_pooled,
+        )  # fmt: skip
         write_atomically(path, png_bytes(image))
     found = read_pictures(folder, config, models, "class_data_dir")
     pictures = [TrainingPicture(encode_picture(picture, config, models), rows) for picture in found]

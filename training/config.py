@@ -18,7 +18,8 @@ from transformers import HfArgumentParser
 from multisubject.generation.config_file import MOST_SEED
 from multisubject.subject_file import check_subject_name
 
-# The delta lives on the scale of the encoder's normalised output (about 1); weights are hundreds of times smaller.
+# The delta lives on the scale of the encoder's normalised output (about 1); weights are hundreds of times smaller. With
+# Stable Diffusion XL, which reads an output before that norm, it is measured in lengths of the class words.
 LEARNING_RATES = {"residual": 5e-2, "text_encoder": 1e-4, "lora": 1e-3}
 
 _POSITIVE = (
@@ -41,7 +42,14 @@ class TrainConfig:
     """What a run does. One field per command-line flag; the help texts are in the metadata."""
 
     pretrained_model_name_or_path: str | None = _flag(
-        None, "Stable Diffusion 1.x or 2.x: Hub id or folder in diffusers format. Left out: the small embedded base."
+        None,
+        "Stable Diffusion 1.x, 2.x or XL: Hub id or folder in diffusers format; which one it is, the base says. Left "
+        "out: the small embedded base.",
+    )
+    pretrained_vae_model_name_or_path: str | None = _flag(
+        None,
+        "Another VAE for the base: Hub id or folder, e.g. one that does not overflow in fp16. Left out: the base's own "
+        "(that of Stable Diffusion XL computes in float32 under fp16).",
     )
     revision: str | None = _flag(None, "Branch, tag or commit of the base on the Hub.")
     variant: str | None = _flag(None, "Variant of the base's weight files, e.g. fp16.")

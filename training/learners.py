@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from multisubject.training.concepts import Concept, Prompts
 from multisubject.training.config import TrainConfig
-from multisubject.training.models import encode_prompts
+from multisubject.training.models import Models, TextEncoders
 
 
 class Learner(nn.Module):
@@ -36,15 +37,25 @@ class ResidualLearner(Learner):
         prompts: the prompts to learn in.
         unet: whose keys are to stay where they are.
         key_preservation: weight of how far they move, see `key_metric`.
+        scale: `(embed_dim,)`, in whose lengths the parameter is measured, see `word_scale`; None: 1.
     """
 
+    scale: torch.Tensor
     base_embeds: torch.Tensor
     positions: torch.Tensor
     metric: torch.Tensor
 
-    def __init__(self, prompts: Prompts, unet: nn.Module | None = None, key_preservation: float = 0.0) -> None:
+    def __init__(
+        self,
+        prompts: Prompts,
+        unet: nn.Module | None = None,
+        key_preservation: float = 0.0,
+        scale: torch.Tensor | None = None,
+    ) -> None:
         super().__init__()
-        self.delta = nn.Parameter(torch.zeros(prompts.positions.shape[1], prompts.base_embeds.shape[2]))
+        embed_dim = prompts.base_embeds.shape[2]
+        self.delta = nn.Parameter(torch.zeros(prompts.positions.shape[1], embed_dim))
+        self.register_buffer("scale", torch.ones(embed_dim) if scale is None else scale, persistent=False)
         self.register_buffer("base_embeds", prompts.base_embeds, persistent=False)
         self.register_buffer("positions", prompts.positions, persistent=False)
 
@@ -56,29 +67,48 @@ class ResidualLearner(Learner):
 
     def forward(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Frozen embeddings plus the delta; the penalty is how far the subject's keys have moved."""
-        penalty = self.delta.new_zeros(())
+        delta = self.scale * self.delta
+        penalty = delta.new_zeros(())
         if self.key_preservation:
-            moved = torch.einsum("td,tde,te->t", self.delta, self.metric, self.delta)
+            moved = torch.einsum("td,tde,te->t", delta, self.metric, delta)
             penalty = self.key_preservation * moved.mean()
-        return with_residual(self.base_embeds[rows], self.positions[rows], self.delta), penalty
+        return with_residual(self.base_embeds[rows], self.positions[rows], delta), penalty
 
     def residual(self) -> torch.Tensor:
-        """The parameter."""
-        return self.delta.detach().float().cpu().clone()
+        """The parameter at its scale."""
+        return (self.scale * self.delta).detach().float().cpu()
 
 
 class TextEncoderLearner(Learner):
     """Cones 2 (arXiv:2305.19327): tune the encoder, hold every other token's embedding in place, then take the mean
-    change at the subject's tokens. With LoRA layers in the encoder, only those are tuned."""
+    change at the subject's tokens. With LoRA layers in the encoder, only those are tuned.
 
+    Args:
+        prompts: the prompts to learn in.
+        rows: of them, those that the residual is averaged over.
+        text_encoders: to be tuned in place, a `TextEncoders` or one with LoRA layers.
+        config: how much drift costs.
+        scale: `(embed_dim,)`, in whose lengths drift is measured, see `word_scale`; None: 1.
+    """
+
+    scale: torch.Tensor
     input_ids: torch.Tensor
     base_embeds: torch.Tensor
     positions: torch.Tensor
 
-    def __init__(self, prompts: Prompts, rows: list[int], text_encoder: nn.Module, config: TrainConfig) -> None:
+    def __init__(
+        self,
+        prompts: Prompts,
+        rows: list[int],
+        text_encoders: nn.Module,
+        config: TrainConfig,
+        scale: torch.Tensor | None = None,
+    ) -> None:
         super().__init__()
-        self.text_encoder = text_encoder
-        self.rows = rows  # the prompts that the residual is averaged over
+        self.text_encoders = text_encoders
+        self.rows = rows
+        embed_dim = prompts.base_embeds.shape[2]
+        self.register_buffer("scale", torch.ones(embed_dim) if scale is None else scale, persistent=False)
         self.weights = (config.preservation_before, config.preservation_after)
         self.register_buffer("input_ids", prompts.input_ids, persistent=False)
         self.register_buffer("base_embeds", prompts.base_embeds, persistent=False)
@@ -88,8 +118,8 @@ class TextEncoderLearner(Learner):
         """Tuned embeddings; the penalty is how far the other tokens have drifted, before and after the subject's."""
         # Half precision's rounding is larger than the drift that the penalty is about.
         with torch.autocast(rows.device.type, enabled=False):
-            embeds = encode_prompts(self.text_encoder, self.input_ids[rows])
-        drift = embeds - self.base_embeds[rows]  # [B, L, D]
+            embeds, _ = self.text_encoders(self.input_ids[rows])
+        drift = (embeds - self.base_embeds[rows]) / self.scale  # [B, L, D]
         token = torch.arange(drift.shape[1], device=drift.device)
         before = (token < self.positions[rows, :1])[..., None]  # [B, L, 1]
         after = (token > self.positions[rows, -1:])[..., None]
@@ -101,7 +131,7 @@ class TextEncoderLearner(Learner):
         """Mean over the training prompts of tuned minus base at the subject's tokens."""
         changes = []
         for chunk in torch.tensor(self.rows, device=self.positions.device).split(16):
-            change = encode_prompts(self.text_encoder, self.input_ids[chunk]) - self.base_embeds[chunk]
+            change = self.text_encoders(self.input_ids[chunk])[0] - self.base_embeds[chunk]
             changes.append(change[torch.arange(len(chunk))[:, None], self.positions[chunk]])  # [B, num_tokens, D]
         return torch.cat(changes).mean(0).float().cpu()
 
@@ -131,14 +161,32 @@ def key_metric(unet: nn.Module, words: torch.Tensor) -> torch.Tensor:
     return torch.stack(metrics).mean(dim=0)
 
 
-def make_learner(concept: Concept, text_encoder: nn.Module | None, unet: nn.Module | None) -> Learner:
-    """The learner of `--method`. An encoder that is given is tuned in place."""
-    config = concept.config
+def word_scale(prompts: Prompts, rows: list[int], widths: Sequence[int]) -> torch.Tensor:
+    """How large the class words' embeddings are, `(embed_dim,)`: the root of their mean square in each text encoder.
+
+    Args:
+        prompts: the prompts.
+        rows: of them, those that are learnt with.
+        widths: columns of each text encoder.
+    """
+    places = prompts.positions[rows]  # [prompts, num_tokens]
+    words = prompts.base_embeds[torch.tensor(rows, device=places.device)[:, None], places]
+    sizes = [part.square().mean().sqrt() for part in words.split(list(widths), dim=-1)]
+    return torch.cat([size.expand(width) for size, width in zip(sizes, widths, strict=True)])
+
+
+def make_learner(concept: Concept, models: Models, text_encoders: TextEncoders | None) -> Learner:
+    """The learner of `--method`. Encoders that are given are tuned in place."""
+    config, prompts = concept.config, concept.prompts
+    rows = sorted({row for picture in concept.pictures for row in picture.rows})
+    # Before an encoder's final norm, which Stable Diffusion XL does without, its output has a size of its own.
+    scale = word_scale(prompts, rows, [*models.widths.values()]) if models.is_xl else None
     if config.method == "residual":
-        return ResidualLearner(concept.prompts, unet, config.key_preservation)
-    assert text_encoder is not None
+        return ResidualLearner(prompts, models.unet, config.key_preservation, scale)
+    assert text_encoders is not None
+    tuned: nn.Module = text_encoders
     if config.method == "text_encoder":
-        text_encoder.requires_grad_(True)
+        text_encoders.requires_grad_(True)
     else:
         from peft import LoraConfig, get_peft_model
 
@@ -146,9 +194,8 @@ def make_learner(concept: Concept, text_encoder: nn.Module | None, unet: nn.Modu
         layers = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank, target_modules=targets)
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)  # every process starts from the same layers
-            text_encoder = cast(nn.Module, get_peft_model(text_encoder, layers))
+            tuned = cast(nn.Module, get_peft_model(text_encoders, layers))
+    text_encoders.freeze_unread()
     if config.gradient_checkpointing:
-        text_encoder.gradient_checkpointing_enable()  # type: ignore[operator]
-        text_encoder.train()  # transformers recomputes in this mode alone; CLIP has no dropout that it would turn on
-    rows = sorted({row for picture in concept.pictures for row in picture.rows})
-    return TextEncoderLearner(concept.prompts, rows, text_encoder, config)
+        text_encoders.enable_gradient_checkpointing()
+    return TextEncoderLearner(prompts, rows, tuned, config, scale)

@@ -31,19 +31,19 @@ from multisubject.training.concepts import Concept
 from multisubject.training.config import TrainConfig
 from multisubject.training.learners import make_learner, with_residual
 from multisubject.training.loss import denoising_loss, draw_batch, draw_sample
-from multisubject.training.models import Models
+from multisubject.training.models import Models, TextEncoders
 from multisubject.training.results import save_config, save_validation_sheet, validation_pictures
 
 logger = logging.getLogger(__name__)
 
 
 def fit(
-    concept: Concept, models: Models, accelerator: Accelerator, stop: StopRequest, text_encoder: nn.Module | None
+    concept: Concept, models: Models, accelerator: Accelerator, stop: StopRequest, text_encoders: TextEncoders | None
 ) -> Progress:
     """Learn one subject. Returns the finished progress with `best_residual` set to the delta to keep."""
     config = concept.config
     output = Path(config.output_dir)
-    plain_learner = make_learner(concept, text_encoder, models.unet)
+    plain_learner = make_learner(concept, models, text_encoders)
     parameters = list(plain_learner.tuned().values())
     learner, optimizer = accelerator.prepare(plain_learner, make_optimizer(config, parameters))
     hooks = checkpoint_parameters(plain_learner.tuned(), accelerator)
@@ -71,10 +71,11 @@ def fit(
             loss = torch.zeros((), device=accelerator.device)
             for micro_step in range(config.gradient_accumulation_steps):
                 samples = draw_batch(concept, progress.step, micro_step, accelerator, models)
+                rows = [sample.row for sample in samples]
+                pooled = concept.prompts.pooled_at(rows)
                 with accelerator.accumulate(learner):
-                    rows = torch.tensor([sample.row for sample in samples], device=accelerator.device)
-                    prompt_embeds, penalty = learner(rows)
-                    batch_loss = denoising_loss(samples, prompt_embeds, models, config.snr_gamma) + penalty
+                    prompt_embeds, penalty = learner(torch.tensor(rows, device=accelerator.device))
+                    batch_loss = denoising_loss(samples, prompt_embeds, models, config.snr_gamma, pooled) + penalty
                     accelerator.backward(batch_loss)
                     loss += batch_loss.detach() / config.gradient_accumulation_steps
                     if accelerator.sync_gradients:
@@ -203,11 +204,12 @@ def score_residual(concept: Concept, models: Models, residual: torch.Tensor, pro
     losses = []
     for start in range(0, draws, 4):
         chunk = samples[start : start + 4]
-        rows = torch.tensor([sample.row for sample in chunk], device=models.device)
+        rows = [sample.row for sample in chunk]
         embeds = with_residual(
             concept.prompts.base_embeds[rows], concept.prompts.positions[rows], residual.to(models.device)
         )
-        losses.append(float(denoising_loss(chunk, embeds, models, concept.config.snr_gamma)))
+        pooled = concept.prompts.pooled_at(rows)
+        losses.append(float(denoising_loss(chunk, embeds, models, concept.config.snr_gamma, pooled)))
     score = float(np.mean(losses))
     if score < min(progress.scores.values(), default=math.inf):
         progress.best_residual = residual.tolist()

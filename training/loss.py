@@ -18,7 +18,8 @@ from multisubject.training.models import Models
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture to denoise: latents and noise `(channels, h, w)`, mask `(1, h, w)`, row of its prompt, weight."""
+    """One picture to denoise: latents and noise `(channels, h, w)`, mask `(1, h, w)`, row of its prompt, weight, and
+    the `time_ids` of its view."""
 
     latents: torch.Tensor
     noise: torch.Tensor
@@ -26,6 +27,7 @@ class Sample:
     timestep: int
     row: int
     weight: float = 1.0
+    time_ids: tuple[int, ...] = ()
 
 
 def _generator(*key: int) -> torch.Generator:
@@ -59,7 +61,7 @@ def draw_sample(
     noise = torch.randn(view.latents.shape, generator=generator)
     if noise_offset:
         noise = noise + noise_offset * torch.randn((view.latents.shape[0], 1, 1), generator=generator)
-    return Sample(view.latents, noise.to(view.latents.device), view.mask, timestep, row, weight)
+    return Sample(view.latents, noise.to(view.latents.device), view.mask, timestep, row, weight, view.time_ids)
 
 
 def draw_batch(concept: Concept, step: int, micro_step: int, accelerator: Accelerator, models: Models) -> list[Sample]:
@@ -124,9 +126,14 @@ def compute_loss(
 
 
 def denoising_loss(
-    samples: Sequence[Sample], prompt_embeds: torch.Tensor, models: Models, snr_gamma: float | None
+    samples: Sequence[Sample],
+    prompt_embeds: torch.Tensor,
+    models: Models,
+    snr_gamma: float | None,
+    pooled: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Weighted mean of `compute_loss` over `samples`, whose prompts' embeddings are `(samples, length, embed_dim)`.
+    """Weighted mean of `compute_loss` over `samples`, whose prompts' embeddings are `(samples, length, embed_dim)` and,
+    where the UNet reads it, `pooled` `(samples, pooled_dim)`.
 
     Samples of one shape go through the UNet together, so a batch may mix aspect ratios.
     """
@@ -148,7 +155,12 @@ def denoising_loss(
         prediction_type = scheduler.config.prediction_type
         target = noise if prediction_type == "epsilon" else scheduler.get_velocity(latents, noise, timesteps)
         embeds = prompt_embeds[members].to(models.dtype)
-        prediction = unet(noisy.to(models.dtype), timesteps, embeds, return_dict=False)[0]
+        conditions = {}
+        if pooled is not None:
+            # In float32, as bfloat16 has not every number of pixels; the UNet rounds what it makes of them.
+            time_ids = latents.new_tensor([sample.time_ids for sample in group])
+            conditions["added_cond_kwargs"] = {"text_embeds": pooled[members].to(models.dtype), "time_ids": time_ids}
+        prediction = unet(noisy.to(models.dtype), timesteps, embeds, **conditions, return_dict=False)[0]
         alphas = scheduler.alphas_cumprod.to(latents.device)[timesteps]
         losses = compute_loss(
             prediction, target, alphas / (1 - alphas), prediction_type=prediction_type, snr_gamma=snr_gamma, mask=mask

@@ -58,6 +58,23 @@ class Picture:
     caption: str | None = None
 
 
+@dataclass(frozen=True)
+class Crop:
+    """A view of a picture at the training size.
+
+    Args:
+        image: of that size.
+        mask: of that size; None when the whole picture counts.
+        top, left, right: what was cut off there, in pixels of the picture after it was resized as its crop is.
+    """
+
+    image: Image.Image
+    mask: Image.Image | None
+    top: int
+    left: int
+    right: int
+
+
 def load_pictures(
     folder: str | Path,
     *,
@@ -241,12 +258,10 @@ def bucket_size(width: int, height: int, *, resolution: int, multiple: int) -> t
     return bucket_width, bucket_height
 
 
-def crops(
-    picture: Picture, size: tuple[int, int], count: int, rng: random.Random
-) -> Iterator[tuple[Image.Image, Image.Image | None]]:
-    """`count` views `(image, mask)` of `picture` at `size` = (width, height): the largest centred crop of those
-    proportions, then random ones of at least SMALLEST_CROP of its sides. One that would hold nothing of the subject is
-    replaced by the first."""
+def crops(picture: Picture, size: tuple[int, int], count: int, rng: random.Random) -> Iterator[Crop]:
+    """`count` views of `picture` at `size` = (width, height): the largest centred crop of those proportions, then
+    random ones of at least SMALLEST_CROP of its sides. One that would hold nothing of the subject is replaced by the
+    first."""
     width, height = picture.image.size
     largest = min(width / size[0], height / size[1])
     for index in range(count):
@@ -261,4 +276,8 @@ def crops(
             mask = picture.mask.resize(size, Image.Resampling.BOX, box=box) if picture.mask is not None else None
             if mask is None or np.asarray(mask).any():
                 break
-        yield picture.image.resize(size, Image.Resampling.LANCZOS, box=box), mask
+        yield Crop(
+            picture.image.resize(size, Image.Resampling.LANCZOS, box=box),
+            mask,
+            *(round(cut / (largest * scale)) for cut in (box[1], box[0], width - box[2])),
+        )

@@ -45,7 +45,10 @@ def validation_pictures(concept: Concept, models: Models, residual: torch.Tensor
     """The validation prompts with the subject in them."""
     prompts, rows = concept.prompts, concept.validation_rows
     embeds = with_residual(prompts.base_embeds[rows], prompts.positions[rows], residual.to(models.device))
-    return generate(models, embeds, prompts.negative_embeds, concept.config, seed=concept.config.seed)
+    return generate(
+        models, embeds, prompts.negative_embeds, concept.config, seed=concept.config.seed,
+        pooled=prompts.pooled_at(rows), negative_pooled=prompts.negative_pooled,
+    )  # fmt: skip
 
 
 def save_validation_sheet(pictures: list[Image.Image], step: int, output: Path) -> None:
@@ -91,7 +94,7 @@ def save_result(concept: Concept, progress: Progress, models: Models) -> Residua
     metadata = {
         "base_model": base_model_name(config),
         "base_model_revision": config.revision,
-        "text_encoder_fingerprint": models.fingerprint,
+        **{f"{encoder}_fingerprint": fingerprint for encoder, fingerprint in models.fingerprints.items()},
         "method": config.method,
         "steps": step,
         "resolution": config.resolution,
@@ -101,12 +104,13 @@ def save_result(concept: Concept, progress: Progress, models: Models) -> Residua
     }
     subject = ResidualEmbedding(
         cast(str, config.instance_prompt),
-        {"text_encoder": delta},
+        dict(zip(models.widths, delta.split([*models.widths.values()], dim=-1), strict=True)),
         {key: value for key, value in metadata.items() if value is not None},
     )
     with writing(output / f"{config.subject_name}.safetensors", output):
         adapter = save_subject(subject, output / f"{config.subject_name}.safetensors")
-        save_subject(subject, output / "residual.pt")
+        if len(subject.deltas) == 1:  # more than that file can hold
+            save_subject(subject, output / "residual.pt")
         save_loss_curve(progress, output)
     images = validation_pictures(concept, models, delta)
     prompts = [concept.prompts.texts[row] for row in concept.validation_rows]

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .base_models import ARCHITECTURES, SD
 from .subject_file import naming, read_bytes, read_safetensors, write_atomically, write_safetensors
 
 if TYPE_CHECKING:
@@ -18,10 +19,7 @@ if TYPE_CHECKING:
 
 __multisubject_version__ = "0.1.0"
 
-PIPELINES = {
-    "pipeline_multisubject": "MultiSubjectPipeline",
-    "pipeline_multisubject_xl": "MultiSubjectXLPipeline",
-}
+PIPELINES = {one.module: one.pipeline for one in ARCHITECTURES}
 """The pipelines' modules and classes. What is common to them is in the other files of a saved or published pipeline:"""
 
 PIPELINE_SIBLINGS = (
@@ -53,7 +51,7 @@ PIPELINE_SIBLINGS = (
 _SAVED_SUBJECTS = "subjects.multisubject"
 
 
-def copy_pipeline_sources(folder: str | os.PathLike[str], module: str = "pipeline_multisubject") -> None:
+def copy_pipeline_sources(folder: str | os.PathLike[str], module: str = SD.module) -> None:
     """Write a pipeline's code into a folder, which can then be given as `custom_pipeline=folder`.
 
     Args:

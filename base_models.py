@@ -210,15 +210,21 @@ def fingerprint_distance(first: str, second: str) -> float | None:
 
 
 def trained_on_same_base(first: ResidualEmbedding, second: ResidualEmbedding) -> bool:
-    """Whether two subjects are of one base: of equal widths, and its fingerprint, or without one its id, agrees."""
+    """Whether two subjects are of one base: of equal widths, and the fingerprints of its text encoders, or without them
+    its id, agree."""
     widths = [{encoder: delta.shape[-1] for encoder, delta in subject.deltas.items()} for subject in (first, second)]
     if widths[0] != widths[1]:
         return False
-    ours, theirs = (subject.metadata.get("text_encoder_fingerprint") for subject in (first, second))
-    if isinstance(ours, str) and isinstance(theirs, str):
-        distance = fingerprint_distance(ours, theirs)
-        return ours == theirs if distance is None else distance <= _MAX_FINGERPRINT_DISTANCE
+    pairs = [[subject.metadata.get(f"{encoder}_fingerprint") for subject in (first, second)] for encoder in widths[0]]
+    if all(isinstance(fingerprint, str) for pair in pairs for fingerprint in pair):
+        return all(_is_same_encoder(*pair) for pair in pairs)
     return first.metadata.get("base_model") == second.metadata.get("base_model")
+
+
+def _is_same_encoder(first: str, second: str) -> bool:
+    """Whether two fingerprints are those of one text encoder or of fine-tunes of it."""
+    distance = fingerprint_distance(first, second)
+    return first == second if distance is None else distance <= _MAX_FINGERPRINT_DISTANCE
 
 
 def check_subject_fits(

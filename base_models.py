@@ -215,9 +215,11 @@ def trained_on_same_base(first: ResidualEmbedding, second: ResidualEmbedding) ->
     widths = [{encoder: delta.shape[-1] for encoder, delta in subject.deltas.items()} for subject in (first, second)]
     if widths[0] != widths[1]:
         return False
-    pairs = [[subject.metadata.get(f"{encoder}_fingerprint") for subject in (first, second)] for encoder in widths[0]]
-    if all(isinstance(fingerprint, str) for pair in pairs for fingerprint in pair):
-        return all(_is_same_encoder(*pair) for pair in pairs)
+    keys = [f"{encoder}_fingerprint" for encoder in widths[0]]
+    pairs = [(first.metadata.get(key), second.metadata.get(key)) for key in keys]
+    known = [(ours, theirs) for ours, theirs in pairs if isinstance(ours, str) and isinstance(theirs, str)]
+    if len(known) == len(pairs):
+        return all(_is_same_encoder(*pair) for pair in known)
     return first.metadata.get("base_model") == second.metadata.get("base_model")
 
 

@@ -12,6 +12,8 @@ from conftest import EMBED_DIM, EMBED_DIM_2
 from PIL import Image
 
 from multisubject.base_models import fingerprint_text_encoder
+from multisubject.evaluation.arguments import EvaluateArguments
+from multisubject.evaluation.pictures import Notes, read_pictures
 from multisubject.generate_images import main
 from multisubject.generation import making
 from multisubject.generation.arguments import GenerateArguments
@@ -165,6 +167,14 @@ def test_a_run_makes_what_the_pipeline_makes_and_resume_notices_either_delta(bas
     difference = np.asarray(image).astype(int) - np.asarray(Image.open(folder / "0000.png")).astype(int)
     assert abs(difference).max() <= 1
     assert read_settings(folder / "0000.png")["guidance_scale"] == 5.0
+
+    # `multisubject-evaluate` reads from it what it was to show, as from a picture of any other base.
+    (picture,) = read_pictures(EvaluateArguments(["results"], detector="unused"), (), Notes())
+    assert picture.prompt == "a photo of dog and a ball"
+    assert [(target.name, target.phrase, target.region is not None) for target in picture.targets] == [
+        ("rex", "dog", True),
+        ("ball", "ball", True),
+    ]
 
     there = []
     for values in ((0.1, 0.2), (0.1, 0.3), (0.2, 0.3)):

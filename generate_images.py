@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     make_folders(tasks, args)
 
     # 2. Share the missing pictures among the processes
-    settings = [making.task_settings(task, args, dtype, base.version) for task in tasks]
+    settings = [making.task_settings(task, args, dtype, base) for task in tasks]
     wanted = [wanted_pictures(task, common, args) for task, common in zip(tasks, settings, strict=True)]
     work = list(itertools.chain(*wanted))
     if args.resume:
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         with state.split_between_processes(work) as share:
             if share:
-                pipe = making.load_pipeline(base.name, device, dtype, show_progress=state.is_main_process)
+                pipe = making.load_pipeline(base, device, dtype, show_progress=state.is_main_process)
                 for task in tasks:  # before the first picture: does every subject fit the model?
                     making.load_subjects(pipe, task)
             current = None
@@ -122,7 +122,7 @@ def _check(config: ConfigFile, args: GenerateArguments) -> tuple[list[Generation
     tasks, warnings = load_tasks(config, base, args.size())
     for task in tasks:
         if task.config.negative_prompt is None:
-            task.check_negative_prompt(args.negative_prompt or "", base.tokenizer)
+            task.check_negative_prompt(args.negative_prompt or "", base)
     if is_main_process():
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)

@@ -4,8 +4,8 @@
     push_subject_to_hub(subject, "user/petrucci", samples=[("a photo of <petrucci>", image)])
     load_subject("user/petrucci")  # or "user/band/petrucci.safetensors@v1", or a file, or a folder
 
-`push_pipeline_to_hub` publishes the pipeline's own code, for `custom_pipeline="user/repo"`. What a file looks like, and
-why a stranger's file can be opened safely, is in `subject_file.py` and `subject_pickle.py`.
+What a file looks like, and why a stranger's file can be opened safely, is in `subject_file.py` and `subject_pickle.py`.
+A pipeline's own code is published by `saved_pipeline.push_pipeline_to_hub`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
-from .base_models import BASE_MODEL_MIRRORS, base_model_errors, check_subject_fits, trained_on_same_base
+from .base_models import BASE_MODEL_MIRRORS, check_subject_fits, load_text_encoders, trained_on_same_base
 from .hub_client import (
     HubOptions,
     HubRepo,
@@ -29,7 +29,6 @@ from .hub_client import (
     commit_files,
     parse_hub_source,
 )
-from .saved_pipeline import pipeline_sources
 from .subject_file import (
     MAX_FILE_BYTES,
     SubjectFileError,
@@ -254,7 +253,7 @@ def verify_subject(
 
     Args:
         source: as for `load_subject`.
-        base: base model, a Hub id or a folder in diffusers format; its text encoder is loaded.
+        base: base model, a Hub id or a folder in diffusers format; its text encoders are loaded.
         hub_options: as for `load_subject`.
 
     Returns:
@@ -265,12 +264,9 @@ def verify_subject(
     """
     subjects = load_subject(source, **hub_options)
     if base is not None:
-        from transformers import CLIPTextModel
-
-        with base_model_errors(base):
-            text_encoder = CLIPTextModel.from_pretrained(base, subfolder="text_encoder")
+        text_encoders = load_text_encoders(base)
         for name, subject in subjects.items():
-            check_subject_fits(subject, {"text_encoder": text_encoder}, name=name, base_model=str(base))
+            check_subject_fits(subject, text_encoders, name=name, base_model=str(base))
     return subjects
 
 
@@ -448,23 +444,6 @@ def push_subject_to_hub(
 
     title = ", ".join(sorted(subjects)) if len(subjects) < 9 else f"{len(subjects)} subjects"
     return commit_files(repo_id, prepare, f"Upload {title}", push_options)
-
-
-def push_pipeline_to_hub(repo_id: str, **push_options: Unpack[PushOptions]) -> CommitInfo:
-    """Publish the pipeline's code, so that `custom_pipeline="user/repo"` works for everybody else.
-
-    The options are those of `push_subject_to_hub`. Also for work offline, as the published README explains:
-    `custom_pipeline=snapshot_download("user/repo")`.
-    """
-    from .model_card import pipeline_card
-
-    check_options(push_options, PushOptions)
-    files = {name: text.encode() for name, text in pipeline_sources("pipeline_multisubject").items()}
-
-    def prepare(state: RepoState) -> dict[str, bytes]:
-        return files | {"README.md": pipeline_card(repo_id, state.read_text("README.md")).encode()}
-
-    return commit_files(repo_id, prepare, f"Upload multisubject {__multisubject_version__}", push_options)
 
 
 def _published_subjects(state: RepoState) -> dict[str, dict[str, Any]]:

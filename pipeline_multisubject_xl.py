@@ -28,7 +28,7 @@ __multisubject_version__ = "0.1.0"
 # another sibling needs: for a local file, diffusers copies what it imports and no further.
 try:
     from .attention_processors import __multisubject_version__ as _
-    from .base_models import __multisubject_version__ as _
+    from .base_models import unsuitable_xl_base
     from .call_arguments import joined
     from .guidance_methods import __multisubject_version__ as _
     from .hub_client import __multisubject_version__ as _
@@ -118,15 +118,4 @@ class MultiSubjectXLPipeline(MultiSubjectMixin, StableDiffusionXLPipeline):
 
     def base_problem(self, unet: Any) -> str | None:
         """A UNet of another architecture or of a refiner, or one of another width than the two encoders' together."""
-        expected = "Expected a base model of Stable Diffusion XL."
-        if unet.config.get("addition_embed_type") != "text_time":
-            return f"takes no pooled embedding and sizes. {expected} `MultiSubjectPipeline` is for 1.x and 2.x."
-        width, widths = unet.config.get("cross_attention_dim"), [slot.width for slot in self.encoder_slots]
-        known = [width for width in widths if width is not None]
-        if width == widths[1] or (len(known) == 2 and width != sum(known)):
-            found = " + ".join(map(str, known))
-            return (
-                f"reads prompt embeddings of width {width}, but the text encoders' have {found}. {expected} (A refiner"
-                " reads one text encoder's, and takes no subjects.)"
-            )
-        return None
+        return unsuitable_xl_base(unet.config, [slot.width for slot in self.encoder_slots])

@@ -1,7 +1,7 @@
-"""A pipeline on disk: the code and the subjects that it carries beside its models.
+"""A pipeline on disk and on the Hub: the code and the subjects that it carries beside its models.
 
-`copy_pipeline_sources` writes the code as `custom_pipeline` wants it, the other two keep the subjects of
-`save_pretrained` for `from_pretrained`.
+`copy_pipeline_sources` writes the code as `custom_pipeline` wants it and `push_pipeline_to_hub` publishes it, the other
+two keep the subjects of `save_pretrained` for `from_pretrained`.
 """
 
 from __future__ import annotations
@@ -9,19 +9,20 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
+from .base_models import ARCHITECTURES, SD
+from .hub_client import PushOptions, RepoState, check_options, commit_files
 from .subject_file import naming, read_bytes, read_safetensors, write_atomically, write_safetensors
 
 if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
     from .residual_embeddings import ResidualEmbedding
 
 __multisubject_version__ = "0.1.0"
 
-PIPELINES = {
-    "pipeline_multisubject": "MultiSubjectPipeline",
-    "pipeline_multisubject_xl": "MultiSubjectXLPipeline",
-}
+PIPELINES = {one.module: one.pipeline for one in ARCHITECTURES}
 """The pipelines' modules and classes. What is common to them is in the other files of a saved or published pipeline:"""
 
 PIPELINE_SIBLINGS = (
@@ -53,7 +54,7 @@ PIPELINE_SIBLINGS = (
 _SAVED_SUBJECTS = "subjects.multisubject"
 
 
-def copy_pipeline_sources(folder: str | os.PathLike[str], module: str = "pipeline_multisubject") -> None:
+def copy_pipeline_sources(folder: str | os.PathLike[str], module: str = SD.module) -> None:
     """Write a pipeline's code into a folder, which can then be given as `custom_pipeline=folder`.
 
     Args:
@@ -74,6 +75,47 @@ def pipeline_sources(module: str) -> dict[str, str]:
     imports += [f"from .{module} import {PIPELINES[module]}  # noqa: F401"]
     sources["pipeline.py"] = "\n".join(['"""What `custom_pipeline="user/repo"` loads."""', "", *imports, ""])
     return sources
+
+
+def push_pipeline_to_hub(
+    repo_id: str, *, architecture: str = SD.name, **push_options: Unpack[PushOptions]
+) -> CommitInfo:
+    """Publish a pipeline's code, so that `custom_pipeline="user/repo"` works for everybody else.
+
+    `custom_pipeline` loads one pipeline from a repository: each architecture's has one of its own. For work offline,
+    as the published README explains: `custom_pipeline=snapshot_download("user/repo")`.
+
+    Args:
+        repo_id: `user/repo`.
+        architecture: `sd`, the pipeline for Stable Diffusion 1.x and 2.x, or `sdxl`, that for XL.
+        push_options: as `PushOptions` explains: `private`, `token`, `revision` (a branch), `create_pr`, `tag`,
+            `commit_message`.
+
+    Raises:
+        ValueError: an architecture that there is not, or a repository that holds another one's pipeline already.
+        TypeError: an option that there is not.
+        huggingface_hub.errors.HfHubHTTPError: what the Hub answers.
+    """
+    from .model_card import pipeline_card
+
+    check_options(push_options, PushOptions)
+    known = {one.name: one for one in ARCHITECTURES}
+    if architecture not in known:
+        raise ValueError(f"architecture={architecture!r}, expected one of {[*known]}.")
+    chosen = known.pop(architecture)
+    files = {name: text.encode() for name, text in pipeline_sources(chosen.module).items()}
+
+    def prepare(state: RepoState) -> dict[str, bytes]:
+        for other in known.values():
+            if f"{other.module}.py" in state.sizes:
+                raise ValueError(
+                    f"{repo_id!r} holds the pipeline for {other.family} already, and `custom_pipeline` loads one from "
+                    f"a repository: whoever uses it would get that for {chosen.family}. Push to another repository, "
+                    f"such as '{repo_id}-{chosen.name}'."
+                )
+        return files | {"README.md": pipeline_card(repo_id, state.read_text("README.md"), chosen).encode()}
+
+    return commit_files(repo_id, prepare, f"Upload multisubject {__multisubject_version__}", push_options)
 
 
 def save_subjects_with_pipeline(

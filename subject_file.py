@@ -1,7 +1,8 @@
 """The subject file: bytes on one side, `ResidualEmbedding` on the other, and every check between them.
 
 A subject file is a `.safetensors` file that is enough by itself: tensors `<name>.text_encoder` of shape
-`(num_tokens, embed_dim)`, and in its header one JSON value that says what they are:
+`(num_tokens, embed_dim)`, for Stable Diffusion XL `<name>.text_encoder_2` beside them, and in its header one JSON value
+that says what they are:
 
     {"format_version": 1,
      "subjects": {"petrucci": {"class_phrase": "person", "num_tokens": 1, "embed_dim": {"text_encoder": 1024},

@@ -129,7 +129,10 @@ def write_pickle(subject: ResidualEmbedding) -> bytes:
     import torch
 
     if set(subject.deltas) != {"text_encoder"}:
-        raise ValueError(f"a .pt file holds one text encoder's residual, this subject has {sorted(subject.deltas)}.")
+        raise ValueError(
+            f"a .pt file holds the residual of `text_encoder` alone, this subject has {sorted(subject.deltas)}, as "
+            "Stable Diffusion XL needs. Write a .safetensors file, which holds them all."
+        )
     check_values(subject.delta, "subject")
     buffer = io.BytesIO()
     torch.save(subject.delta.detach().to("cpu", torch.float32).clone(), buffer)

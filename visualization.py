@@ -112,8 +112,8 @@ def attention_sheet(
 
     Args:
         image: the finished picture, shown dimmed under the heat.
-        attention_maps: subject -> `(UNet calls, h, w)`, as `MultiSubjectPipeline(..., output_attention_maps=True)`
-            returns for one image. A denoising step is one call; with `recurrence` or a second-order scheduler, several.
+        attention_maps: subject -> `(UNet calls, h, w)`, as a pipeline's `output_attention_maps=True` gives them for one
+            image. A denoising step is one call; with `recurrence` or a second-order scheduler, several.
         layout, color_context: as for `draw_regions`; outlined over every cell, the row's own region in full, the others
             thinner.
         steps: which calls to show, counted from 0, or how many, spread evenly from the first to the last.

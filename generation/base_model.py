@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import CLIPTokenizer
-from transformers.utils import cached_file
 
-from multisubject.base_models import base_model_errors, unsuitable_base
+from multisubject.base_models import (
+    ARCHITECTURES,
+    SD,
+    SDXL,
+    Architecture,
+    base_model_errors,
+    component_config,
+    component_file,
+    is_xl,
+    unsuitable_base,
+    unsuitable_xl_base,
+)
 from multisubject.generation.config_file import ConfigError
+from multisubject.subject_file import TEXT_ENCODERS
 
 
 @dataclass(frozen=True)
@@ -21,49 +33,69 @@ class BaseModel:
 
     Args:
         name: folder or Hub id.
-        tokenizer: its CLIP tokenizer.
+        architecture: its family.
+        tokenizers: text encoder -> its CLIP tokenizer.
         size: `(height, width)` of its pictures in pixels.
-        embed_dim: width of its text encoder, which is the width of its subjects' residuals.
+        embed_dims: text encoder -> its width, which is the width of its subjects' residuals.
         version: changes when the model does: a Hub commit, or a checksum of a folder's files (of large ones, the time).
     """
 
     name: str
-    tokenizer: Any
+    architecture: Architecture
+    tokenizers: Mapping[str, Any]
     size: tuple[int, int]
-    embed_dim: int
+    embed_dims: Mapping[str, int]
     version: str
+
+    @property
+    def learned(self) -> set[str]:
+        """Words that a tokenizer had to learn, as those of a textual inversion."""
+        return {word for tokenizer in self.tokenizers.values() for word in tokenizer.get_added_vocab()}
 
     @classmethod
     def read(cls, name: str) -> BaseModel:
-        """Read a base model's tokenizer and sizes. Raises `ConfigError` for what is no folder or Hub id of one."""
+        """Read a base model's tokenizers and sizes. Raises `ConfigError` for what is no folder or Hub id of one."""
         try:
             with base_model_errors(name):
-                unet, vae, text_encoder = (_read_json(name, part) for part in ("unet", "vae", "text_encoder"))
-                tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer")
+                unet = _read_config(name, "unet")
+                architecture = SDXL if is_xl(unet) else SD
+                found = {part: component_config(name, part) for part in architecture.text_encoders}
+                widths = [None if config is None else config["hidden_size"] for config in found.values()]
+                problem = unsuitable_xl_base(unet, widths) if is_xl(unet) else unsuitable_base(unet, widths[0])
+                if problem:
+                    raise ValueError(f"its UNet {problem}")
+                embed_dims = {part: _read_config(name, part)["hidden_size"] for part in found}
+                tokenizers = {part: CLIPTokenizer.from_pretrained(name, subfolder=_tokenizer(part)) for part in found}
+                size, blocks = unet["sample_size"], _read_config(name, "vae")["block_out_channels"]
                 version = _version(_config_file(name, "unet").parent.parent)
-                size, blocks, embed_dim = unet["sample_size"], vae["block_out_channels"], text_encoder["hidden_size"]
         except (OSError, ValueError) as error:
-            raise ConfigError(f"base model {name!r} cannot be read: {error}") from error
+            raise ConfigError(f"base model {name!r} cannot be used: {error}") from error
         except KeyError as error:
             raise ConfigError(
-                f"base model {name!r} cannot be read: {error} is missing in its unet/config.json, vae/config.json or "
-                "text_encoder/config.json; expected the folder or Hub id of a Stable Diffusion model."
+                f"base model {name!r} cannot be used: {error} is missing in its unet/config.json, vae/config.json or "
+                f"a text encoder's config.json; expected {_EXPECTED}."
             ) from None
-        if problem := unsuitable_base(unet, embed_dim):
-            raise ConfigError(f"base model {name!r} cannot be used: its UNet {problem}")
         height, width = (size, size) if isinstance(size, int) else size
         scale = 2 ** (len(blocks) - 1)
-        return cls(name, tokenizer, (height * scale, width * scale), embed_dim, version)
+        return cls(name, architecture, tokenizers, (height * scale, width * scale), embed_dims, version)
+
+
+_EXPECTED = "the folder or Hub id of a base model of " + " or ".join(one.family for one in ARCHITECTURES)
+
+
+def _tokenizer(text_encoder: str) -> str:
+    """The component that makes tokens for a text encoder."""
+    return text_encoder.replace("text_encoder", "tokenizer")
 
 
 def _config_file(model: str, component: str) -> Path:
-    path = cached_file(model, "config.json", subfolder=component)
+    path = component_file(model, component)
     if path is None:
-        raise OSError(f"it has no {component}/config.json; expected the folder or Hub id of a Stable Diffusion model.")
-    return Path(path)
+        raise OSError(f"it has no {component}/config.json; expected {_EXPECTED}.")
+    return path
 
 
-def _read_json(model: str, component: str) -> dict[str, Any]:
+def _read_config(model: str, component: str) -> dict[str, Any]:
     return json.loads(_config_file(model, component).read_text(encoding="utf-8"))
 
 
@@ -71,7 +103,8 @@ def _version(folder: Path) -> str:
     if folder.parent.name == "snapshots":  # of the Hub's cache, whose other files may come later
         return folder.name
     digest = hashlib.sha256()
-    parts = (folder / part for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"))
+    encoders = [name for encoder in TEXT_ENCODERS for name in (encoder, _tokenizer(encoder))]  # as each base has them
+    parts = (folder / part for part in ("unet", "vae", *encoders, "scheduler"))
     for file in (folder / "model_index.json", *(file for part in parts for file in sorted(part.glob("*")))):
         if file.is_file():
             status = file.stat()

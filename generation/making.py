@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import inspect
 import json
 import sys
@@ -13,19 +14,29 @@ from accelerate import PartialState
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
+from multisubject.base_models import Architecture
 from multisubject.generation.arguments import GenerateArguments
+from multisubject.generation.base_model import BaseModel
 from multisubject.generation.config_file import GUIDANCE_KEYS
 from multisubject.generation.console import quiet_loading
 from multisubject.generation.picture_files import WantedPicture, save_picture
 from multisubject.generation.tasks import GenerationTask
 from multisubject.layout import layout_checksum
-from multisubject.pipeline_multisubject import MultiSubjectPipeline
+from multisubject.residual_embeddings import ResidualEmbedding
 from multisubject.visualization import attention_sheet
 
 
-def call_arguments(task: GenerationTask, args: GenerateArguments) -> dict[str, Any]:
-    """Keyword arguments of the pipeline call that makes a picture of a task, but for the layout and the noise."""
-    config = task.config
+def pipeline_class(architecture: Architecture) -> Any:
+    """The pipeline of a family of base models."""
+    return getattr(importlib.import_module(f"multisubject.{architecture.module}"), architecture.pipeline)
+
+
+def call_arguments(task: GenerationTask, args: GenerateArguments, pipeline: Any) -> dict[str, Any]:
+    """Keyword arguments of the pipeline call that makes a picture of a task, but for the layout and the noise.
+
+    What neither the task nor the command line says is the default of the class `pipeline`.
+    """
+    config, defaults = task.config, inspect.signature(pipeline.__call__).parameters
     negative_prompt = args.negative_prompt if config.negative_prompt is None else config.negative_prompt
     arguments = {
         "prompt": task.prompt,
@@ -33,32 +44,29 @@ def call_arguments(task: GenerationTask, args: GenerateArguments) -> dict[str, A
         "height": task.size[0],
         "width": task.size[1],
         "num_inference_steps": args.num_inference_steps,
-        "guidance_scale": args.guidance_scale,
+        "guidance_scale": defaults["guidance_scale"].default if args.guidance_scale is None else args.guidance_scale,
     }
     if task.layout is not None:
-        defaults = inspect.signature(MultiSubjectPipeline.__call__).parameters
         for key in GUIDANCE_KEYS:
             given = getattr(config, key)
             arguments[key] = defaults[key].default if given is None else given
     return arguments
 
 
-def task_settings(
-    task: GenerationTask, args: GenerateArguments, dtype: torch.dtype, model_version: str
-) -> dict[str, Any]:
+def task_settings(task: GenerationTask, args: GenerateArguments, dtype: torch.dtype, base: BaseModel) -> dict[str, Any]:
     """All that decides what a task's pictures look like but for the seed, as plain JSON data.
 
     Subjects and layout are in it by what they are called in the config and by a checksum of what they hold.
     """
-    settings = call_arguments(task, args) | {
+    settings = call_arguments(task, args, pipeline_class(base.architecture)) | {
         "model": args.pretrained_model_name or "multisubject.tiny_world",
-        "model_version": model_version,
+        "model_version": base.version,
         "dtype": str(dtype).removeprefix("torch."),
         "subjects": {
             name: {
                 "source": task.config.residual_dict[subject.key],
                 "class_phrase": subject.residual.class_phrase,
-                "sha256": hashlib.sha256(subject.residual.delta.numpy().tobytes()).hexdigest(),
+                "sha256": _checksum(subject.residual),
             }
             for name, subject in task.subjects.items()
         },
@@ -68,6 +76,14 @@ def task_settings(
         settings["color_context"] = task.config.color_context
         settings["layout_sha256"] = layout_checksum(task.regions())
     return json.loads(json.dumps(settings))  # as it reads back
+
+
+def _checksum(subject: ResidualEmbedding) -> str:
+    """Of a subject's numbers, for all text encoders."""
+    digest = hashlib.sha256()
+    for _, delta in sorted(subject.deltas.items()):
+        digest.update(delta.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def device_and_dtype(args: GenerateArguments, state: PartialState) -> tuple[torch.device, torch.dtype]:
@@ -80,15 +96,15 @@ def device_and_dtype(args: GenerateArguments, state: PartialState) -> tuple[torc
     return device, getattr(torch, args.dtype)
 
 
-def load_pipeline(model: str, device: torch.device, dtype: torch.dtype, show_progress: bool) -> MultiSubjectPipeline:
+def load_pipeline(base: BaseModel, device: torch.device, dtype: torch.dtype, show_progress: bool) -> Any:
     """The pipeline of a base model; of the steps of its pictures it shows a bar, which needs a terminal."""
     with quiet_loading(transformers_logging, diffusers_logging):
-        pipe = MultiSubjectPipeline.from_pretrained(model, dtype=dtype).to(device)
+        pipe = pipeline_class(base.architecture).from_pretrained(base.name, dtype=dtype).to(device)
     pipe.set_progress_bar_config(disable=None if show_progress else True, leave=False)
     return pipe
 
 
-def load_subjects(pipe: MultiSubjectPipeline, task: GenerationTask) -> None:
+def load_subjects(pipe: Any, task: GenerationTask) -> None:
     """Give the pipeline the personal subjects of a task, and no others."""
     for name in pipe.get_list_subjects():
         pipe.unload_subject(name)
@@ -99,7 +115,7 @@ def load_subjects(pipe: MultiSubjectPipeline, task: GenerationTask) -> None:
             sys.exit(f"error: subject {subject.key!r} of the prompt {task.config.prompt!r}: {error}")
 
 
-def make_picture(pipe: MultiSubjectPipeline, wanted: WantedPicture, args: GenerateArguments) -> None:
+def make_picture(pipe: Any, wanted: WantedPicture, args: GenerateArguments) -> None:
     """Make a picture and save it, with its attention sheet if that is asked for."""
     task = wanted.task
     regions = task.regions()
@@ -112,7 +128,7 @@ def make_picture(pipe: MultiSubjectPipeline, wanted: WantedPicture, args: Genera
     height, width = (side // pipe.vae_scale_factor for side in task.size)
     noise = torch.randn(1, pipe.unet.config.in_channels, height, width, generator=generator)
     output: Any = pipe(
-        **call_arguments(task, args),
+        **call_arguments(task, args, type(pipe)),
         layout=layout or None,
         latents=noise.to(pipe.unet.dtype),
         generator=generator,

@@ -28,7 +28,7 @@ def mark_subjects(
     if config.subject_list is not None:
         for position, (key, number) in enumerate(config.subject_list):
             with report.collect(index, "subject_list"):
-                place = _find_place(config, base.tokenizer, key, number)
+                place = _find_place(config, base.tokenizers["text_encoder"], key, number)
                 if any(_overlap(place, other) for other in places):
                     raise ValueError(
                         f"pair {position + 1} names the same word as another pair; expected each word once."
@@ -122,10 +122,14 @@ def read_subject(source: str, name: str, key: str, class_phrase: str | None, bas
     subject = load_subject(source, name=name, class_phrase=class_phrase)[name]
     if not subject.class_phrase:  # of a `.pt`, whose key in `residual_dict` is its words
         subject = replace(subject, class_phrase=key)
-    num_tokens = len(base.tokenizer.tokenize(subject.class_phrase))
-    if tuple(subject.delta.shape) != (num_tokens, base.embed_dim):
+    expected = {
+        encoder: (len(base.tokenizers[encoder].tokenize(subject.class_phrase)), width)
+        for encoder, width in base.embed_dims.items()
+    }
+    found = {encoder: tuple(delta.shape) for encoder, delta in subject.deltas.items()}
+    if found != expected:
         remedy = "Use the base model and the phrase that the subject was trained with."
-        if subject.delta.shape[1] == base.embed_dim:
+        if {encoder: width for encoder, (_, width) in found.items()} == base.embed_dims:
             own = load_subject(source, name=name)[name].class_phrase
             if class_phrase is not None and own not in ("", class_phrase):
                 remedy = f"It was trained as {own!r}: write `<{name}>` in the prompt, which stands for that."
@@ -135,15 +139,20 @@ def read_subject(source: str, name: str, key: str, class_phrase: str | None, bas
                     "in residual_dict, or put them into the file with `multisubject convert --class-phrase`."
                 )
         raise ValueError(
-            f"{source} has shape {tuple(subject.delta.shape)}, but the phrase {subject.class_phrase!r} takes "
-            f"({num_tokens} tokens, width {base.embed_dim}) in {base.name}. {remedy}"
+            f"{source} has {_sizes(found)}, but the phrase {subject.class_phrase!r} takes {_sizes(expected)} in "
+            f"{base.name}. {remedy}"
         )
     return subject
 
 
+def _sizes(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Shapes `(num_tokens, width)` of each text encoder's residual, in words."""
+    return " and ".join(f"{rows} token(s) of width {width} for {encoder}" for encoder, (rows, width) in shapes.items())
+
+
 def check_names(config: GenerationConfig, prompt: str, subjects: Mapping[str, Any], base: BaseModel) -> None:
-    """Every `<name>` of the marked prompt is a subject, or a learned token of the base's."""
-    known = {f"<{name}>".casefold() for name in subjects} | {*map(str.casefold, base.tokenizer.get_added_vocab())}
+    """Every `<name>` of the marked prompt is a subject, or a learned token of the base's tokenizers."""
+    known = {f"<{name}>".casefold() for name in subjects} | {*map(str.casefold, base.learned)}
     for word in re.findall(r"<\s*([^<>]+?)\s*>", prompt):
         if f"<{word}>".casefold() not in known:
             close = difflib.get_close_matches(word, config.residual_dict, 1)

@@ -23,7 +23,7 @@ class TaskSubject:
 
     Args:
         key: what the config calls it.
-        source: file, folder or Hub id, as `MultiSubjectPipeline.load_subject` takes it.
+        source: file, folder or Hub id, as a pipeline's `load_subject` takes it.
         residual: what was read from there.
     """
 
@@ -78,10 +78,11 @@ class GenerationTask:
             text = re.sub(rf"<\s*{re.escape(subject.key)}\s*>", f"<{name}>", text, flags=re.IGNORECASE)
         return text
 
-    def check_negative_prompt(self, text: str, tokenizer: Any) -> None:
+    def check_negative_prompt(self, text: str, base: BaseModel) -> None:
         """Raises `ConfigError` for a `<name>` that is no subject of the task's prompt."""
         try:
-            parse_prompt(tokenizer, self.marked(text), self.residuals, by_phrase=False)
+            for tokenizer in base.tokenizers.values():
+                parse_prompt(tokenizer, self.marked(text), self.residuals, by_phrase=False, learned=base.learned)
         except ValueError:
             named = ", ".join(f"<{subject.key}>" for subject in self.subjects.values()) or "none"
             raise ConfigError(
@@ -153,12 +154,16 @@ def _plan(
         regions = task.regions()
     with report.collect(index, "prompt"):
         check_names(config, prompt, subjects, base)
-        parsed = parse_prompt(base.tokenizer, prompt, task.residuals)
+        parsed = [
+            parse_prompt(tokenizer, prompt, task.residuals, learned=base.learned)
+            for tokenizer in base.tokenizers.values()
+        ]
         for region in regions:
             with report.collect(index, "color_context" if config.color_context else "layout"):
-                parsed.find(region.subject, region.occurrence)
+                for text in parsed:
+                    text.find(region.subject, region.occurrence)
     with report.collect(index, "negative_prompt"):
-        task.check_negative_prompt(config.negative_prompt or "", base.tokenizer)
+        task.check_negative_prompt(config.negative_prompt or "", base)
     if not subjects:
         task = replace(task, folder=picture_folder([region.subject for region in regions], config.prompt))
     return task

@@ -171,3 +171,13 @@ def sd2_pipe(tiny_components: dict[str, dict[str, Any]]) -> Any:
 @pytest.fixture
 def xl_pipe(tiny_components: dict[str, dict[str, Any]]) -> Any:
     return make_pipeline(tiny_components["xl"])
+
+
+@pytest.fixture(scope="session")
+def xl_base_path(tiny_components: dict[str, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of the tiny `xl` base, in diffusers' format."""
+    from diffusers import StableDiffusionXLPipeline
+
+    folder = tmp_path_factory.mktemp("xl")
+    make_pipeline(tiny_components["xl"], StableDiffusionXLPipeline).save_pretrained(folder)
+    return str(folder)

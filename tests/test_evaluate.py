@@ -375,7 +375,7 @@ def test_pictures_of_generate_images_say_what_they_were_to_show(tmp_path, models
 
     base = BaseModel.read(str(EMBEDDED_BASE))
     for name, phrase in (("petrucci", "person"), ("majesty", "guitar")):
-        residual = torch.ones(len(base.tokenizer.tokenize(phrase)), base.embed_dim)
+        residual = torch.ones(len(base.tokenizers["text_encoder"].tokenize(phrase)), base.embed_dims["text_encoder"])
         save_subject(ResidualEmbedding(phrase, {"text_encoder": residual}), tmp_path / "embeddings" / f"{name}.pt")
     colours = Image.new("RGB", (64, 64), "blue")
     colours.paste((255, 0, 0), (0, 0, 32, 64))
@@ -388,7 +388,7 @@ def test_pictures_of_generate_images_say_what_they_were_to_show(tmp_path, models
     }
     (tmp_path / "config.json").write_text(json.dumps([entry]))
     (task,), _ = load_tasks(read_config(tmp_path / "config.json"), base, (64, 64))
-    made = task_settings(task, GenerateArguments(str(tmp_path / "config.json")), torch.float32, base.version)
+    made = task_settings(task, GenerateArguments(str(tmp_path / "config.json")), torch.float32, base)
     folder = tmp_path / "results" / task.folder
     for index in range(2):
         save_picture(drawing(index, (64, 64)), folder / f"{index:04d}.png", made | {"seed": index})

@@ -26,7 +26,13 @@ MAX_GROWTH_KB = 100 * 1024
 def sound_file() -> bytes:
     metadata = {"base_model": "user/base", "steps": 400, "library_versions": {"torch": "2"}, "scores": {"a": 0.5}}
     deltas = {"text_encoder": torch.linspace(-1, 1, 32).reshape(2, 16)}
-    return write_safetensors({n: ResidualEmbedding("red dog", deltas, metadata) for n in ("petrucci", "majesty")})
+    both = {**deltas, "text_encoder_2": torch.linspace(-1, 1, 24).reshape(2, 12)}  # of Stable Diffusion XL
+    return write_safetensors(
+        {
+            "petrucci": ResidualEmbedding("red dog", deltas, metadata),
+            "majesty": ResidualEmbedding("red dog", both, metadata),
+        }
+    )
 
 
 def sound_pickle() -> bytes:
@@ -63,7 +69,7 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
 HOSTILE_VALUES: tuple[Any, ...] = (
     None, True, -1, 0, 1.5, 2, 3, 75, 76, 2**31, 2**63, 2**64, 10**400, "", "1", "F32", "F64", "../../x", "{{7*7}}",
     "\x00", "\ud800", "x" * 10_000, [], {}, [1], [1, 2], [0, 128], [2, 16], [2**40, 2**40], [[1], [2]], [None, None],
-    {"text_encoder": 16}, {"text_encoder": -16}, {"text_encoder": [16]}, {"dtype": "F32"},
+    {"text_encoder": 16}, {"text_encoder": -16}, {"text_encoder": [16]}, {"text_encoder_2": 12}, {"dtype": "F32"},
 )  # fmt: skip
 
 

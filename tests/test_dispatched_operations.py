@@ -48,5 +48,6 @@ def test_a_guided_step_asks_for_fewer_operations_than_a_plain_one(model, share):
     plain = random_pipeline(model, width=32, latent_size=16)
     expected, same = operations(plain)
     guided, kept = operations(guided_pipeline(plain), layout=LAYOUT)
+    print(f"{model}: {guided} operations in a guided step, {expected} in a plain one")  # pytest -rP shows it
     assert expected == same and guided == kept
     assert guided < share * expected

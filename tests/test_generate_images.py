@@ -824,6 +824,16 @@ def test_notes_on_torchvision_are_no_news_and_others_are(monkeypatch):
     assert heard == ["this", "`CLI"]
 
 
+@pytest.mark.slow
+def test_a_fresh_process_says_nothing_but_which_pictures_it_made(tmp_path):
+    command = [sys.executable, str(ROOT / "generate_images.py"), "--output_dir", str(tmp_path), "--num_images", "1"]
+    command += ["--generation_config", str(ROOT / "configs" / "guidance_conf_two.json"), "--num_inference_steps", "1"]
+    run = subprocess.run(command, capture_output=True, check=True, cwd=ROOT)
+    (picture,) = tmp_path.rglob("0000.png")
+    assert run.stderr.decode() == f"1/1 {picture}\n"
+    assert run.stdout.decode() == f"contact sheet: {picture.with_name('contact_sheet.png')}\n"
+
+
 @pytest.mark.parametrize(("rank", "size"), [("RANK", "WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE")])
 def test_only_the_first_of_several_processes_speaks(rank, size, monkeypatch, capsys):
     monkeypatch.setenv(rank, "1")

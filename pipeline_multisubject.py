@@ -31,6 +31,7 @@ try:
     from .base_models import unsuitable_base
     from .call_arguments import joined
     from .guidance_methods import __multisubject_version__ as _
+    from .guidance_schedule import __multisubject_version__ as _
     from .hub_client import __multisubject_version__ as _
     from .hub_utils import __multisubject_version__ as _
     from .layout import __multisubject_version__ as _
@@ -55,10 +56,10 @@ except ImportError as error:
     ) from error
 
 _SIBLINGS = (
-    "attention_processors", "base_models", "call_arguments", "guidance_methods", "hub_client", "hub_utils",
-    "layout", "layout_images", "model_card", "multisubject_mixin", "pictures", "placed_prompts", "recurrence",
-    "region_attention", "residual_embeddings", "saved_pipeline", "shared_models", "subject_file", "subject_loader",
-    "subject_pickle",
+    "attention_processors", "base_models", "call_arguments", "guidance_methods", "guidance_schedule", "hub_client",
+    "hub_utils", "layout", "layout_images", "model_card", "multisubject_mixin", "pictures", "placed_prompts",
+    "recurrence", "region_attention", "residual_embeddings", "saved_pipeline", "shared_models", "subject_file",
+    "subject_loader", "subject_pickle",
 )  # fmt: skip
 _versions = {
     name: getattr(sys.modules[f"{__name__.rpartition('.')[0]}.{name}"], "__multisubject_version__", None)

@@ -30,6 +30,7 @@ PIPELINE_SIBLINGS = (
     "base_models",
     "call_arguments",
     "guidance_methods",
+    "guidance_schedule",
     "hub_client",
     "hub_utils",
     "layout",

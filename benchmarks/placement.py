@@ -57,6 +57,7 @@ from multisubject.tiny_world.scenes import (
     random_look,
 )
 from multisubject.tiny_world.subjects import SUBJECTS
+from multisubject.training.devices import quick_dtype
 from multisubject.visualization import contact_sheet
 
 ROOT = Path(__file__).parents[1]
@@ -460,14 +461,16 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="bfloat16 takes half the time on a CPU that computes in it",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="auto: float16 on a GPU, bfloat16 on a processor that has it (half the time), else float32",
     )
     parser.add_argument("--seed", type=int, default=1, help="0 is for choosing methods, 1 for reporting them")
     parser.add_argument("--results", type=Path, default=Path("output/placement/results.json"))
     parser.add_argument("--sheets", type=Path, default=Path("output/placement/sheets"))
     options = parser.parse_args()
+    if options.dtype == "auto":
+        options.dtype = str(quick_dtype(options.device)).removeprefix("torch.")
     if options.quick:
         options.num_pictures = min(options.num_pictures, 8)
     if options.num_pictures < 1 or options.batch_size < 1:

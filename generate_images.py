@@ -44,48 +44,49 @@ def main(argv: Sequence[str] | None = None) -> None:
         from accelerate import PartialState
 
         from multisubject.generation import making
-        from multisubject.generation.picture_files import make_folders, save_contact_sheet, wanted_pictures
+        from multisubject.generation.picture_files import claimed_folders, save_contact_sheet, wanted_pictures
 
     state = PartialState(cpu=args.device == "cpu" or not torch.accelerator.is_available())
     device, dtype = making.device_and_dtype(args, state)
-    make_folders(tasks, args)
-
-    # 2. Share the missing pictures among the processes
     settings = [making.task_settings(task, args, dtype, base) for task in tasks]
     wanted = [wanted_pictures(task, common, args) for task, common in zip(tasks, settings, strict=True)]
-    work = list(itertools.chain(*wanted))
-    if args.resume:
-        missing = [picture for picture in work if not picture.is_done()]
-        state.print(f"{len(work) - len(missing)} of {len(work)} pictures are there already.")
-        work = missing
-    state.wait_for_everyone()  # no process may look for pictures while another one makes them
 
-    # 3. Make them
-    try:
-        with state.split_between_processes(work) as share:
-            if share:
-                pipe = making.load_pipeline(base, device, dtype, show_progress=state.is_main_process)
-                for task in tasks:  # before the first picture: does every subject fit the model?
-                    making.load_subjects(pipe, task)
-            current = None
-            for picture in shown(share, "picture", lambda picture: picture.path):
-                if picture.task is not current:
-                    making.load_subjects(pipe, picture.task)
-                    current = picture.task
-                making.make_picture(pipe, picture, args)
-    except KeyboardInterrupt:
-        print(
-            "stopped; the pictures that are there are whole. The same command with --resume goes on.", file=sys.stderr
-        )
-        sys.exit(130)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:  # what only the model or the scheduler can tell
-        sys.exit(f"error: {error}")
-    state.wait_for_everyone()
+    with claimed_folders(wanted, args, state):
+        # 2. Share the missing pictures among the processes
+        work = list(itertools.chain(*wanted))
+        if args.resume:
+            missing = [picture for picture in work if not picture.is_done()]
+            state.print(f"{len(work) - len(missing)} of {len(work)} pictures are there already.")
+            work = missing
+        state.wait_for_everyone()  # no process may look for pictures while another one makes them
 
-    # 4. Lay them out
-    if state.is_main_process:
-        for pictures in wanted:
-            print(f"contact sheet: {save_contact_sheet(pictures)}")
+        # 3. Make them
+        try:
+            with state.split_between_processes(work) as share:
+                if share:
+                    pipe = making.load_pipeline(base, device, dtype, show_progress=state.is_main_process)
+                    for task in tasks:  # before the first picture: does every subject fit the model?
+                        making.load_subjects(pipe, task)
+                current = None
+                for picture in shown(share, "picture", lambda picture: picture.path):
+                    if picture.task is not current:
+                        making.load_subjects(pipe, picture.task)
+                        current = picture.task
+                    making.make_picture(pipe, picture, args)
+        except KeyboardInterrupt:
+            print(
+                "stopped; the pictures that are there are whole. The same command with --resume goes on.",
+                file=sys.stderr,
+            )
+            sys.exit(130)
+        except (ValueError, OSError, torch.OutOfMemoryError) as error:  # what only the model or the scheduler can tell
+            sys.exit(f"error: {error}")
+        state.wait_for_everyone()
+
+        # 4. Lay them out
+        if state.is_main_process:
+            for pictures in wanted:
+                print(f"contact sheet: {save_contact_sheet(pictures)}")
 
 
 def _parser() -> HfArgumentParser:

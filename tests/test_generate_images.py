@@ -18,7 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from multisubject.base_models import fingerprint_text_encoder
 from multisubject.generate_images import main
-from multisubject.generation import console, making, prompts
+from multisubject.generation import console, making, picture_files, prompts
 from multisubject.generation.base_model import BaseModel
 from multisubject.generation.config_file import ConfigError, read_config
 from multisubject.generation.picture_files import CONTACT_SHEET, read_settings
@@ -26,6 +26,7 @@ from multisubject.generation.tasks import load_tasks
 from multisubject.hub_utils import save_subject
 from multisubject.residual_embeddings import ResidualEmbedding
 from multisubject.tiny_world import EMBEDDED_BASE
+from multisubject.training.run_lock import LOCK_FILE
 
 ROOT = Path(__file__).parent.parent
 EMBED_DIM = json.loads((EMBEDDED_BASE / "text_encoder" / "config.json").read_text())["hidden_size"]
@@ -693,6 +694,67 @@ def test_a_run_clears_what_killed_runs_left_half_written_and_not_what_living_one
         assert of_other_machines[0] in half_written
         living.communicate("")
     assert (folder / "living.png").read_bytes() == b"whole"
+
+
+RUN = """
+import sys
+from multisubject.generate_images import main
+from multisubject.generation import making
+
+def stay(*_, **__):
+    print("in", flush=True)
+    sys.stdin.read()
+
+making.load_pipeline = stay
+main(sys.argv[1:])
+"""
+
+
+def test_a_folder_of_pictures_has_one_run_at_a_time(config_file, tmp_path, capsys, monkeypatch, loaded):
+    (tmp_path / "other.json").write_text('[{"prompt": "a photo of a mug"}, {"prompt": "a photo of a ball"}]')
+    flags = ["--output_dir", str(tmp_path / "out"), *QUICK, "--num_inference_steps", "1"]
+    main([*flags, "--generation_config", str(config_file)])
+    pictures = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.png")}
+    command = [sys.executable, "-c", RUN, *flags, "--generation_config", str(config_file)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout.readline() == "in\n"
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit_info:
+            patch.setattr(making, "load_pipeline", None)
+            main([*flags, "--generation_config", str(config_file), "--guidance_scale", "3"])
+        said = f"{tmp_path / 'out' / FOLDER}: another run is writing here (process {running.pid}); wait for its end"
+        assert exit_info.value.code == 2 and said in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.png")} == pictures
+        main([*flags, "--generation_config", str(tmp_path / "other.json")])  # other folders of the same output_dir
+        running.kill()
+    main([*flags, "--generation_config", str(config_file), "--resume"])
+    assert "4 of 4 pictures are there already" in capsys.readouterr().out
+    assert not list((tmp_path / "out").rglob(LOCK_FILE))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such limits")
+def test_a_run_may_have_more_folders_than_open_files_are_usual(config_file, tmp_path, monkeypatch):
+    import resource
+
+    asked = []
+    for limits, expected in [((256, 4096), 556), ((256, 512), 512), ((256, resource.RLIM_INFINITY), 556)]:
+        monkeypatch.setattr(resource, "getrlimit", lambda _, limits=limits: limits)
+        monkeypatch.setattr(resource, "setrlimit", lambda _, limits: asked.append(limits))
+        picture_files._allow_open_files(300)
+        assert asked.pop() == (expected, limits[1])
+        picture_files._allow_open_files(0)
+        assert not asked
+
+
+@pytest.mark.parametrize("name", ["0001.png", "0001_attention.png", CONTACT_SHEET])
+def test_a_folder_in_the_way_of_a_picture_is_named_before_the_model_loads(
+    name, config_file, tmp_path, capsys, monkeypatch
+):
+    in_the_way = tmp_path / FOLDER / name
+    in_the_way.mkdir(parents=True)
+    monkeypatch.setattr(making, "load_pipeline", None)
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--generation_config", str(config_file), "--output_dir", str(tmp_path), *QUICK])
+    assert exit_info.value.code == 2 and f"{in_the_way} is a folder, where a picture" in capsys.readouterr().err
 
 
 def test_resume_makes_anew_what_another_model_made(tmp_path, capsys, loaded):

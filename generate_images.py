@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -28,6 +29,8 @@ from multisubject.tiny_world import EMBEDDED_BASE
 if TYPE_CHECKING:  # torch, diffusers and accelerate take seconds: they are imported when the config is found sound
     from multisubject.generation.base_model import BaseModel
     from multisubject.generation.tasks import GenerationTask
+
+_MAIN_PROCESS_SECONDS = 10.0  # more than processes that were started at once are apart when they have read a config
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -48,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     state = PartialState(cpu=args.device == "cpu" or not torch.accelerator.is_available())
     device, dtype = making.device_and_dtype(args, state)
+    if state.is_main_process:
+        making.warn_of_imitation(device, dtype)
     settings = [making.task_settings(task, args, dtype, base) for task in tasks]
     wanted = [wanted_pictures(task, common, args) for task, common in zip(tasks, settings, strict=True)]
 
@@ -93,6 +98,7 @@ def _parser() -> HfArgumentParser:
     return HfArgumentParser(
         GenerateArguments,
         prog="multisubject-generate",
+        usage="%(prog)s [--help] --generation_config FILE [--option VALUE …]",
         description="Pictures from a generation config: prompts, personal subjects and where they stand.",
         epilog="Several GPUs: accelerate launch --multi_gpu generate_images.py … Several CPU processes: the same with "
         "--num_processes 2 and, behind the script, --device cpu. The pictures are those of one process.",
@@ -110,11 +116,17 @@ def _refusals(args: GenerateArguments) -> Iterator[None]:
         hints = [f"Did you mean ${name}, which is {os.environ[name]!r}?" for name in names]
         if is_main_process():
             print(error, *hints, sep="\n", file=sys.stderr)
+        else:
+            time.sleep(_MAIN_PROCESS_SECONDS)  # launchers end all processes when one has ended, also one yet to speak
         sys.exit(2)
 
 
 def _check(config: ConfigFile, args: GenerateArguments) -> tuple[list[GenerationTask], BaseModel]:
     """The config's tasks and their model, both sound. Raises `ConfigError`."""
+    name = args.pretrained_model_name or ""
+    # Else the network would be asked first, which takes half a minute where there is none.
+    if name in os.environ and "/" not in name and not os.path.isdir(name):
+        raise ConfigError(f"base model {name!r} cannot be used: there is no such folder, and a Hub id is user/repo.")
     with quiet_imports():
         from multisubject.generation.base_model import BaseModel
         from multisubject.generation.tasks import load_tasks

@@ -23,6 +23,7 @@ from multisubject.generation.picture_files import WantedPicture, save_picture
 from multisubject.generation.tasks import GenerationTask
 from multisubject.layout import layout_checksum
 from multisubject.residual_embeddings import ResidualEmbedding
+from multisubject.training.devices import cpu_has_bfloat16
 from multisubject.visualization import attention_sheet
 
 
@@ -96,10 +97,23 @@ def device_and_dtype(args: GenerateArguments, state: PartialState) -> tuple[torc
     return device, getattr(torch, args.dtype)
 
 
+def warn_of_imitation(device: torch.device, dtype: torch.dtype) -> None:
+    """Say so where pictures will take many times as long for their precision, which this processor does not have."""
+    has_it = dtype == torch.float32 or (dtype == torch.bfloat16 and cpu_has_bfloat16())
+    if device.type == "cpu" and not has_it:
+        print(
+            f"warning: --dtype {str(dtype).removeprefix('torch.')}: CPUs like this one only imitate it, many times "
+            "slower than float32, which is what auto means here.",
+            file=sys.stderr,
+        )
+
+
 def load_pipeline(base: BaseModel, device: torch.device, dtype: torch.dtype, show_progress: bool) -> Any:
     """The pipeline of a base model; of the steps of its pictures it shows a bar, which needs a terminal."""
     with quiet_loading(transformers_logging, diffusers_logging):
-        pipe = pipeline_class(base.architecture).from_pretrained(base.name, dtype=dtype).to(device)
+        pipe = pipeline_class(base.architecture).from_pretrained(base.name, dtype=dtype)
+        # `warn_of_imitation` has said it once; diffusers would for each component.
+        pipe = pipe.to(device, silence_dtype_warnings=True)
     pipe.set_progress_bar_config(disable=None if show_progress else True, leave=False)
     return pipe
 

@@ -16,6 +16,7 @@ from accelerate import PartialState
 from PIL import Image, ImageDraw, PngImagePlugin
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from multisubject import generate_images
 from multisubject.base_models import fingerprint_text_encoder
 from multisubject.generate_images import main
 from multisubject.generation import console, making, picture_files, prompts
@@ -481,6 +482,21 @@ def test_a_forgotten_dollar_is_pointed_out(monkeypatch, capsys):
     assert "Did you mean $CONFIG_DIR, which is 'configs/mine.json'?" in capsys.readouterr().err
 
 
+def test_a_forgotten_dollar_needs_no_network_to_be_pointed_out(config_file, tmp_path, monkeypatch, capsys, loaded):
+    monkeypatch.setenv("MODEL_NAME", "somebody/model")
+    flags = ["--generation_config", str(config_file), "--pretrained_model_name", "MODEL_NAME", *QUICK]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit_info:
+        patch.setattr(BaseModel, "read", None)
+        main(flags)
+    said = capsys.readouterr().err
+    assert exit_info.value.code == 2 and "'MODEL_NAME' cannot be used: there is no such folder" in said
+    assert "Did you mean $MODEL_NAME, which is 'somebody/model'?" in said
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(EMBEDDED_BASE, "MODEL_NAME")  # a folder may be called like that
+    Path("mine.json").write_text('[{"prompt": "a mug"}]')
+    main(["--generation_config", "mine.json", *flags[2:], "--num_images", "1", "--num_inference_steps", "1"])
+
+
 def test_a_base_that_is_none_is_refused(workshop, config_file, capsys):
     with pytest.raises(SystemExit):
         main(["--generation_config", str(config_file), "--pretrained_model_name", str(workshop), "--device", "cpu"])
@@ -506,6 +522,9 @@ def test_a_base_with_a_setting_or_weights_missing_is_refused(config_file, tmp_pa
     [
         (["--resolution", "100"], "multiples of 8"),
         (["--resolution", "64x"], "multiples of 8"),
+        (["--resolution", "512x4104"], "up to 4096"),
+        (["--resolution", "16384"], "up to 4096"),
+        (["--resolution", "9" * 5000], "up to 4096"),
         (["--num_images", "0"], "at least 1"),
         (["--seed", "-1"], "expected 0 to"),
         (["--seed", str(2**63)], "expected 0 to"),
@@ -518,7 +537,9 @@ def test_a_base_with_a_setting_or_weights_missing_is_refused(config_file, tmp_pa
 def test_wrong_flags_are_refused(flags, message, capsys):
     with pytest.raises(SystemExit) as exit_info:
         main(["--generation_config", "x.json", *flags])
-    assert exit_info.value.code == 2 and message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert exit_info.value.code == 2 and message in said
+    assert said.startswith("usage: multisubject-generate ") and said.index("error: ") == said.index("\n") + 1
 
 
 def test_what_no_picture_could_come_of_is_refused_before_the_model_loads(config_file, tmp_path, capsys, monkeypatch):
@@ -856,6 +877,39 @@ def test_a_log_has_a_line_for_each_picture_and_nothing_that_moves_a_cursor(confi
     assert capsys.readouterr().err == f"1/2 {pictures[0]}\n2/2 {pictures[1]}\n"
 
 
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_a_precision_that_the_processor_imitates_is_pointed_out_once(
+    has_bfloat16, config_file, tmp_path, capsys, caplog, monkeypatch, shared_pipe
+):
+    class Loaded(Exception):
+        pass
+
+    def load(*_, **__):
+        raise Loaded
+
+    monkeypatch.setattr(making, "cpu_has_bfloat16", lambda: has_bfloat16)
+    monkeypatch.setattr(making, "load_pipeline", load)
+    flags = ["--generation_config", str(config_file), "--output_dir", str(tmp_path), *QUICK]
+    warned = {"auto": 0, "float32": 0, "float16": 1, "bfloat16": int(not has_bfloat16)}
+    for dtype, count in warned.items():
+        with pytest.raises(Loaded):
+            main([*flags, "--dtype", dtype])
+        assert capsys.readouterr().err.count(f"warning: --dtype {dtype}: CPUs like this one only imitate it") == count
+
+
+def test_diffusers_does_not_repeat_that_float16_is_slow_on_a_cpu(base):
+    heard = []
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())
+    logger = logging.getLogger("diffusers")
+    logger.addHandler(handler)
+    try:
+        making.load_pipeline(base, torch.device("cpu"), torch.float16, show_progress=False)
+    finally:
+        logger.removeHandler(handler)
+    assert not [message for message in heard if "float16" in message]
+
+
 def test_a_terminal_has_bars_and_loading_leaves_them_as_they_were(monkeypatch):
     from transformers.utils import logging
 
@@ -944,6 +998,18 @@ def test_two_processes_make_the_pictures_of_one(gallery, config_file, tmp_path):
         assert np.abs(pixels(other) - pixels(picture)).max() <= 1  # the number of threads may change the last bit
         assert settings_of(other) == settings_of(picture)
     assert said["meeting.stdout.0"].count("contact sheet: ") == 2  # said once
+
+
+def test_other_processes_leave_the_main_one_the_time_to_say_what_is_wrong(tmp_path, monkeypatch, capsys):
+    """A launcher ends it when they end."""
+    waited = []
+    monkeypatch.setattr(generate_images.time, "sleep", waited.append)
+    for rank, seconds in (("0", []), ("1", [10.0])):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(SystemExit):
+            main(["--generation_config", str(tmp_path / "none.json")])
+        assert waited == seconds and ("none.json" in capsys.readouterr().err) == (rank == "0")
 
 
 def test_launched_processes_refuse_a_config_with_one_report(tmp_path):

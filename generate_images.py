@@ -23,7 +23,7 @@ from transformers import HfArgumentParser
 
 from multisubject.generation.arguments import GenerateArguments, parse_arguments
 from multisubject.generation.config_file import ConfigError, ConfigFile, read_config
-from multisubject.generation.console import is_main_process, quiet_imports, shown
+from multisubject.generation.console import is_main_process, quiet_imports
 from multisubject.tiny_world import EMBEDDED_BASE
 
 if TYPE_CHECKING:  # torch, diffusers and accelerate take seconds: they are imported when the config is found sound
@@ -68,16 +68,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         # 3. Make them
         try:
             with state.split_between_processes(work) as share:
+                if state.is_main_process and len(share) < len(work):
+                    print(
+                        f"{len(work)} pictures, of which this process makes and counts {len(share)} and the other "
+                        f"{state.num_processes - 1} the rest.",
+                        file=sys.stderr,
+                    )
                 if share:
                     pipe = making.load_pipeline(base, device, dtype, show_progress=state.is_main_process)
-                    for task in tasks:  # before the first picture: does every subject fit the model?
-                        making.load_subjects(pipe, task)
-                current = None
-                for picture in shown(share, "picture", lambda picture: picture.path):
-                    if picture.task is not current:
-                        making.load_subjects(pipe, picture.task)
-                        current = picture.task
-                    making.make_picture(pipe, picture, args)
+                    making.make_pictures(pipe, share, tasks, args)
         except KeyboardInterrupt:
             print(
                 "stopped; the pictures that are there are whole. The same command with --resume goes on.",

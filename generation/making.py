@@ -7,6 +7,7 @@ import importlib
 import inspect
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from multisubject.base_models import Architecture
 from multisubject.generation.arguments import GenerateArguments
 from multisubject.generation.base_model import BaseModel
 from multisubject.generation.config_file import GUIDANCE_KEYS
-from multisubject.generation.console import quiet_loading
+from multisubject.generation.console import quiet_loading, shown
 from multisubject.generation.picture_files import WantedPicture, save_picture
 from multisubject.generation.tasks import GenerationTask
 from multisubject.layout import layout_checksum
@@ -127,6 +128,20 @@ def load_subjects(pipe: Any, task: GenerationTask) -> None:
             pipe.load_subject(subject.source, name=name, class_phrase=subject.residual.class_phrase)
         except ValueError as error:  # made for another base of the same width
             sys.exit(f"error: subject {subject.key!r} of the prompt {task.config.prompt!r}: {error}")
+
+
+def make_pictures(
+    pipe: Any, share: Sequence[WantedPicture], tasks: Sequence[GenerationTask], args: GenerateArguments
+) -> None:
+    """Make this process's share of the pictures, when the subjects of all tasks have been found to fit the model."""
+    for task in tasks:
+        load_subjects(pipe, task)
+    current = None
+    for picture in shown(share, "picture", lambda picture: picture.path):
+        if picture.task is not current:
+            load_subjects(pipe, picture.task)
+            current = picture.task
+        make_picture(pipe, picture, args)
 
 
 def make_picture(pipe: Any, wanted: WantedPicture, args: GenerateArguments) -> None:

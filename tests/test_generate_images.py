@@ -27,7 +27,7 @@ from multisubject.generation.tasks import load_tasks
 from multisubject.hub_utils import save_subject
 from multisubject.residual_embeddings import ResidualEmbedding
 from multisubject.tiny_world import EMBEDDED_BASE
-from multisubject.training.run_lock import LOCK_FILE
+from multisubject.training.run_lock import LOCK_FILE, locked
 
 ROOT = Path(__file__).parent.parent
 EMBED_DIM = json.loads((EMBEDDED_BASE / "text_encoder" / "config.json").read_text())["hidden_size"]
@@ -974,11 +974,10 @@ def as_rank(rank, rendezvous, flags):
     main(flags)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="copies of this process save them their imports")
-def test_two_processes_make_the_pictures_of_one(gallery, config_file, tmp_path):
-    flags = ["--generation_config", str(config_file), "--output_dir", str(tmp_path / "results"), *QUICK]
+def run_ranks(folder, flags):
+    """Two processes make a run: the exit status of each, and what they said as `stdout.0`, `stderr.0`, …"""
     fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=as_rank, args=(rank, tmp_path / "meeting", flags)) for rank in range(2)]
+    ranks = [fork.Process(target=as_rank, args=(rank, folder / "meeting", flags)) for rank in range(2)]
     try:
         for rank in ranks:
             rank.start()
@@ -987,17 +986,40 @@ def test_two_processes_make_the_pictures_of_one(gallery, config_file, tmp_path):
     finally:
         for rank in ranks:
             rank.kill()
-    said = {file.name: file.read_text() for file in tmp_path.glob("meeting.*")}
-    assert [rank.exitcode for rank in ranks] == [0, 0], said
-    assert "2/2" in said["meeting.stderr.0"] and "4/4" not in said["meeting.stderr.0"]  # half of the pictures each
-    assert not said["meeting.stdout.1"] and not said["meeting.stderr.1"]
+    said = {file.name.removeprefix("meeting."): file.read_text() for file in folder.glob("meeting.*")}
+    return [rank.exitcode for rank in ranks], said
+
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="copies of this process save them their imports")
+
+
+@needs_fork
+def test_two_processes_make_the_pictures_of_one(gallery, config_file, tmp_path):
+    flags = ["--generation_config", str(config_file), "--output_dir", str(tmp_path / "results"), *QUICK]
+    codes, said = run_ranks(tmp_path, flags)
+    assert codes == [0, 0], said
+    assert said["stderr.0"].startswith("4 pictures, of which this process makes and counts 2 and the other 1 the rest.")
+    assert "2/2" in said["stderr.0"] and "4/4" not in said["stderr.0"]  # half of the pictures each
+    assert not said["stdout.1"] and not said["stderr.1"]
     pictures = sorted(gallery.rglob("000?.png"))
     assert len(pictures) == 4
     for picture in pictures:
         other = tmp_path / "results" / picture.relative_to(gallery)
         assert np.abs(pixels(other) - pixels(picture)).max() <= 1  # the number of threads may change the last bit
         assert settings_of(other) == settings_of(picture)
-    assert said["meeting.stdout.0"].count("contact sheet: ") == 2  # said once
+    assert said["stdout.0"].count("contact sheet: ") == 2  # said once
+
+
+@needs_fork
+def test_two_processes_give_way_to_another_run_together(config_file, tmp_path):
+    folder = tmp_path / "results" / FOLDER
+    folder.mkdir(parents=True)
+    with locked(folder):
+        flags = ["--generation_config", str(config_file), "--output_dir", str(tmp_path / "results"), *QUICK]
+        codes, said = run_ranks(tmp_path, flags)
+    assert codes == [2, 2], said
+    assert f"another run is writing here (process {os.getpid()})" in said["stderr.0"] and not said["stderr.1"]
+    assert not list(folder.iterdir())
 
 
 def test_other_processes_leave_the_main_one_the_time_to_say_what_is_wrong(tmp_path, monkeypatch, capsys):

@@ -12,6 +12,7 @@ order, or by how many processes.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import sys
 import time
@@ -131,6 +132,11 @@ def _check(config: ConfigFile, args: GenerateArguments) -> tuple[list[Generation
         from multisubject.generation.tasks import load_tasks
 
     base = BaseModel.read(str(EMBEDDED_BASE) if args.pretrained_model_name is None else args.pretrained_model_name)
+    if args.num_inference_steps > (base.num_train_timesteps or math.inf):
+        raise ConfigError(
+            f"--num_inference_steps is {args.num_inference_steps}; expected at most {base.num_train_timesteps}, the "
+            f"levels of noise that {base.name} was trained with."
+        )
     tasks, warnings = load_tasks(config, base, args.size())
     for task in tasks:
         if task.config.negative_prompt is None:

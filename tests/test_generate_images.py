@@ -865,9 +865,26 @@ def test_ctrl_c_says_how_to_go_on(config_file, tmp_path, capsys, monkeypatch, lo
 
 
 def test_what_the_scheduler_refuses_is_no_traceback(config_file, tmp_path, loaded):
+    model = Path(shutil.copytree(EMBEDDED_BASE, tmp_path / "model"))
+    scheduler = model / "scheduler" / "scheduler_config.json"
+    settings = json.loads(scheduler.read_text())
+    del settings["num_train_timesteps"]  # or it would be known before
+    scheduler.write_text(json.dumps(settings))
     flags = ["--generation_config", str(config_file), "--output_dir", str(tmp_path), *QUICK]
     with pytest.raises(SystemExit, match=r"error: .*num_inference_steps.*2000"):
-        main([*flags, "--num_inference_steps", "2000"])
+        main([*flags, "--pretrained_model_name", str(model), "--num_inference_steps", "2000"])
+
+
+def test_more_steps_than_the_base_has_levels_of_noise_are_refused_before_the_model_loads(
+    config_file, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(making, "load_pipeline", None)
+    with pytest.raises(SystemExit) as exit_info:
+        flags = ["--generation_config", str(config_file), "--output_dir", str(tmp_path / "out")]
+        main([*flags, "--num_inference_steps", "1001"])
+    assert exit_info.value.code == 2
+    assert "--num_inference_steps is 1001; expected at most 1000, the levels" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_log_has_a_line_for_each_picture_and_nothing_that_moves_a_cursor(config_file, tmp_path, capsys):

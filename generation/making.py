@@ -19,7 +19,7 @@ from multisubject.base_models import Architecture
 from multisubject.generation.arguments import GenerateArguments
 from multisubject.generation.base_model import BaseModel
 from multisubject.generation.config_file import GUIDANCE_KEYS
-from multisubject.generation.console import quiet_loading, shown
+from multisubject.generation.console import quiet_imports, quiet_loading, shown
 from multisubject.generation.picture_files import WantedPicture, save_picture
 from multisubject.generation.tasks import GenerationTask
 from multisubject.layout import layout_checksum
@@ -30,7 +30,8 @@ from multisubject.visualization import attention_sheet
 
 def pipeline_class(architecture: Architecture) -> Any:
     """The pipeline of a family of base models."""
-    return getattr(importlib.import_module(f"multisubject.{architecture.module}"), architecture.pipeline)
+    with quiet_imports():
+        return getattr(importlib.import_module(f"multisubject.{architecture.module}"), architecture.pipeline)
 
 
 def call_arguments(task: GenerationTask, args: GenerateArguments, pipeline: Any) -> dict[str, Any]:

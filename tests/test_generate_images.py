@@ -737,7 +737,8 @@ def test_a_folder_of_pictures_has_one_run_at_a_time(config_file, tmp_path, capsy
     main([*flags, "--generation_config", str(config_file)])
     pictures = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.png")}
     command = [sys.executable, "-c", RUN, *flags, "--generation_config", str(config_file)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as running:
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, **pipes, text=True) as running:
         assert running.stdout.readline() == "in\n"
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit_info:
             patch.setattr(making, "load_pipeline", None)
@@ -747,6 +748,7 @@ def test_a_folder_of_pictures_has_one_run_at_a_time(config_file, tmp_path, capsy
         assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.png")} == pictures
         main([*flags, "--generation_config", str(tmp_path / "other.json")])  # other folders of the same output_dir
         running.kill()
+        assert "torchvision" not in running.stderr.read()
     main([*flags, "--generation_config", str(config_file), "--resume"])
     assert "4 of 4 pictures are there already" in capsys.readouterr().out
     assert not list((tmp_path / "out").rglob(LOCK_FILE))

@@ -141,11 +141,11 @@ def component_config(base_model: str | os.PathLike[str], component: str) -> dict
     return None if path is None else json.loads(path.read_text(encoding="utf-8"))
 
 
-def component_file(base_model: str | os.PathLike[str], component: str) -> Path | None:
-    """Where `component_config` is read from, on this machine."""
+def component_file(base_model: str | os.PathLike[str], component: str, name: str = "config.json") -> Path | None:
+    """A component's file, on this machine; by default the one that `component_config` reads."""
     from transformers.utils import cached_file
 
-    path = cached_file(str(base_model), "config.json", subfolder=component, _raise_exceptions_for_missing_entries=False)
+    path = cached_file(str(base_model), name, subfolder=component, _raise_exceptions_for_missing_entries=False)
     return None if path is None else Path(path)
 
 

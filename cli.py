@@ -122,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add(commands: Any, name: str, run: Any, help: str) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+    command = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + "." * (help[-1] != "?"))
     command.set_defaults(run=run)
     return command
 

@@ -37,6 +37,7 @@ class BaseModel:
         tokenizers: text encoder -> its CLIP tokenizer.
         size: `(height, width)` of its pictures in pixels.
         embed_dims: text encoder -> its width, which is the width of its subjects' residuals.
+        num_train_timesteps: how many levels of noise it was trained with, None where its scheduler does not say.
         version: changes when the model does: a Hub commit, or a checksum of a folder's files (of large ones, the time).
     """
 
@@ -45,6 +46,7 @@ class BaseModel:
     tokenizers: Mapping[str, Any]
     size: tuple[int, int]
     embed_dims: Mapping[str, int]
+    num_train_timesteps: int | None
     version: str
 
     @property
@@ -67,6 +69,9 @@ class BaseModel:
                 embed_dims = {part: _read_config(name, part)["hidden_size"] for part in found}
                 tokenizers = {part: CLIPTokenizer.from_pretrained(name, subfolder=_tokenizer(part)) for part in found}
                 size, blocks = unet["sample_size"], _read_config(name, "vae")["block_out_channels"]
+                scheduler = component_file(name, "scheduler", "scheduler_config.json")
+                settings = json.loads(scheduler.read_text(encoding="utf-8")) if scheduler else {}
+                levels = settings.get("num_train_timesteps")
                 version = _version(_config_file(name, "unet").parent.parent)
         except (OSError, ValueError) as error:
             raise ConfigError(f"base model {name!r} cannot be used: {error}") from error
@@ -77,7 +82,7 @@ class BaseModel:
             ) from None
         height, width = (size, size) if isinstance(size, int) else size
         scale = 2 ** (len(blocks) - 1)
-        return cls(name, architecture, tokenizers, (height * scale, width * scale), embed_dims, version)
+        return cls(name, architecture, tokenizers, (height * scale, width * scale), embed_dims, levels, version)
 
 
 _EXPECTED = "the folder or Hub id of a base model of " + " or ".join(one.family for one in ARCHITECTURES)

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,11 +19,12 @@ from multisubject.base_models import Architecture
 from multisubject.generation.arguments import GenerateArguments
 from multisubject.generation.base_model import BaseModel
 from multisubject.generation.config_file import GUIDANCE_KEYS
-from multisubject.generation.console import quiet_imports, quiet_loading
+from multisubject.generation.console import quiet_imports, quiet_loading, shown
 from multisubject.generation.picture_files import WantedPicture, save_picture
 from multisubject.generation.tasks import GenerationTask
 from multisubject.layout import layout_checksum
 from multisubject.residual_embeddings import ResidualEmbedding
+from multisubject.training.devices import cpu_has_bfloat16
 from multisubject.visualization import attention_sheet
 
 
@@ -97,10 +99,23 @@ def device_and_dtype(args: GenerateArguments, state: PartialState) -> tuple[torc
     return device, getattr(torch, args.dtype)
 
 
+def warn_of_imitation(device: torch.device, dtype: torch.dtype) -> None:
+    """Say so where pictures will take many times as long for their precision, which this processor does not have."""
+    has_it = dtype == torch.float32 or (dtype == torch.bfloat16 and cpu_has_bfloat16())
+    if device.type == "cpu" and not has_it:
+        print(
+            f"warning: --dtype {str(dtype).removeprefix('torch.')}: CPUs like this one only imitate it, many times "
+            "slower than float32, which is what auto means here.",
+            file=sys.stderr,
+        )
+
+
 def load_pipeline(base: BaseModel, device: torch.device, dtype: torch.dtype, show_progress: bool) -> Any:
     """The pipeline of a base model; of the steps of its pictures it shows a bar, which needs a terminal."""
     with quiet_loading(transformers_logging, diffusers_logging):
-        pipe = pipeline_class(base.architecture).from_pretrained(base.name, dtype=dtype).to(device)
+        pipe = pipeline_class(base.architecture).from_pretrained(base.name, dtype=dtype)
+        # `warn_of_imitation` has said it once; diffusers would for each component.
+        pipe = pipe.to(device, silence_dtype_warnings=True)
     pipe.set_progress_bar_config(disable=None if show_progress else True, leave=False)
     return pipe
 
@@ -114,6 +129,20 @@ def load_subjects(pipe: Any, task: GenerationTask) -> None:
             pipe.load_subject(subject.source, name=name, class_phrase=subject.residual.class_phrase)
         except ValueError as error:  # made for another base of the same width
             sys.exit(f"error: subject {subject.key!r} of the prompt {task.config.prompt!r}: {error}")
+
+
+def make_pictures(
+    pipe: Any, share: Sequence[WantedPicture], tasks: Sequence[GenerationTask], args: GenerateArguments
+) -> None:
+    """Make this process's share of the pictures, when the subjects of all tasks have been found to fit the model."""
+    for task in tasks:
+        load_subjects(pipe, task)
+    current = None
+    for picture in shown(share, "picture", lambda picture: picture.path):
+        if picture.task is not current:
+            load_subjects(pipe, picture.task)
+            current = picture.task
+        make_picture(pipe, picture, args)
 
 
 def make_picture(pipe: Any, wanted: WantedPicture, args: GenerateArguments) -> None:

@@ -6,13 +6,16 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from PIL import Image, PngImagePlugin
 
 import multisubject
@@ -20,6 +23,7 @@ from multisubject.generation.arguments import GenerateArguments
 from multisubject.generation.tasks import GenerationTask
 from multisubject.pictures import png_bytes
 from multisubject.subject_file import clear_leftovers, make_writable_folder, write_atomically
+from multisubject.training.run_lock import locked
 from multisubject.visualization import contact_sheet, draw_regions
 
 CONTACT_SHEET = "contact_sheet.png"
@@ -68,19 +72,67 @@ def wanted_pictures(task: GenerationTask, settings: Mapping[str, Any], args: Gen
     ]
 
 
-def make_folders(tasks: Sequence[GenerationTask], args: GenerateArguments) -> None:
-    """Make the folders of all pictures, and clear what killed runs left half written in them.
+@contextmanager
+def claimed_folders(
+    wanted: Sequence[Sequence[WantedPicture]], args: GenerateArguments, state: PartialState
+) -> Iterator[None]:
+    """While entered the pictures' folders are this run's: made, writable, cleared of what killed runs left half
+    written, and with no other run in them.
 
-    Ends the program where they could not be written, before any picture is made.
+    Ends the program where that cannot be, before any picture is made.
+
+    Args:
+        wanted: the pictures, one list for each folder.
+        args: the command line.
+        state: this process's part in the run; the main process claims the folders for all.
     """
-    for task in tasks:
-        folder = Path(args.output_dir) / task.folder
+    problem: list[str | None] = [None]
+    with ExitStack() as claims:
+        if state.is_main_process:
+            _allow_open_files(len(wanted))
+            try:
+                for pictures in wanted:
+                    claims.enter_context(_claimed(pictures))
+            except (OSError, ValueError) as error:
+                problem = [f"error: --output_dir {args.output_dir!r}: {error}"]
+                print(problem[0], file=sys.stderr)
+        broadcast_object_list(problem)  # else the other processes would wait for one that is gone
+        if problem[0] is not None:
+            sys.exit(2)
+        yield
+
+
+@contextmanager
+def _claimed(pictures: Sequence[WantedPicture]) -> Iterator[None]:
+    folder = pictures[0].path.parent
+    with ExitStack() as claim:
         try:
             make_writable_folder(folder)
+            claim.enter_context(locked(folder))
             clear_leftovers(folder)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"{folder}: another run is writing here ({error}); wait for its end, or choose another folder."
+            ) from None
         except OSError as error:
-            print(f"error: --output_dir {args.output_dir!r}: cannot write to {folder}: {error}.", file=sys.stderr)
-            sys.exit(2)
+            raise OSError(f"cannot write to {folder}: {error}.") from error
+        files = (file for picture in pictures for file in (picture.path, picture.attention_path))
+        for file in (*files, folder / CONTACT_SHEET):
+            if file.is_dir():
+                raise ValueError(f"{file} is a folder, where a picture is to go; move it, or choose another folder.")
+        yield
+
+
+def _allow_open_files(count: int) -> None:
+    """Let this process keep that many files open, one for each lock, besides its own: a shell of macOS allows 256."""
+    if sys.platform != "win32":
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = count + 256 if hard == resource.RLIM_INFINITY else min(count + 256, hard)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            with suppress(OSError, ValueError):  # then the first file too many says so
+                resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def save_picture(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> None:

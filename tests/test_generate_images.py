@@ -16,9 +16,10 @@ from accelerate import PartialState
 from PIL import Image, ImageDraw, PngImagePlugin
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from multisubject import generate_images
 from multisubject.base_models import fingerprint_text_encoder
 from multisubject.generate_images import main
-from multisubject.generation import console, making, prompts
+from multisubject.generation import console, making, picture_files, prompts
 from multisubject.generation.base_model import BaseModel
 from multisubject.generation.config_file import ConfigError, read_config
 from multisubject.generation.picture_files import CONTACT_SHEET, read_settings
@@ -26,6 +27,7 @@ from multisubject.generation.tasks import load_tasks
 from multisubject.hub_utils import save_subject
 from multisubject.residual_embeddings import ResidualEmbedding
 from multisubject.tiny_world import EMBEDDED_BASE
+from multisubject.training.run_lock import LOCK_FILE, locked
 
 ROOT = Path(__file__).parent.parent
 EMBED_DIM = json.loads((EMBEDDED_BASE / "text_encoder" / "config.json").read_text())["hidden_size"]
@@ -480,6 +482,21 @@ def test_a_forgotten_dollar_is_pointed_out(monkeypatch, capsys):
     assert "Did you mean $CONFIG_DIR, which is 'configs/mine.json'?" in capsys.readouterr().err
 
 
+def test_a_forgotten_dollar_needs_no_network_to_be_pointed_out(config_file, tmp_path, monkeypatch, capsys, loaded):
+    monkeypatch.setenv("MODEL_NAME", "somebody/model")
+    flags = ["--generation_config", str(config_file), "--pretrained_model_name", "MODEL_NAME", *QUICK]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit_info:
+        patch.setattr(BaseModel, "read", None)
+        main(flags)
+    said = capsys.readouterr().err
+    assert exit_info.value.code == 2 and "'MODEL_NAME' cannot be used: there is no such folder" in said
+    assert "Did you mean $MODEL_NAME, which is 'somebody/model'?" in said
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(EMBEDDED_BASE, "MODEL_NAME")  # a folder may be called like that
+    Path("mine.json").write_text('[{"prompt": "a mug"}]')
+    main(["--generation_config", "mine.json", *flags[2:], "--num_images", "1", "--num_inference_steps", "1"])
+
+
 def test_a_base_that_is_none_is_refused(workshop, config_file, capsys):
     with pytest.raises(SystemExit):
         main(["--generation_config", str(config_file), "--pretrained_model_name", str(workshop), "--device", "cpu"])
@@ -505,6 +522,9 @@ def test_a_base_with_a_setting_or_weights_missing_is_refused(config_file, tmp_pa
     [
         (["--resolution", "100"], "multiples of 8"),
         (["--resolution", "64x"], "multiples of 8"),
+        (["--resolution", "512x4104"], "up to 4096"),
+        (["--resolution", "16384"], "up to 4096"),
+        (["--resolution", "9" * 5000], "up to 4096"),
         (["--num_images", "0"], "at least 1"),
         (["--seed", "-1"], "expected 0 to"),
         (["--seed", str(2**63)], "expected 0 to"),
@@ -517,7 +537,9 @@ def test_a_base_with_a_setting_or_weights_missing_is_refused(config_file, tmp_pa
 def test_wrong_flags_are_refused(flags, message, capsys):
     with pytest.raises(SystemExit) as exit_info:
         main(["--generation_config", "x.json", *flags])
-    assert exit_info.value.code == 2 and message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert exit_info.value.code == 2 and message in said
+    assert said.startswith("usage: multisubject-generate ") and said.index("error: ") == said.index("\n") + 1
 
 
 def test_what_no_picture_could_come_of_is_refused_before_the_model_loads(config_file, tmp_path, capsys, monkeypatch):
@@ -695,6 +717,69 @@ def test_a_run_clears_what_killed_runs_left_half_written_and_not_what_living_one
     assert (folder / "living.png").read_bytes() == b"whole"
 
 
+RUN = """
+import sys
+from multisubject.generate_images import main
+from multisubject.generation import making
+
+def stay(*_, **__):
+    print("in", flush=True)
+    sys.stdin.read()
+
+making.load_pipeline = stay
+main(sys.argv[1:])
+"""
+
+
+def test_a_folder_of_pictures_has_one_run_at_a_time(config_file, tmp_path, capsys, monkeypatch, loaded):
+    (tmp_path / "other.json").write_text('[{"prompt": "a photo of a mug"}, {"prompt": "a photo of a ball"}]')
+    flags = ["--output_dir", str(tmp_path / "out"), *QUICK, "--num_inference_steps", "1"]
+    main([*flags, "--generation_config", str(config_file)])
+    pictures = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.png")}
+    command = [sys.executable, "-c", RUN, *flags, "--generation_config", str(config_file)]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, **pipes, text=True) as running:
+        assert running.stdout.readline() == "in\n"
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit_info:
+            patch.setattr(making, "load_pipeline", None)
+            main([*flags, "--generation_config", str(config_file), "--guidance_scale", "3"])
+        said = f"{tmp_path / 'out' / FOLDER}: another run is writing here (process {running.pid}); wait for its end"
+        assert exit_info.value.code == 2 and said in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.png")} == pictures
+        main([*flags, "--generation_config", str(tmp_path / "other.json")])  # other folders of the same output_dir
+        running.kill()
+        assert "torchvision" not in running.stderr.read()
+    main([*flags, "--generation_config", str(config_file), "--resume"])
+    assert "4 of 4 pictures are there already" in capsys.readouterr().out
+    assert not list((tmp_path / "out").rglob(LOCK_FILE))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such limits")
+def test_a_run_may_have_more_folders_than_open_files_are_usual(config_file, tmp_path, monkeypatch):
+    import resource
+
+    asked = []
+    for limits, expected in [((256, 4096), 556), ((256, 512), 512), ((256, resource.RLIM_INFINITY), 556)]:
+        monkeypatch.setattr(resource, "getrlimit", lambda _, limits=limits: limits)
+        monkeypatch.setattr(resource, "setrlimit", lambda _, limits: asked.append(limits))
+        picture_files._allow_open_files(300)
+        assert asked.pop() == (expected, limits[1])
+        picture_files._allow_open_files(0)
+        assert not asked
+
+
+@pytest.mark.parametrize("name", ["0001.png", "0001_attention.png", CONTACT_SHEET])
+def test_a_folder_in_the_way_of_a_picture_is_named_before_the_model_loads(
+    name, config_file, tmp_path, capsys, monkeypatch
+):
+    in_the_way = tmp_path / FOLDER / name
+    in_the_way.mkdir(parents=True)
+    monkeypatch.setattr(making, "load_pipeline", None)
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--generation_config", str(config_file), "--output_dir", str(tmp_path), *QUICK])
+    assert exit_info.value.code == 2 and f"{in_the_way} is a folder, where a picture" in capsys.readouterr().err
+
+
 def test_resume_makes_anew_what_another_model_made(tmp_path, capsys, loaded):
     model = Path(shutil.copytree(EMBEDDED_BASE, tmp_path / "model"))
     (tmp_path / "config.json").write_text(json.dumps([{"prompt": "a dog"}, {"prompt": "a mug"}]))
@@ -782,9 +867,26 @@ def test_ctrl_c_says_how_to_go_on(config_file, tmp_path, capsys, monkeypatch, lo
 
 
 def test_what_the_scheduler_refuses_is_no_traceback(config_file, tmp_path, loaded):
+    model = Path(shutil.copytree(EMBEDDED_BASE, tmp_path / "model"))
+    scheduler = model / "scheduler" / "scheduler_config.json"
+    settings = json.loads(scheduler.read_text())
+    del settings["num_train_timesteps"]  # or it would be known before
+    scheduler.write_text(json.dumps(settings))
     flags = ["--generation_config", str(config_file), "--output_dir", str(tmp_path), *QUICK]
     with pytest.raises(SystemExit, match=r"error: .*num_inference_steps.*2000"):
-        main([*flags, "--num_inference_steps", "2000"])
+        main([*flags, "--pretrained_model_name", str(model), "--num_inference_steps", "2000"])
+
+
+def test_more_steps_than_the_base_has_levels_of_noise_are_refused_before_the_model_loads(
+    config_file, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(making, "load_pipeline", None)
+    with pytest.raises(SystemExit) as exit_info:
+        flags = ["--generation_config", str(config_file), "--output_dir", str(tmp_path / "out")]
+        main([*flags, "--num_inference_steps", "1001"])
+    assert exit_info.value.code == 2
+    assert "--num_inference_steps is 1001; expected at most 1000, the levels" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_log_has_a_line_for_each_picture_and_nothing_that_moves_a_cursor(config_file, tmp_path, capsys):
@@ -792,6 +894,39 @@ def test_a_log_has_a_line_for_each_picture_and_nothing_that_moves_a_cursor(confi
     main([*flags, "--num_images", "1", "--num_inference_steps", "1"])
     pictures = [tmp_path / FOLDER / "0000.png", tmp_path / "no_subject" / "a_photo_of_a_dog" / "0000.png"]
     assert capsys.readouterr().err == f"1/2 {pictures[0]}\n2/2 {pictures[1]}\n"
+
+
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_a_precision_that_the_processor_imitates_is_pointed_out_once(
+    has_bfloat16, config_file, tmp_path, capsys, caplog, monkeypatch, shared_pipe
+):
+    class Loaded(Exception):
+        pass
+
+    def load(*_, **__):
+        raise Loaded
+
+    monkeypatch.setattr(making, "cpu_has_bfloat16", lambda: has_bfloat16)
+    monkeypatch.setattr(making, "load_pipeline", load)
+    flags = ["--generation_config", str(config_file), "--output_dir", str(tmp_path), *QUICK]
+    warned = {"auto": 0, "float32": 0, "float16": 1, "bfloat16": int(not has_bfloat16)}
+    for dtype, count in warned.items():
+        with pytest.raises(Loaded):
+            main([*flags, "--dtype", dtype])
+        assert capsys.readouterr().err.count(f"warning: --dtype {dtype}: CPUs like this one only imitate it") == count
+
+
+def test_diffusers_does_not_repeat_that_float16_is_slow_on_a_cpu(base):
+    heard = []
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())
+    logger = logging.getLogger("diffusers")
+    logger.addHandler(handler)
+    try:
+        making.load_pipeline(base, torch.device("cpu"), torch.float16, show_progress=False)
+    finally:
+        logger.removeHandler(handler)
+    assert not [message for message in heard if "float16" in message]
 
 
 def test_a_terminal_has_bars_and_loading_leaves_them_as_they_were(monkeypatch):
@@ -868,11 +1003,10 @@ def as_rank(rank, rendezvous, flags):
     main(flags)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="copies of this process save them their imports")
-def test_two_processes_make_the_pictures_of_one(gallery, config_file, tmp_path):
-    flags = ["--generation_config", str(config_file), "--output_dir", str(tmp_path / "results"), *QUICK]
+def run_ranks(folder, flags):
+    """Two processes make a run: the exit status of each, and what they said as `stdout.0`, `stderr.0`, …"""
     fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=as_rank, args=(rank, tmp_path / "meeting", flags)) for rank in range(2)]
+    ranks = [fork.Process(target=as_rank, args=(rank, folder / "meeting", flags)) for rank in range(2)]
     try:
         for rank in ranks:
             rank.start()
@@ -881,17 +1015,52 @@ def test_two_processes_make_the_pictures_of_one(gallery, config_file, tmp_path):
     finally:
         for rank in ranks:
             rank.kill()
-    said = {file.name: file.read_text() for file in tmp_path.glob("meeting.*")}
-    assert [rank.exitcode for rank in ranks] == [0, 0], said
-    assert "2/2" in said["meeting.stderr.0"] and "4/4" not in said["meeting.stderr.0"]  # half of the pictures each
-    assert not said["meeting.stdout.1"] and not said["meeting.stderr.1"]
+    said = {file.name.removeprefix("meeting."): file.read_text() for file in folder.glob("meeting.*")}
+    return [rank.exitcode for rank in ranks], said
+
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="copies of this process save them their imports")
+
+
+@needs_fork
+def test_two_processes_make_the_pictures_of_one(gallery, config_file, tmp_path):
+    flags = ["--generation_config", str(config_file), "--output_dir", str(tmp_path / "results"), *QUICK]
+    codes, said = run_ranks(tmp_path, flags)
+    assert codes == [0, 0], said
+    assert said["stderr.0"].startswith("4 pictures, of which this process makes and counts 2 and the other 1 the rest.")
+    assert "2/2" in said["stderr.0"] and "4/4" not in said["stderr.0"]  # half of the pictures each
+    assert not said["stdout.1"] and not said["stderr.1"]
     pictures = sorted(gallery.rglob("000?.png"))
     assert len(pictures) == 4
     for picture in pictures:
         other = tmp_path / "results" / picture.relative_to(gallery)
         assert np.abs(pixels(other) - pixels(picture)).max() <= 1  # the number of threads may change the last bit
         assert settings_of(other) == settings_of(picture)
-    assert said["meeting.stdout.0"].count("contact sheet: ") == 2  # said once
+    assert said["stdout.0"].count("contact sheet: ") == 2  # said once
+
+
+@needs_fork
+def test_two_processes_give_way_to_another_run_together(config_file, tmp_path):
+    folder = tmp_path / "results" / FOLDER
+    folder.mkdir(parents=True)
+    with locked(folder):
+        flags = ["--generation_config", str(config_file), "--output_dir", str(tmp_path / "results"), *QUICK]
+        codes, said = run_ranks(tmp_path, flags)
+    assert codes == [2, 2], said
+    assert f"another run is writing here (process {os.getpid()})" in said["stderr.0"] and not said["stderr.1"]
+    assert not list(folder.iterdir())
+
+
+def test_other_processes_leave_the_main_one_the_time_to_say_what_is_wrong(tmp_path, monkeypatch, capsys):
+    """A launcher ends it when they end."""
+    waited = []
+    monkeypatch.setattr(generate_images.time, "sleep", waited.append)
+    for rank, seconds in (("0", []), ("1", [10.0])):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(SystemExit):
+            main(["--generation_config", str(tmp_path / "none.json")])
+        assert waited == seconds and ("none.json" in capsys.readouterr().err) == (rank == "0")
 
 
 def test_launched_processes_refuse_a_config_with_one_report(tmp_path):

@@ -448,6 +448,18 @@ def test_progress_is_a_bar_in_a_terminal(
     assert not caplog.messages
 
 
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_loading_shows_bars_in_a_terminal_alone(
+    is_terminal: bool, tiny_base: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    load(tiny_base["sd2"])
+    shown = capsys.readouterr().err
+    assert ("Loading weights" in shown) == is_terminal
+    assert "pipeline components" not in shown
+    assert is_terminal or not shown
+
+
 def test_help_of_switches_says_which_way_they_go(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse_config(["--help"])
@@ -1736,6 +1748,7 @@ def test_prior_preservation_draws_missing_class_pictures(config: TrainConfig, tm
     assert len(drawn) == 2
     assert all(np.asarray(Image.open(path)).std() > 0 for path in drawn)
     assert not torch.equal(preserved, learn(config))
+    assert torch.equal(preserved, learn(replace(with_prior, resume_from_checkpoint="latest")))
     (tmp_path / "class" / "class-0000.png").rename(tmp_path / "class" / "mine.png")
     with pytest.raises(ValueError, match=r"belongs to another run .pictures was"):
         train(replace(with_prior, resume_from_checkpoint="latest"))
@@ -1956,11 +1969,12 @@ def test_errors_end_the_command_with_one_line(config: TrainConfig, caplog: pytes
 
 
 def test_push_to_hub_sends_the_adapter_with_its_pictures(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    from types import SimpleNamespace
+    from huggingface_hub.utils import are_progress_bars_disabled
 
     pushed = []
 
     def push(source: Path, repo_id: str, **options: Any) -> Any:
+        assert are_progress_bars_disabled() != sys.stderr.isatty()
         pushed.append((Path(source).name, repo_id, options["private"], [prompt for prompt, _ in options["samples"]]))
         return SimpleNamespace(commit_url="https://hub/commit")
 

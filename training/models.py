@@ -208,9 +208,15 @@ def load_encoders(config: TrainConfig, accelerator: Accelerator) -> Models:
 
 @contextmanager
 def _loading(source: str) -> Iterator[None]:
-    """Around what reads the base or a part of it: errors say which one it was, and there are bars in a terminal."""
-    with base_model_errors(source), quiet_loading(diffusers_logging, transformers_logging):
-        yield
+    """Around what reads the base or a part of it: errors say which one, and in a terminal each part has a bar."""
+    barred = diffusers_logging.is_progress_bar_enabled()
+    diffusers_logging.disable_progress_bar()  # a bar around those of the parts
+    try:
+        with base_model_errors(source), quiet_loading(transformers_logging):
+            yield
+    finally:
+        if barred:
+            diffusers_logging.enable_progress_bar()
 
 
 def _reads_sizes(unet_config: Mapping[str, Any]) -> bool:

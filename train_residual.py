@@ -20,19 +20,24 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
 
-import torch
-from accelerate import Accelerator, PartialState
-from diffusers.utils.logging import disable_progress_bar
+from multisubject.generation.console import quiet_imports
+from multisubject.training.config import (
+    LEARNING_RATES,
+    TrainConfig,
+    check_inputs,
+    errors_named,
+    parse_config,
+    read_concepts,
+)
+from multisubject.training.stopping import Interrupted, StopRequest
 
-from multisubject.residual_embeddings import ResidualEmbedding
-from multisubject.training.checkpoints import Interrupted, StopRequest, claimed_outputs
-from multisubject.training.concepts import prepare_concept, with_class_pictures
-from multisubject.training.config import LEARNING_RATES, TrainConfig, parse_config, read_concepts
-from multisubject.training.devices import make_accelerator
-from multisubject.training.loop import fit
-from multisubject.training.models import Models, load_encoders, load_unet
-from multisubject.training.results import hub_user, save_result
+if TYPE_CHECKING:  # torch, diffusers and accelerate take seconds: they are imported when the configuration is sound
+    from accelerate import Accelerator
+
+    from multisubject.residual_embeddings import ResidualEmbedding
+    from multisubject.training.models import Models
 
 logger = logging.getLogger("multisubject.training")  # above those of its rooms: one level for all
 
@@ -47,11 +52,20 @@ def train(config: TrainConfig) -> dict[str, ResidualEmbedding]:
         Interrupted: SIGINT or SIGTERM came; a checkpoint of that moment is kept.
     """
     # 1. Configuration: what is asked for, on what, and where it goes.
+    concept_configs = read_concepts(config)
+    check_inputs(config, concept_configs)
+    with quiet_imports():
+        from multisubject.training.checkpoints import claimed_outputs
+        from multisubject.training.concepts import prepare_concept, with_class_pictures
+        from multisubject.training.devices import make_accelerator
+        from multisubject.training.loop import fit
+        from multisubject.training.models import load_encoders, load_unet
+        from multisubject.training.results import hub_user, save_result
+
     accelerator = make_accelerator(config)
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     for flag, need in config.without_effect().items():
         logger.warning("--%s has no effect: it needs %s.", flag, need)
-    concept_configs = read_concepts(config)
     with claimed_outputs(concept_configs, accelerator):
         user = hub_user() if config.push_to_hub else None
 
@@ -61,12 +75,8 @@ def train(config: TrainConfig) -> dict[str, ResidualEmbedding]:
         # 3. Data: every picture's latents and every prompt's embeddings, computed once.
         concepts = []
         for item in concept_configs:
-            try:
+            with errors_named(config, item):
                 concepts.append(prepare_concept(resolve(item, models, accelerator, user), models))
-            except (ValueError, OSError) as error:
-                if config.concepts_list is None:
-                    raise
-                raise ValueError(f"--concepts_list: {item.subject_name!r}: {error}") from error
         text_encoders, models.text_encoders = models.text_encoders, None
         if config.method == "residual":
             text_encoders = None  # every prompt is embedded: nothing needs them any more
@@ -120,7 +130,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     config = parse_config(arguments)
-    disable_progress_bar()  # of loading: the one of training is enough
     try:
         train(config)
     except Interrupted as stopped:
@@ -129,18 +138,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         logger.warning("stopped by SIGINT outside of training; checkpoints that were saved are intact.")
         return 128 + signal.SIGINT
-    except torch.OutOfMemoryError as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        logger.error("error: %s", error)
+        return 1
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which may not be imported yet
+            raise
         logger.error(
             "error: out of memory (%s); lower --train_batch_size or --resolution, or use --gradient_checkpointing and "
             "--mixed_precision.",
             error,
         )
         return 1
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        logger.error("error: %s", error)
-        return 1
     finally:
-        PartialState().destroy_process_group()
+        if accelerate := sys.modules.get("accelerate"):  # not where the configuration was refused
+            accelerate.PartialState().destroy_process_group()
     return 0
 
 

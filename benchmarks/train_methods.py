@@ -410,7 +410,7 @@ def random_sd21() -> None:
     from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-    import multisubject.train_residual as trainer
+    from multisubject.training import models as loading
     from multisubject.training.models import Models, TextEncoders, frozen, weight_dtype
 
     def load_encoders(config: Any, accelerator: Any) -> Models:
@@ -439,7 +439,7 @@ def random_sd21() -> None:
             unet.enable_gradient_checkpointing()
         return frozen(unet, models.device, models.dtype)
 
-    trainer.load_encoders, trainer.load_unet = load_encoders, load_unet
+    loading.load_encoders, loading.load_unet = load_encoders, load_unet
 
 
 def measure_sd21(results: dict[str, Any], options: argparse.Namespace) -> None:

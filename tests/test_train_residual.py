@@ -37,7 +37,7 @@ from multisubject.tiny_world.subjects import SUBJECTS
 from multisubject.train_residual import main, train
 from multisubject.training import devices, loop, results, run_lock
 from multisubject.training import models as loading
-from multisubject.training.checkpoints import ECHO_SECONDS, StopRequest, checkpoints, latest_checkpoint
+from multisubject.training.checkpoints import checkpoints, latest_checkpoint
 from multisubject.training.concepts import (
     CLASS_STEPS,
     Concept,
@@ -51,8 +51,11 @@ from multisubject.training.config import TrainConfig, parse_config, read_concept
 from multisubject.training.learners import ResidualLearner, TextEncoderLearner, make_learner
 from multisubject.training.loop import learning_rate_factor, make_optimizer
 from multisubject.training.loss import Sample, compute_loss, denoising_loss, draw_batch, draw_sample
+from multisubject.training.models import load_encoders, load_unet
 from multisubject.training.pictures import Picture
+from multisubject.training.progress import ProgressBar
 from multisubject.training.run_lock import LOCK_FILE, locked
+from multisubject.training.stopping import ECHO_SECONDS, StopRequest
 
 METHODS = ("residual", "text_encoder", "lora")
 
@@ -128,25 +131,25 @@ def models_loaded_once() -> Iterator[None]:
     bases: dict[Any, Any] = {}
     unets: dict[Any, Any] = {}
 
-    def load_encoders(flags: TrainConfig, accelerator: Any) -> Any:
+    def shared_encoders(flags: TrainConfig, accelerator: Any) -> Any:
         key = (
             flags.pretrained_model_name_or_path,
             flags.pretrained_vae_model_name_or_path,
             accelerator.mixed_precision,
         )
         if key not in bases:
-            bases[key] = loading.load_encoders(flags, accelerator)
+            bases[key] = load_encoders(flags, accelerator)
         return replace(bases[key], text_encoders=copy.deepcopy(bases[key].text_encoders))
 
-    def load_unet(flags: TrainConfig, models: Any) -> Any:
+    def shared_unet(flags: TrainConfig, models: Any) -> Any:
         key = (flags.pretrained_model_name_or_path, flags.gradient_checkpointing, models.dtype)
         if key not in unets:
-            unets[key] = loading.load_unet(flags, models)
+            unets[key] = load_unet(flags, models)
         return unets[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "load_encoders", load_encoders)
-        patch.setattr(trainer, "load_unet", load_unet)
+        patch.setattr(loading, "load_encoders", shared_encoders)
+        patch.setattr(loading, "load_unet", shared_unet)
         yield
 
 
@@ -350,6 +353,111 @@ def test_files_that_are_not_utf8_are_named(tmp_path: Path, capsys: pytest.Captur
     assert "--config" in (error := capsys.readouterr().err) and "latin.yaml" in error
     with pytest.raises(ValueError, match=r"--concepts_list: .*latin.yaml"):
         read_concepts(TrainConfig(concepts_list=str(tmp_path / "latin.yaml")))
+
+
+PIPED_RUNS = """
+import json, sys
+from multisubject.train_residual import main
+
+for name, *flags in json.loads(sys.argv[1]):
+    try:
+        end = main(flags)
+    except SystemExit as stopped:
+        end = stopped.code
+    heavy = sorted({"torch", "diffusers", "accelerate", "peft"} & sys.modules.keys())
+    print(json.dumps([name, end, heavy if name != "sound" else []]), file=sys.stderr)
+"""
+
+
+@pytest.fixture(scope="module")
+def piped(tiny_base: dict[str, str], pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[bytes]]:
+    """What a process writes whose output goes into pipes: lines of stderr of each of its runs, and how that ended."""
+    folder = tmp_path_factory.mktemp("piped")
+    for name, text in {"key": "learning_rat: 1", "yaml": "a: [", "value": "seed: x", "list": "[{nam: a}]"}.items():
+        (folder / f"{name}.yaml").write_text(text)
+    sound = as_flags(replace(short_run(tiny_base["sd2"], pictures, folder / "ada"), max_train_steps=20))
+    runs = [
+        ["help", "--help"],
+        ["flag", "--learning_rat=1"],
+        *([name, "--config", f"{name}.yaml"] for name in ("key", "yaml", "value")),
+        ["range", "--max_train_steps=0"],
+        ["list", "--concepts_list", "list.yaml"],
+        ["name", "--output_dir", "my dog"],
+        ["folder", "--instance_prompt=person", "--instance_data_dir=nowhere"],
+        ["no folder", "--instance_prompt=person"],
+        ["phrase", f"--instance_data_dir={pictures}", "--instance_prompt=a photo of a dog"],
+        ["sound", *sound],
+    ]
+    result = subprocess.run([sys.executable, "-c", PIPED_RUNS, json.dumps(runs)], cwd=folder, capture_output=True)
+    assert result.returncode == 0, result.stderr.decode()
+    assert not list(folder.glob("output*"))
+    ended, lines = [], []
+    for line in result.stderr.split(b"\n")[:-1]:
+        if line.startswith(b'["'):
+            ended.append([*json.loads(line), lines])
+            lines = []
+        else:
+            lines.append(line)
+    assert [name for name, *_ in ended] == [name for name, *_ in runs]
+    return ended
+
+
+def test_mistakes_in_the_configuration_are_named_before_anything_slow_is_imported(piped: list[list[Any]]) -> None:
+    *refused, _ = piped
+    for name, end, heavy, lines in refused:
+        assert heavy == [], name
+        assert end == {"help": 0, "list": 1, "name": 1, "folder": 1, "no folder": 1, "phrase": 1}.get(name, 2), name
+        assert name == "help" or b"error: " in b" ".join(lines), lines
+
+
+def test_a_run_into_a_pipe_writes_a_few_plain_lines(piped: list[list[Any]]) -> None:
+    name, end, _, lines = piped[-1]
+    assert (name, end) == ("sound", 0)
+    steps = [line for line in lines if b" step " in line]
+    assert [line.partition(b",")[0] for line in steps] == [b"ada: step %d/20" % step for step in range(2, 21, 2)]
+    assert all(re.fullmatch(rb"ada: step \d+/20, loss \d+\.\d{4}", line) for line in steps)
+    rest = [line for line in lines if line not in steps]
+    assert [line for line in rest if not line.startswith(b"ada: ")] == [], "what helps nobody"
+    assert not re.search(rb"[\r\x1b]", b"".join(lines))
+
+
+@pytest.mark.parametrize(
+    ("total", "done", "told"),
+    [(300, 0, [*range(30, 301, 30)]), (300, 285, [300]), (4, 0, [1, 2, 3, 4]), (25, 19, [20, 23, 25])],
+)
+def test_progress_is_told_at_every_tenth_where_there_is_no_terminal(
+    total: int, done: int, told: list[int], caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level(logging.INFO, "multisubject.training")
+    for silent in (False, True):
+        with ProgressBar("ada", total, "step", done=done, silent=silent) as bar:
+            for _ in range(total - done):
+                bar.advance(loss="0.5")
+    assert caplog.messages == [f"ada: step {step}/{total}, loss 0.5" for step in told]
+    assert "\r" not in capsys.readouterr().err
+
+
+def test_progress_is_a_bar_in_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level(logging.INFO, "multisubject.training")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with ProgressBar("ada", 2, "step", done=1) as bar:
+        bar.advance(loss="0.5")
+    assert re.search(r"\rada: 100%.* 2/2 .*loss=0\.5", capsys.readouterr().err)
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_loading_shows_bars_in_a_terminal_alone(
+    is_terminal: bool, tiny_base: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    load(tiny_base["sd2"])
+    shown = capsys.readouterr().err
+    assert ("Loading weights" in shown) == is_terminal
+    assert "pipeline components" not in shown
+    assert is_terminal or not shown
 
 
 def test_help_of_switches_says_which_way_they_go(capsys: pytest.CaptureFixture[str]) -> None:
@@ -572,7 +680,7 @@ def test_installed_optimisers_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
 def load(base: str, **flags: Any) -> loading.Models:
     """A base's encoders on the processor, in a precision that it may only imitate."""
     accelerator: Any = SimpleNamespace(device=torch.device("cpu"), mixed_precision=flags.pop("mixed_precision", "no"))
-    return loading.load_encoders(TrainConfig(pretrained_model_name_or_path=base, **flags), accelerator)
+    return load_encoders(TrainConfig(pretrained_model_name_or_path=base, **flags), accelerator)
 
 
 @both_architectures
@@ -656,7 +764,7 @@ def test_each_encoder_of_xl_is_learnt_at_its_own_scale(
     models = load(tiny_base["xl"])
     with torch.no_grad():  # as different as they are in the released models
         models.text_encoders.encoders["text_encoder"].get_input_embeddings().weight.mul_(50)
-    monkeypatch.setattr(trainer, "load_encoders", lambda *_: models)
+    monkeypatch.setattr(loading, "load_encoders", lambda *_: models)
     flags = replace(config, pretrained_model_name_or_path=tiny_base["xl"], max_train_steps=1, weight_decay=0.0)
     prompts = build_prompts({"": ["a {}".replace("{}", "person")]}, "person", models)
     delta = learn(replace(flags, templates=["a {}"], learning_rate=0.1, validation_prompts=["the {}"]))
@@ -749,7 +857,7 @@ def test_a_vae_that_overflows_in_float16_computes_in_float32(
     models = load(tiny_base[kind], mixed_precision=precision, **flags)
     assert models.vae.dtype == expected
     half = models.dtype
-    models.unet = loading.load_unet(replace(config, pretrained_model_name_or_path=tiny_base[kind]), models)
+    models.unet = load_unet(replace(config, pretrained_model_name_or_path=tiny_base[kind]), models)
     assert models.unet.dtype == half
     prompts = build_prompts({"": ["a person"]}, "person", models)
     pictures = loading.generate(
@@ -780,7 +888,7 @@ def test_a_checkpoint_is_of_all_its_text_encoders(
     shutil.copytree(finished_runs("residual", "xl")[0], config.output_dir)
     models = load(tiny_base["xl"])
     models.fingerprints["text_encoder_2"] = models.fingerprints["text_encoder"]
-    monkeypatch.setattr(trainer, "load_encoders", lambda *_: models)
+    monkeypatch.setattr(loading, "load_encoders", lambda *_: models)
     flags = replace(config, pretrained_model_name_or_path=tiny_base["xl"], resume_from_checkpoint="latest")
     with pytest.raises(ValueError, match=r"belongs to another run .base was"):
         train(flags)
@@ -868,7 +976,7 @@ def test_a_run_leaves_everything_that_was_promised(
         }
         assert all(delta.abs().max() > 0 for delta in subject.deltas.values())
         assert not (output / "residual.pt").exists()
-        with pytest.raises(ValueError, match=r"\.pt file holds one text encoder's residual, .*'text_encoder_2'"):
+        with pytest.raises(ValueError, match=r"\.pt file holds the residual of `text_encoder` alone, .*_encoder_2'"):
             save_subject(subject, output / "residual.pt")
     else:
         bare = torch.load(output / "residual.pt", weights_only=True)
@@ -942,7 +1050,7 @@ def test_signal_at_a_scored_step_changes_nothing(config: TrainConfig, tmp_path: 
 def test_interrupt_before_the_first_step_ends_with_one_line(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(trainer, "load_encoders", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(loading, "load_encoders", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     assert main(as_flags(config)) == 128 + signal.SIGINT
     assert "stopped by SIGINT" in caplog.text
 
@@ -1001,11 +1109,29 @@ def test_finished_run_resumes_to_the_same_files(finished: TrainConfig, whole: to
     assert torch.equal(learn(replace(finished, resume_from_checkpoint="latest")), whole)
 
 
+@pytest.fixture
+def nothing_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture that is encoded fails the test."""
+
+    def fail(*_: Any) -> None:
+        pytest.fail("encoded before it was refused")
+
+    monkeypatch.setattr("multisubject.training.concepts.encode_picture", fail)
+
+
+@pytest.mark.usefixtures("nothing_encoded")
 def test_resume_refuses_another_run_and_names_the_difference(finished: TrainConfig) -> None:
     with pytest.raises(ValueError, match=r"learning_rate was 0\.05, is 0\.1"):
         train(replace(finished, learning_rate=0.1, resume_from_checkpoint="latest"))
     with pytest.raises(ValueError, match="not a checkpoint"):
         train(replace(finished, resume_from_checkpoint=str(Path(finished.output_dir) / "nothing")))
+
+
+@pytest.mark.parametrize("choice", ["nowhere", "{output}/samples"])
+def test_what_is_no_checkpoint_is_refused_before_models_load(finished: TrainConfig, choice: str) -> None:
+    choice = choice.format(output=finished.output_dir)
+    with pytest.raises(ValueError, match=f"--resume_from_checkpoint: {choice!r} is not a checkpoint of this program"):
+        train(replace(finished, resume_from_checkpoint=choice, pretrained_model_name_or_path="nowhere"))
 
 
 def test_scored_steps_are_part_of_the_run(config: TrainConfig) -> None:
@@ -1251,8 +1377,8 @@ def test_flags_without_effect_are_named(config: TrainConfig, caplog: pytest.LogC
     }
     assert list(replace(odd, method="lora").without_effect()) == ["key_preservation", "class_prompt"]
     assert not config.without_effect()
-    with caplog.at_level(logging.WARNING), pytest.raises(FileNotFoundError):
-        train(replace(odd, instance_data_dir="nowhere"))
+    with caplog.at_level(logging.WARNING), pytest.raises(ValueError, match="--token_num: 9"):
+        train(replace(odd, token_num=9))
     assert "--lora_rank has no effect: it needs --method lora" in caplog.text
 
 
@@ -1359,13 +1485,13 @@ def test_several_subjects_share_one_loading_of_the_models(
     config: TrainConfig, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = []
-    load = trainer.load_unet
+    load = loading.load_unet
 
     def counted(*arguments: Any) -> Any:
         loaded.append(1)
         return load(*arguments)
 
-    monkeypatch.setattr(trainer, "load_unet", counted)
+    monkeypatch.setattr(loading, "load_unet", counted)
     concepts = tmp_path / "concepts.yaml"
     entries = [
         {"name": "one", "instance_data_dir": str(pictures), "instance_prompt": "person"},
@@ -1478,9 +1604,19 @@ def test_precision_that_the_processor_imitates_is_replaced_and_named(
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
-@pytest.mark.parametrize(("before", "after"), [("bf16", "no"), ("no", "bf16")])
+@pytest.mark.parametrize(
+    ("before", "after", "remedy"),
+    [
+        (
+            "bf16",
+            "no",
+            "only imitates bf16, many times slower .* with a GPU or a processor that has bfloat16, or start",
+        ),
+        ("no", "bf16", "Use --mixed_precision no, "),
+    ],
+)
 def test_a_run_does_not_change_its_precision_with_the_machine(
-    config: TrainConfig, before: str, after: str, monkeypatch: pytest.MonkeyPatch
+    config: TrainConfig, before: str, after: str, remedy: str, monkeypatch: pytest.MonkeyPatch, request: Any
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     config = replace(config, mixed_precision="bf16", max_train_steps=2, lr_scheduler="constant")
@@ -1489,8 +1625,12 @@ def test_a_run_does_not_change_its_precision_with_the_machine(
     learn(replace(config, resume_from_checkpoint="latest", max_train_steps=3))
     reset_accelerate()
     monkeypatch.setattr(devices, "cpu_has_bfloat16", lambda: after == "bf16")
-    with pytest.raises(ValueError, match=f"mixed_precision was '{before}', is '{after}'"):
+    request.getfixturevalue("nothing_encoded")
+    with pytest.raises(ValueError, match=rf"\(mixed_precision was '{before}', is '{after}'\). .*{remedy}") as refusal:
         train(replace(config, resume_from_checkpoint="latest", max_train_steps=3))
+    assert "same values" not in str(refusal.value)  # the flag was the same
+    with pytest.raises(ValueError, match=rf"seed was 0, is 1\).*{remedy.rpartition(', ')[0]}.* the same values"):
+        train(replace(config, resume_from_checkpoint="latest", max_train_steps=3, seed=1))
 
 
 @pytest.mark.parametrize(
@@ -1608,6 +1748,7 @@ def test_prior_preservation_draws_missing_class_pictures(config: TrainConfig, tm
     assert len(drawn) == 2
     assert all(np.asarray(Image.open(path)).std() > 0 for path in drawn)
     assert not torch.equal(preserved, learn(config))
+    assert torch.equal(preserved, learn(replace(with_prior, resume_from_checkpoint="latest")))
     (tmp_path / "class" / "class-0000.png").rename(tmp_path / "class" / "mine.png")
     with pytest.raises(ValueError, match=r"belongs to another run .pictures was"):
         train(replace(with_prior, resume_from_checkpoint="latest"))
@@ -1792,7 +1933,16 @@ def test_the_class_counts_by_its_weight_and_leaves_the_subject_its_own(config: T
 def test_bad_input_is_named_and_leaves_nothing_behind(config: TrainConfig, values: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         train(replace(config, **values))
-    assert not list(Path(config.output_dir).iterdir())
+    assert not Path(config.output_dir).exists()
+
+
+def test_a_refused_run_removes_the_folders_that_it_made_and_no_others(config: TrainConfig, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    for output in ("there", "new/runs/ada", "there/ada"):
+        with pytest.raises(ValueError, match="--token_num"):
+            train(replace(config, output_dir=str(tmp_path / output), token_num=9))
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    assert not list((tmp_path / "there").iterdir())
 
 
 def test_name_that_no_prompt_can_say_is_refused_before_anything_else(config: TrainConfig, tmp_path: Path) -> None:
@@ -1808,7 +1958,7 @@ def test_memory_that_runs_out_says_what_takes_less(
     def run_out(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(trainer, "load_unet", run_out)
+    monkeypatch.setattr(loading, "load_unet", run_out)
     assert main(as_flags(config)) == 1
     assert "--train_batch_size" in caplog.text
 
@@ -1819,11 +1969,12 @@ def test_errors_end_the_command_with_one_line(config: TrainConfig, caplog: pytes
 
 
 def test_push_to_hub_sends_the_adapter_with_its_pictures(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    from types import SimpleNamespace
+    from huggingface_hub.utils import are_progress_bars_disabled
 
     pushed = []
 
     def push(source: Path, repo_id: str, **options: Any) -> Any:
+        assert are_progress_bars_disabled() != sys.stderr.isatty()
         pushed.append((Path(source).name, repo_id, options["private"], [prompt for prompt, _ in options["samples"]]))
         return SimpleNamespace(commit_url="https://hub/commit")
 

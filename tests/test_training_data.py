@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 import sys
 from pathlib import Path
@@ -115,6 +117,42 @@ def test_damaged_picture_is_named_and_skipped_or_refused(tmp_path: Path, caplog:
     assert "text.jpg" in caplog.text
     with pytest.raises(ValueError, match=r"half\.png.*--strict"):
         load_pictures(tmp_path, strict=True)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_what_is_named_as_a_picture_and_is_no_file_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save(tmp_path / "0.png")
+    (tmp_path / "1.png").symlink_to(tmp_path / "gone.png")
+    (tmp_path / "2.jpg").mkdir()
+    save(tmp_path / "2.jpg" / "inner.jpg")
+    os.mkfifo(tmp_path / "3.png")  # which waits for somebody to write when it is opened
+    save(tmp_path / "4.png")
+    (tmp_path / "4_mask.png").symlink_to(tmp_path / "gone.png")
+    save(tmp_path / "5.png")
+    assert [picture.path.name for picture in load_pictures(tmp_path)] == ["0.png", "5.png"]
+    problems = ("1.png is a link to what is not there", "2.jpg is a folder", "3.png is no file")
+    for problem in (*problems, "4_mask.png is a link to what is not there"):
+        assert f"cannot be used: {problem}, not a picture; skipped." in caplog.text
+    for name in ("1.png", "2.jpg", "3.png", "4.png"):
+        with pytest.raises(ValueError, match=rf"{name}: cannot be used: .*mend or remove it"):
+            load_pictures(tmp_path, strict=True)
+        (tmp_path / name).rename(tmp_path / f"{name}.aside")
+        if name == "4.png":
+            (tmp_path / "4_mask.png").unlink()
+    assert len(load_pictures(tmp_path, strict=True)) == 2
+
+
+@pytest.mark.parametrize("refused", ["iterdir", "lstat"])  # a folder that may not be listed, or not entered
+def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, refused: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    save(tmp_path / "0.png")
+    monkeypatch.setattr(Path, refused, refuse)  # root may read everything
+    with pytest.raises(PermissionError, match=r"--instance_data_dir: .* cannot be read \(Permission denied\)") as error:
+        load_pictures(tmp_path)
+    assert f"{str(tmp_path)!r} cannot be read" in str(error.value)
+    assert "metadata" not in str(error.value)
 
 
 def test_damaged_avif_is_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

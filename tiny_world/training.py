@@ -19,8 +19,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from multisubject.subject_file import write_atomically
-from multisubject.training.checkpoints import StopRequest
 from multisubject.training.devices import cpu_has_bfloat16
+from multisubject.training.stopping import StopRequest
 
 Batch = dict[str, torch.Tensor]
 

@@ -1,4 +1,4 @@
-"""Stop and go on: checkpoints that are whole or absent, and signals that end a run between two steps."""
+"""Stop and go on: checkpoints that are whole or absent, and what has to be the same for a run to go on from one."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import json
 import logging
 import os
 import shutil
-import signal
-import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from glob import escape
 from pathlib import Path
@@ -18,7 +15,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -26,6 +23,7 @@ from torch import nn
 
 from multisubject.subject_file import make_writable_folder
 from multisubject.training.config import TrainConfig
+from multisubject.training.devices import is_imitated
 from multisubject.training.run_lock import locked
 
 logger = logging.getLogger(__name__)
@@ -35,55 +33,6 @@ LEARNER_FILE = "learner.safetensors"
 UNFINISHED = ".unfinished-"
 # What a full disk or a damaged file looks like from torch and safetensors.
 FILE_ERRORS = (OSError, RuntimeError, EOFError, UnpicklingError, SafetensorError)
-# torchrun passes the terminal's Ctrl-C on, so its processes get it twice: within this time it is an echo.
-ECHO_SECONDS = 2.0
-
-
-class Interrupted(Exception):
-    """A signal asked the run to stop, and it did, after a checkpoint. `signal` is the signal's number."""
-
-    def __init__(self, number: int, checkpoint: Path) -> None:
-        super().__init__(
-            f"stopped by {signal.Signals(number).name}; go on from {checkpoint} with --resume_from_checkpoint latest"
-        )
-        self.signal = number
-
-
-class StopRequest:
-    """While entered, SIGINT and SIGTERM ask the loop to stop after its step; a later second one ends the process at
-    once."""
-
-    def __init__(self) -> None:
-        self.received = 0
-        self._received_at = 0.0
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():  # Python delivers signals nowhere else
-            self._previous = {
-                number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)
-            }
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
-
-    def _request(self, number: int, _: object) -> None:
-        if not self.received:
-            self.received, self._received_at = number, time.monotonic()
-            logger.warning("%s: stopping after this step.", signal.Signals(number).name)
-        elif time.monotonic() - self._received_at > ECHO_SECONDS:
-            self.__exit__()
-            signal.raise_signal(number)
-
-    def agreed(self, accelerator: Accelerator) -> int:
-        """The signal that any process received, or 0. Every process gets the same answer."""
-        if accelerator.num_processes == 1:
-            return self.received
-        received = torch.tensor([self.received], device=accelerator.device)
-        return int(accelerator.gather(received).max())
 
 
 @dataclass
@@ -116,7 +65,9 @@ def claimed_outputs(configs: Sequence[TrainConfig], accelerator: Accelerator) ->
 
 @contextmanager
 def _claimed(config: TrainConfig, output: Path) -> Iterator[None]:
+    made = [folder for folder in (output, *output.parents) if not folder.exists()]
     with ExitStack() as claim:
+        claim.callback(_remove_empty, made)  # last of all: nothing is left of a run that was refused
         try:
             make_writable_folder(output)
             claim.enter_context(locked(output))
@@ -129,6 +80,13 @@ def _claimed(config: TrainConfig, output: Path) -> Iterator[None]:
             raise OSError(f"--output_dir: {str(output)!r} cannot be written ({error}); choose another.") from error
         _check_output(config, output)
         yield
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """Remove these folders, the inner ones first, up to the first one that holds anything."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def _check_output(config: TrainConfig, output: Path) -> None:
@@ -145,6 +103,7 @@ def _check_output(config: TrainConfig, output: Path) -> None:
             f"--resume_from_checkpoint: latest, but {str(output)!r} has no checkpoint, only the finished "
             f"{adapter.name}; --overwrite_output_dir replaces it, or choose another --output_dir."
         )
+    chosen_checkpoint(config)  # before models load: is it one?
     for leftover in output.glob(f"{UNFINISHED}*"):
         _remove(leftover)
 
@@ -250,35 +209,94 @@ def save_checkpoint(config: TrainConfig, progress: Progress, accelerator: Accele
     return target
 
 
-def resume(config: TrainConfig, fresh: Progress, accelerator: Accelerator) -> Progress:
-    """Load the checkpoint that `--resume_from_checkpoint` names; `fresh` when `latest` finds none."""
-    choice = config.resume_from_checkpoint
-    checkpoint = latest_checkpoint(Path(config.output_dir)) if choice in (None, "latest") else Path(choice)
-    if checkpoint is None:
-        if accelerator.is_main_process:
-            logger.warning("%s: no checkpoint yet, starting from the beginning.", config.output_dir)
-        return fresh
+def identity(config: TrainConfig, pictures: str, base: str | None) -> dict[str, Any]:
+    """What has to be the same for a checkpoint to be continued: everything that has a say in the result.
+
+    The number of processes may change as long as they see the same batch together.
+
+    Args:
+        config: with its defaults filled in.
+        pictures: the digest of all that is learnt from.
+        base: its fingerprint.
+    """
+    without_a_say = {
+        "pretrained_model_name_or_path", "revision", "variant", "instance_data_dir", "name", "concepts_list", "strict",
+        "output_dir", "overwrite_output_dir", "train_batch_size", "gradient_accumulation_steps", "class_data_dir",
+        "gradient_checkpointing", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
+        "validation_steps", "validation_prompts", "validation_guidance_scale", "validation_inference_steps",
+        "report_to", "push_to_hub", "hub_model_id", "hub_private", "license",
+    }  # fmt: skip
+    if config.lr_scheduler in ("constant", "constant_with_warmup"):
+        without_a_say.add("max_train_steps")
+    if config.validation:  # then they say which steps are scored
+        without_a_say.remove("checkpointing_steps")
+    return {
+        **{key: value for key, value in asdict(config).items() if key not in without_a_say},
+        "batch": config.train_batch_size * config.gradient_accumulation_steps * PartialState().num_processes,
+        "pictures": pictures,
+        "base": base,
+    }
+
+
+def chosen_checkpoint(config: TrainConfig) -> tuple[Path, Progress] | None:
+    """The checkpoint that `--resume_from_checkpoint` names; None where it names none, or `latest` finds none."""
+    choice, output = config.resume_from_checkpoint, Path(config.output_dir)
+    if choice is None or (checkpoint := latest_checkpoint(output) if choice == "latest" else Path(choice)) is None:
+        return None
     try:
         values = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
-        before = values["identity"]
         values["scores"] = {int(step): score for step, score in values["scores"].items()}
-        progress = Progress(**values)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return checkpoint, Progress(**values)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"--resume_from_checkpoint: {str(checkpoint)!r} is not a checkpoint of this program ({error})."
         ) from error
-    wanted = json.loads(json.dumps(fresh.identity))
-    if differing := sorted(key for key in wanted if before.get(key) != wanted[key]):
-        details = "; ".join(f"{key} was {before.get(key)!r}, is {wanted[key]!r}" for key in differing)
+
+
+def check_resumed(config: TrainConfig, wanted: Mapping[str, Any]) -> tuple[Path, Progress] | None:
+    """`chosen_checkpoint`, of the run that `wanted` of its `identity` says. Raises ValueError that names what differs,
+    or for more steps than this run has."""
+    chosen = chosen_checkpoint(config)
+    if chosen is None:
+        return None
+    checkpoint, progress = chosen
+    before, now = progress.identity, json.loads(json.dumps(wanted))
+    if differing := sorted(key for key in now if before.get(key) != now[key]):
+        details = "; ".join(f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in differing)
         raise ValueError(
-            f"--resume_from_checkpoint: {checkpoint} belongs to another run ({details}). Use the same values, or start "
-            "anew with --overwrite_output_dir or another --output_dir."
+            f"--resume_from_checkpoint: {checkpoint} belongs to another run ({details}). {_remedy(before, differing)}, "
+            "or start anew with --overwrite_output_dir or another --output_dir."
         )
     if progress.step > config.max_train_steps:
         raise ValueError(
             f"--max_train_steps: {config.max_train_steps}, but {checkpoint} is of step {progress.step}; expected at "
             "least that many, or another checkpoint."
         )
+    return checkpoint, progress
+
+
+def _remedy(before: Mapping[str, Any], differing: Sequence[str]) -> str:
+    """How to go on: a precision may differ with the machine, whatever its flag says."""
+    precision = before.get("mixed_precision")
+    rest = " and the same values of the others" if len(differing) > 1 else ""
+    if "mixed_precision" in differing and is_imitated(precision):
+        return (
+            f"This processor only imitates {precision}, many times slower than float32, so that this run would compute "
+            f"in float32; go on with a GPU{' or a processor that has bfloat16' if precision == 'bf16' else ''}{rest}"
+        )
+    if "mixed_precision" in differing and precision == "no":
+        return f"Use --mixed_precision no, in which a processor that only imitates others computes anyway{rest}"
+    return "Use the same values"
+
+
+def resume(config: TrainConfig, fresh: Progress, accelerator: Accelerator) -> Progress:
+    """Load the checkpoint that `--resume_from_checkpoint` names; `fresh` when `latest` finds none."""
+    resumed = check_resumed(config, fresh.identity)
+    if resumed is None:
+        if accelerator.is_main_process:
+            logger.warning("%s: no checkpoint yet, starting from the beginning.", config.output_dir)
+        return fresh
+    checkpoint, progress = resumed
     try:
         accelerator.load_state(str(checkpoint))
     except FILE_ERRORS as error:

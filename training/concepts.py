@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,14 +13,15 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from multisubject.pictures import picture_digests, png_bytes
 from multisubject.residual_embeddings import find_token_spans
-from multisubject.subject_file import check_class_phrase, write_atomically
-from multisubject.training.config import TrainConfig
+from multisubject.subject_file import write_atomically
+from multisubject.training.checkpoints import check_resumed, identity
+from multisubject.training.config import TrainConfig, class_phrase_of
 from multisubject.training.models import Models, generate
 from multisubject.training.pictures import Picture, bucket_size, check_size, crops, is_picture, load_pictures
+from multisubject.training.progress import ProgressBar
 
 logger = logging.getLogger(__name__)
 
@@ -117,24 +117,9 @@ class Concept:
     picture_digests: Sequence[str] = ()  # by which the file says what it was trained on
 
 
-def class_phrase_of(config: TrainConfig, tokenizer: Any) -> tuple[str, int]:
+def counted_class_phrase(config: TrainConfig, tokenizer: Any) -> tuple[str, int]:
     """The class phrase and its number of tokens, checked against `token_num`."""
-    phrase = " ".join((config.instance_prompt or "").split())
-    if not phrase:
-        raise ValueError("--instance_prompt: is empty; expected what the subject is, e.g. `person` or `red guitar`.")
-    if "{}" in phrase:
-        raise ValueError(
-            f"--instance_prompt: {phrase!r}; expected the class phrase alone (`person`), sentences are --templates."
-        )
-    if re.match(r"(an?|the|my)\s|.*\b(photo|picture|image) of\b", phrase, re.IGNORECASE):
-        raise ValueError(
-            f"--instance_prompt: {phrase!r}; expected the class phrase alone, `dog` rather than `a photo of a dog`. "
-            "There is no identifier word (`sks`): the subject gets its name when it is used. Sentences are --templates."
-        )
-    try:
-        check_class_phrase(phrase)
-    except ValueError as error:
-        raise ValueError(f"--instance_prompt: {error}") from None
+    phrase = class_phrase_of(config)
     count = len(find_token_spans(tokenizer, phrase, phrase)[0])
     if config.token_num is not None and config.token_num != count:
         tokens = tokenizer.tokenize(phrase)
@@ -233,10 +218,8 @@ def encode_picture(picture: Picture, config: TrainConfig, models: Models) -> lis
 
 def prepare_concept(config: TrainConfig, models: Models) -> Concept:
     """Read a subject's folder, check all of it, and cache its latents and prompt embeddings."""
-    if config.instance_data_dir is None:
-        raise ValueError("--instance_data_dir: missing; expected the folder with the subject's pictures.")
-    class_phrase, token_num = class_phrase_of(config, models.tokenizer)
-    found = read_pictures(config.instance_data_dir, config, models, "instance_data_dir")
+    class_phrase, token_num = counted_class_phrase(config, models.tokenizer)
+    found = read_pictures(cast(str, config.instance_data_dir), config, models, "instance_data_dir")
     if len(found) == 1:
         logger.warning(
             "%s: one picture only; its background will be learnt with it. Three to six are better.", config.subject_name
@@ -257,6 +240,11 @@ def prepare_concept(config: TrainConfig, models: Models) -> Concept:
         validation_prompts=validation_patterns,
         class_prompt=class_pattern,
     )
+    digest = digest_of(found)
+    wanted = identity(config, digest, models.fingerprint)
+    if config.with_prior_preservation:  # whose pictures are of the digest, and not known yet
+        del wanted["pictures"]
+    check_resumed(config, wanted)
     templates, validation, (class_prompt,) = (
         [sentence.replace("{}", class_phrase) for sentence in sentences]
         for sentences in (patterns, validation_patterns, [class_pattern])
@@ -291,7 +279,7 @@ def prepare_concept(config: TrainConfig, models: Models) -> Concept:
         pictures,
         held_out,
         prompts.rows(validation),
-        digest_of(found),
+        digest,
         picture_digests=picture_digests(picture.image for picture in found),
     )
 
@@ -319,12 +307,14 @@ def with_class_pictures(concept: Concept, models: Models) -> Concept:
     wanted = config.num_class_images - sum(is_picture(path) for path in folder.iterdir())
     missing = [path for path in drawn if not path.exists()][: max(0, wanted)]
     drawing = replace(config, validation_inference_steps=CLASS_STEPS, validation_guidance_scale=CLASS_GUIDANCE_SCALE)
-    for path in tqdm(missing, desc="class pictures", disable=not missing):
-        (image,) = generate(
-            models, prompts.base_embeds[rows], prompts.negative_embeds, drawing, seed=drawn[path],
-            pooled=prompts.pooled_at(rows), negative_pooled=prompts.negative_pooled,
-        )  # fmt: skip
-        write_atomically(path, png_bytes(image))
+    with ProgressBar("class pictures", len(missing), "picture", silent=not missing) as bar:
+        for path in missing:
+            (image,) = generate(
+                models, prompts.base_embeds[rows], prompts.negative_embeds, drawing, seed=drawn[path],
+                pooled=prompts.pooled_at(rows), negative_pooled=prompts.negative_pooled,
+            )  # fmt: skip
+            write_atomically(path, png_bytes(image))
+            bar.advance()
     found = read_pictures(folder, config, models, "class_data_dir")
     pictures = [TrainingPicture(encode_picture(picture, config, models), rows) for picture in found]
     return replace(concept, class_pictures=pictures, digest=f"{concept.digest} {digest_of(found)}")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -16,7 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import HfArgumentParser
 
 from multisubject.generation.config_file import MOST_SEED
-from multisubject.subject_file import check_subject_name
+from multisubject.subject_file import check_class_phrase, check_subject_name
 
 # The delta lives on the scale of the encoder's normalised output (about 1); weights are hundreds of times smaller. With
 # Stable Diffusion XL, which reads an output before that norm, it is measured in lengths of the class words.
@@ -291,6 +293,52 @@ def _as_arguments(values: dict[str, Any]) -> list[str]:
         elif value is not None:
             arguments.append(f"--{key}={value}")
     return arguments
+
+
+def class_phrase_of(config: TrainConfig) -> str:
+    """The class phrase with single spaces. Raises ValueError unless `--instance_prompt` is one."""
+    phrase = " ".join((config.instance_prompt or "").split())
+    if not phrase:
+        raise ValueError("--instance_prompt: is empty; expected what the subject is, e.g. `person` or `red guitar`.")
+    if "{}" in phrase:
+        raise ValueError(
+            f"--instance_prompt: {phrase!r}; expected the class phrase alone (`person`), sentences are --templates."
+        )
+    if re.match(r"(an?|the|my)\s|.*\b(photo|picture|image) of\b", phrase, re.IGNORECASE):
+        raise ValueError(
+            f"--instance_prompt: {phrase!r}; expected the class phrase alone, `dog` rather than `a photo of a dog`. "
+            "There is no identifier word (`sks`): the subject gets its name when it is used. Sentences are --templates."
+        )
+    try:
+        check_class_phrase(phrase)
+    except ValueError as error:
+        raise ValueError(f"--instance_prompt: {error}") from None
+    return phrase
+
+
+def check_inputs(config: TrainConfig, concepts: Sequence[TrainConfig]) -> None:
+    """Raise ValueError or OSError where a subject of `config` lacks its pictures or its class phrase."""
+    for concept in concepts:
+        with errors_named(config, concept):
+            if concept.instance_data_dir is None:
+                raise ValueError("--instance_data_dir: missing; expected the folder with the subject's pictures.")
+            if not Path(concept.instance_data_dir).is_dir():
+                raise FileNotFoundError(
+                    f"--instance_data_dir: {concept.instance_data_dir!r} is not a folder; expected one with the "
+                    "pictures."
+                )
+            class_phrase_of(concept)
+
+
+@contextmanager
+def errors_named(config: TrainConfig, concept: TrainConfig) -> Iterator[None]:
+    """Errors say which one of several subjects of `config` they are about."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if config.concepts_list is None:
+            raise
+        raise ValueError(f"--concepts_list: {concept.subject_name!r}: {error}") from error
 
 
 def read_concepts(config: TrainConfig) -> list[TrainConfig]:

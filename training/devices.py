@@ -43,6 +43,13 @@ def quick_dtype(device: str | torch.device) -> torch.dtype:
     return torch.bfloat16 if cpu_has_bfloat16() else torch.float32
 
 
+def is_imitated(precision: str | None) -> bool:
+    """Whether this run's device only imitates that mixed precision (`no`, `fp16`, `bf16`), many times slower than it
+    computes in float32."""
+    on_cpu = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device.type == "cpu"  # as `Accelerator` has it
+    return on_cpu and (precision == "fp16" or (precision == "bf16" and not cpu_has_bfloat16()))
+
+
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """Devices, processes and precision as `accelerate` sets them, unless the configuration says otherwise.
 
@@ -50,10 +57,9 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     """
     mixed_precision = config.mixed_precision
     wanted = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # as `Accelerator` makes it
-    if state.device.type == "cpu" and (wanted == "fp16" or (wanted == "bf16" and not cpu_has_bfloat16())):
+    if is_imitated(wanted):
         mixed_precision = "no"
-        if state.is_main_process:
+        if PartialState().is_main_process:
             logger.warning(
                 "--mixed_precision (or `accelerate config`): %s, which this processor only imitates, many times slower "
                 "than float32; computing in float32 (--mixed_precision no) instead.",

@@ -5,23 +5,19 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers.optimization import SchedulerType, get_scheduler
 from torch import nn
-from tqdm.auto import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from multisubject.training.checkpoints import (
-    Interrupted,
     Progress,
-    StopRequest,
     checkpoint_parameters,
+    identity,
     latest_checkpoint,
     remove_earlier_run,
     resume,
@@ -32,7 +28,9 @@ from multisubject.training.config import TrainConfig
 from multisubject.training.learners import make_learner, with_residual
 from multisubject.training.loss import denoising_loss, draw_batch, draw_sample
 from multisubject.training.models import Models, TextEncoders
+from multisubject.training.progress import ProgressBar
 from multisubject.training.results import save_config, save_validation_sheet, validation_pictures
+from multisubject.training.stopping import Interrupted, StopRequest
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +46,7 @@ def fit(
     learner, optimizer = accelerator.prepare(plain_learner, make_optimizer(config, parameters))
     hooks = checkpoint_parameters(plain_learner.tuned(), accelerator)
     rate_factor = learning_rate_factor(config)
-    progress = Progress(identity(concept, models, accelerator))
+    progress = Progress(identity(config, concept.digest, models.fingerprint))
     if config.resume_from_checkpoint:
         progress = resume(config, progress, accelerator)
     if accelerator.is_main_process:
@@ -57,14 +55,8 @@ def fit(
         save_config(config)
     accelerator.wait_for_everyone()
 
-    bar = tqdm(
-        total=config.max_train_steps,
-        initial=progress.step,
-        desc=config.subject_name,
-        unit="step",
-        disable=not accelerator.is_main_process,
-    )
-    with bar, logging_redirect_tqdm():
+    silent = not accelerator.is_main_process
+    with ProgressBar(config.subject_name, config.max_train_steps, "step", done=progress.step, silent=silent) as bar:
         while progress.step < config.max_train_steps:
             for group in optimizer.param_groups:
                 group["lr"] = cast(float, config.learning_rate) * rate_factor(progress.step)
@@ -89,8 +81,7 @@ def fit(
                     optimizer.zero_grad()
             progress.step += 1
             progress.losses.append(mean_loss)
-            bar.update()
-            bar.set_postfix(loss=f"{np.mean(progress.losses[-50:]):.4f}")
+            bar.advance(loss=f"{np.mean(progress.losses[-50:]):.4f}")
             values = {"loss": mean_loss, "learning_rate": optimizer.param_groups[0]["lr"]}
             accelerator.log(
                 {f"{config.subject_name}/{key}": value for key, value in values.items()}, step=progress.step
@@ -116,31 +107,6 @@ def fit(
         hook.remove()
     accelerator.free_memory(learner, optimizer)
     return progress
-
-
-def identity(concept: Concept, models: Models, accelerator: Accelerator) -> dict[str, Any]:
-    """What has to be the same for a checkpoint to be continued: everything that has a say in the result.
-
-    The number of processes may change as long as they see the same batch together.
-    """
-    without_a_say = {
-        "pretrained_model_name_or_path", "revision", "variant", "instance_data_dir", "name", "concepts_list", "strict",
-        "output_dir", "overwrite_output_dir", "train_batch_size", "gradient_accumulation_steps", "class_data_dir",
-        "gradient_checkpointing", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
-        "validation_steps", "validation_prompts", "validation_guidance_scale", "validation_inference_steps",
-        "report_to", "push_to_hub", "hub_model_id", "hub_private", "license",
-    }  # fmt: skip
-    config = concept.config
-    if config.lr_scheduler in ("constant", "constant_with_warmup"):
-        without_a_say.add("max_train_steps")
-    if config.validation:  # then they say which steps are scored
-        without_a_say.remove("checkpointing_steps")
-    return {
-        **{key: value for key, value in asdict(config).items() if key not in without_a_say},
-        "batch": config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes,
-        "pictures": concept.digest,
-        "base": models.fingerprint,
-    }
 
 
 def make_optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

@@ -4,6 +4,7 @@ differently is in here."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,10 +19,13 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from torch import nn
+from transformers.utils import logging as transformers_logging
 
 from multisubject.base_models import base_model_errors, fingerprint_text_encoder
+from multisubject.generation.console import quiet_loading
 from multisubject.pipeline_multisubject import MultiSubjectPipeline
 from multisubject.pipeline_multisubject_xl import MultiSubjectXLPipeline
 from multisubject.tiny_world import EMBEDDED_BASE
@@ -154,7 +158,7 @@ def load_encoders(config: TrainConfig, accelerator: Accelerator) -> Models:
     source = base_path(config)
     kind: Any = MultiSubjectPipeline  # which loads also what it has saved
     options: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
-    with base_model_errors(source):
+    with _loading(source):
         index = DiffusionPipeline.load_config(source, revision=config.revision)
         if "unet" not in index:
             raise ValueError(
@@ -200,6 +204,19 @@ def load_encoders(config: TrainConfig, accelerator: Accelerator) -> Models:
         widths=widths,
         zero_negative=is_xl and pipe.config.force_zeros_for_empty_prompt,
     )
+
+
+@contextmanager
+def _loading(source: str) -> Iterator[None]:
+    """Around what reads the base or a part of it: errors say which one, and in a terminal each part has a bar."""
+    barred = diffusers_logging.is_progress_bar_enabled()
+    diffusers_logging.disable_progress_bar()  # a bar around those of the parts
+    try:
+        with base_model_errors(source), quiet_loading(transformers_logging):
+            yield
+    finally:
+        if barred:
+            diffusers_logging.enable_progress_bar()
 
 
 def _reads_sizes(unet_config: Mapping[str, Any]) -> bool:
@@ -258,7 +275,7 @@ def _check_xl(source: str, pipe: Any, unet_config: Mapping[str, Any], widths: Ma
 
 def _load_vae(source: str) -> AutoencoderKL:
     try:
-        with base_model_errors(source):
+        with _loading(source):
             return AutoencoderKL.from_pretrained(source, dtype=torch.float32)
     except OSError as error:
         raise OSError(f"--pretrained_vae_model_name_or_path: {source!r} cannot be loaded: {error}") from error
@@ -267,7 +284,7 @@ def _load_vae(source: str) -> AutoencoderKL:
 def load_unet(config: TrainConfig, models: Models) -> UNet2DConditionModel:
     """The base's UNet, frozen, in the models' dtype and on their device."""
     source = base_path(config)
-    with base_model_errors(source):
+    with _loading(source):
         unet = UNet2DConditionModel.from_pretrained(
             source, subfolder="unet", revision=config.revision, variant=config.variant, dtype=models.dtype
         )

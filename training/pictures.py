@@ -85,25 +85,27 @@ def load_pictures(
 ) -> list[Picture]:
     """Every picture of `folder` in the order of the file names (subfolders are not searched).
 
-    A file that cannot be read is named in a warning and skipped, or refused when `strict`. So is a picture for which
-    `check` raises ValueError, and a mask of no picture. Without `use_masks` mask files are not looked at, and pictures
-    have none. Errors name the folder by its `flag`.
+    What is named as a picture and cannot be read is named in a warning and skipped, or refused when `strict`. So is a
+    picture for which `check` raises ValueError, and a mask of no picture. Without `use_masks` mask files are not looked
+    at, and pictures have none. Errors name the folder by its `flag`.
 
     Raises:
         FileNotFoundError: `folder` does not exist.
+        PermissionError: it may not be read.
         ValueError: it holds no picture that can be used, a damaged one and `strict`, a broken `metadata.jsonl`, or
             folders of pictures and at most one picture itself.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"--{flag}: {str(folder)!r} is not a folder; expected one with the pictures.")
+    files = _list(folder, flag)
     captions = _read_metadata(folder)
-    files = sorted(folder.iterdir())
-    paths = [path for path in files if is_picture(path)]
-    inner = [path for path in files if path.is_dir() and any(map(is_picture, path.iterdir()))]
-    if len(paths) <= 1 and inner:
+    paths = [path for path in files if _is_named_as_picture(path)]
+    count = sum(map(is_picture, paths))
+    inner = [path for path in files if count <= 1 and _holds_pictures(path)]
+    if inner:
         raise ValueError(
-            f"--{flag}: {str(folder)!r} holds {len(paths)} picture(s) and folders of pictures; expected the "
+            f"--{flag}: {str(folder)!r} holds {count} picture(s) and folders of pictures; expected the "
             f"folder of one subject, such as {str(inner[0])!r} (subfolders are not searched)."
         )
     masks = {path.stem.removesuffix(MASK_ENDING): path for path in files if use_masks and _is_mask(path)}
@@ -139,7 +141,11 @@ def load_pictures(
 
 
 def is_picture(path: Path) -> bool:
-    """Whether that file's name is a picture's, and not a mask's."""
+    """Whether that is a file whose name is a picture's, and not a mask's."""
+    return _is_named_as_picture(path) and path.is_file()
+
+
+def _is_named_as_picture(path: Path) -> bool:
     return _has_picture_suffix(path) and not path.stem.endswith(MASK_ENDING)
 
 
@@ -149,7 +155,28 @@ def _is_mask(path: Path) -> bool:
 
 def _has_picture_suffix(path: Path) -> bool:
     hidden = path.name.startswith(".")  # also the "._name.jpg" that macOS leaves on other disks
-    return path.is_file() and not hidden and path.suffix.lower() in PICTURE_SUFFIXES | PLUGINS.keys()
+    return not hidden and path.suffix.lower() in PICTURE_SUFFIXES | PLUGINS.keys()
+
+
+def _list(folder: Path, flag: str) -> list[Path]:
+    """What is in the folder, by name."""
+    try:
+        files = sorted(folder.iterdir())
+        for path in files[:1]:
+            path.lstat()  # which a folder that can be listed may still refuse
+    except PermissionError as error:
+        raise PermissionError(
+            f"--{flag}: {str(folder)!r} cannot be read ({error.strerror}); allow it (chmod u+rx), or choose another "
+            "folder."
+        ) from error
+    return files
+
+
+def _holds_pictures(path: Path) -> bool:
+    try:
+        return path.is_dir() and any(map(is_picture, path.iterdir()))
+    except PermissionError:  # then it is not the folder that was meant
+        return False
 
 
 def _read_metadata(folder: Path) -> dict[str, str]:
@@ -181,6 +208,9 @@ def _read_text(path: Path) -> str:
 
 def _open_picture(path: Path) -> Image.Image:
     """`open_picture`, with the plugin that reads this kind where it is installed; where it is not, errors name it."""
+    if not path.is_file():  # opening a pipe would wait for ever
+        kind = "a folder" if path.is_dir() else "no file" if path.exists() else "a link to what is not there"
+        raise ValueError(f"{path.name} is {kind}, not a picture")
     module, package = PLUGINS.get(path.suffix.lower(), (None, None))
     if module is None:
         return open_picture(path)

@@ -15,8 +15,10 @@ import yaml
 from huggingface_hub import whoami
 from huggingface_hub.errors import HTTPError
 from PIL import Image
+from transformers.utils import logging as transformers_logging
 
 from multisubject.base_models import BASE_MODEL_MIRRORS
+from multisubject.generation.console import quiet_loading
 from multisubject.hub_utils import inspect_subject, push_subject_to_hub, save_subject
 from multisubject.model_card import sample_path, subject_card
 from multisubject.pictures import png_bytes
@@ -126,9 +128,10 @@ def save_result(concept: Concept, progress: Progress, models: Models) -> Residua
     logger.info("%s: saved in %s", config.subject_name, output)
     if config.push_to_hub:
         try:
-            commit = push_subject_to_hub(
-                adapter, repo_id, samples=list(zip(prompts, paths, strict=True)), private=config.hub_private
-            )
+            with quiet_loading(transformers_logging):  # which switches the Hub client's bars as well
+                commit = push_subject_to_hub(
+                    adapter, repo_id, samples=list(zip(prompts, paths, strict=True)), private=config.hub_private
+                )
         except (OSError, ValueError, HTTPError) as error:
             raise OSError(
                 f"--push_to_hub: {error}; {adapter} is whole: `multisubject push {adapter} {repo_id}` tries again."

@@ -146,6 +146,10 @@ def check_prompts(asked: Mapping[str, Any], slots: Sequence[EncoderSlot]) -> Non
     """Raise `TypeError` or `ValueError` unless what text encoders are to read is text."""
     for name in (name for slot in slots for name in slot.prompts):
         prompt = asked.get(name)
+        first = asked.get("prompt")
+        is_second = name != "prompt" and not name.startswith("negative")
+        if is_second and isinstance(first, list) and prompt and isinstance(prompt, str):
+            raise ValueError(f"`{name}` is one text, expected one for each of the {len(first)} prompts in `prompt`.")
         if prompt is None or isinstance(prompt, str):
             continue
         if not isinstance(prompt, list):
@@ -155,7 +159,6 @@ def check_prompts(asked: Mapping[str, Any], slots: Sequence[EncoderSlot]) -> Non
         for text in prompt:
             if not isinstance(text, str):
                 raise TypeError(f"`{name}` is a list with {text!r} in it, expected texts.")
-        first = asked.get("prompt")
         if name != "prompt" and first is not None and len(prompt) != len([first] if isinstance(first, str) else first):
             raise ValueError(f"`{name}` has {len(prompt)} texts, expected one for each of the prompts in `prompt`.")
 

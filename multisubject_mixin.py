@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from diffusers.utils import logging
 
 from .base_models import base_model_errors
 from .call_arguments import bind_arguments, check_call, check_prompts, check_steps
@@ -35,7 +36,7 @@ from .placed_prompts import (
 from .recurrence import recurrent_steps
 from .region_attention import ExpectedCalls, RegionConditioning, RegionPrompts, region_attention
 from .residual_embeddings import ParsedPrompt
-from .saved_pipeline import copy_pipeline_sources, load_saved_subjects, save_subjects_with_pipeline
+from .saved_pipeline import PIPELINES, copy_pipeline_sources, load_saved_subjects, save_subjects_with_pipeline
 from .shared_models import in_turn
 from .subject_loader import EncoderSlot, SubjectLoaderMixin
 
@@ -46,6 +47,8 @@ ENCODING_DEFAULTS = {"device": None, "num_images_per_prompt": 1, "do_classifier_
 
 _EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 """What `encode_prompt` returns, by the names under which a call takes it."""
+
+logger = logging.get_logger(__name__)
 
 _KEEP_DTYPE: Any = object()  # what `from_pipe` asks for where the caller asks for no dtype
 
@@ -65,8 +68,14 @@ class MultiSubjectMixin(SubjectLoaderMixin):
         """The end of a pipeline's `__init__`."""
         if self.unet is not None and (problem := self.base_problem(self.unet)):  # type: ignore[attr-defined]
             raise ValueError(f"The UNet {problem}")
-        self.subjects = load_saved_subjects(self.tokenizer)  # type: ignore[attr-defined]
-        self._subject_weights = {}
+        self.subjects, self._subject_weights = {}, {}
+        for name, subject in load_saved_subjects(self.tokenizer).items():  # type: ignore[attr-defined]
+            try:
+                if all(slot.width is not None and slot.tokenizer is not None for slot in self.encoder_slots):
+                    self._check_subject(name, subject, [*self.subjects])
+                self.subjects[name] = subject
+            except ValueError as error:  # another text encoder, or the tokenizer of another base
+                logger.warning("A subject that was saved with the tokenizer is left out: %s", error)
 
     def base_problem(self, unet: Any) -> str | None:
         """What speaks against this UNet beside the pipeline's text encoders, as the end of a sentence, or None."""
@@ -212,7 +221,8 @@ class MultiSubjectMixin(SubjectLoaderMixin):
             with pipe.guide(inpaint, "<petrucci> on the beach", {"petrucci": box}) as embeds:
                 inpaint(**embeds, image=image, mask_image=mask)
 
-        Guided is whatever calls the UNet with these embeddings, in any thread, and all that this thread calls.
+        Guided are the calls of the code inside, also through `asyncio.to_thread`; other threads and tasks go their own
+        way.
 
         Args:
             pipeline: any whose UNet, of this pipeline's family, is called with the prompts' embeddings alone or behind
@@ -222,14 +232,16 @@ class MultiSubjectMixin(SubjectLoaderMixin):
             height, width: of the pictures, in pixels; default: the base's.
             color_context, guidance_steps, guidance_weight, weight_negative, guidance_method: as in a call. Steps are
                 counted from the first that is taken, also where `strength` leaves some out.
-            encoding: `negative_prompt`, `lora_scale`, `clip_skip`, as for `encode_prompt`.
+            encoding: `negative_prompt`, `lora_scale`, `clip_skip`, and with XL `prompt_2` and `negative_prompt_2`, as
+                for `encode_prompt`.
 
         Yields:
             The prompts' embeddings by the names under which calls of `pipeline` take them (`prompt_embeds`,
-            `negative_prompt_embeds`), with one picture per prompt or more.
+            `negative_prompt_embeds`, with XL the pooled ones), with one picture per prompt or more.
 
         Raises:
             ValueError, TypeError: an argument is wrong, or `pipeline` calls its UNet in another way.
+            RuntimeError: another thread or task uses the scheduler; at the end, if only others have called the UNet.
         """
         # 1. Check inputs
         unet = getattr(pipeline, "unet", None)
@@ -301,13 +313,15 @@ class MultiSubjectMixin(SubjectLoaderMixin):
             num_images_per_prompt: rows per prompt.
             do_classifier_free_guidance: also encode the negative prompt.
             negative_prompt: may name loaded subjects as `<name>`.
+            prompt_2, negative_prompt_2: the same for XL's second text encoder.
             prompt_embeds: taken as they are, instead of encoding.
             negative_prompt_embeds: the same for the negative prompt.
             lora_scale: of LoRA weights on the text encoder.
             clip_skip: layers of the text encoder to skip.
 
         Returns:
-            Embeddings `(prompts * num_images_per_prompt, tokens, dim)` of the prompts and of the negative prompts.
+            Embeddings `(prompts * num_images_per_prompt, tokens, dim)` of the prompts and of the negative prompts; with
+            XL also the pooled ones of both, `(prompts * num_images_per_prompt, dim)`.
         """
         return self._encode_prompts(self._encoding(args, kwargs))[0]
 
@@ -335,6 +349,8 @@ class MultiSubjectMixin(SubjectLoaderMixin):
         check_prompts(asked, slots)
         num_images = asked["num_images_per_prompt"]
         reads_negative = asked["do_classifier_free_guidance"] and asked["negative_prompt_embeds"] is None
+        if asked["negative_prompt"] is None and self.config.get("force_zeros_for_empty_prompt"):  # type: ignore[attr-defined]
+            reads_negative = False  # diffusers takes zeros then, whatever `negative_prompt_2` says
         with self._reading():
             # 1. Find the subjects
             if prompt_embeds is not None and asked["prompt"] is None and reads_negative:
@@ -342,8 +358,9 @@ class MultiSubjectMixin(SubjectLoaderMixin):
                     if isinstance(asked[slot.negative_prompt], str):
                         asked[slot.negative_prompt] = [asked[slot.negative_prompt]] * len(prompt_embeds)
             given = dict(asked)
-            positive = [self._read(given, asked, slot) if prompt_embeds is None else [] for slot in slots]
-            negative = [self._read(given, asked, slot, negative=True) if reads_negative else [] for slot in slots]
+            by_name = self._by_name([given[slot.prompt] for slot in slots])
+            positive = [self._read(given, asked, slot, by_name) if prompt_embeds is None else [] for slot in slots]
+            negative = [self._read(given, asked, slot, None) if reads_negative else [] for slot in slots]
 
             # 2. Encode what else is wanted, and the prompts with it
             encoded = None
@@ -352,6 +369,8 @@ class MultiSubjectMixin(SubjectLoaderMixin):
                 together |= dict.fromkeys(name for name in _EMBEDS if name in asked)
                 for slot in slots:
                     own = asked[slot.prompt] if prompt_embeds is None else []
+                    if own == "" and slot is not slots[0]:
+                        own = None  # as diffusers takes it: the first encoder's prompt
                     own = [own] if isinstance(own, str) else own
                     together[slot.prompt] = None if own is None else [*own, *(text.text for text in more)]
                 embeds, _, *pooled = self._encode(**together)
@@ -359,7 +378,7 @@ class MultiSubjectMixin(SubjectLoaderMixin):
                 encoded = self.add_subjects(embeds[count:], [more] * len(slots))
                 if count:
                     of_prompts = zip(("prompt_embeds", "pooled_prompt_embeds"), (embeds, *pooled), strict=False)
-                    asked |= {name: rows[:count] for name, rows in of_prompts}
+                    asked |= {name: rows[:count] for name, rows in of_prompts if asked[name] is None}
 
             # 3. Encode the rest, and add the subjects
             embeds, negative_embeds, *pooled = self._encode(**asked)
@@ -368,11 +387,18 @@ class MultiSubjectMixin(SubjectLoaderMixin):
             return (self.add_subjects(embeds, positive, num_images), negative_embeds, *pooled), encoded
 
     def _read(
-        self, given: Mapping[str, Any], asked: dict[str, Any], slot: EncoderSlot, *, negative: bool = False
+        self, given: Mapping[str, Any], asked: dict[str, Any], slot: EncoderSlot, by_name: Sequence[bool] | None
     ) -> list[ParsedPrompt]:
-        """A text encoder's prompts with their subjects found; in `asked`, plain words take the place of names."""
-        name, first = (slot.negative_prompt, "negative_prompt") if negative else (slot.prompt, "prompt")
-        parsed = self.parse_prompts(given[name] or given[first], slot, negative=negative)
+        """A text encoder's prompts with their subjects found; in `asked`, plain words take the place of names.
+
+        Args:
+            given: the arguments as they came.
+            asked: the arguments as diffusers will get them.
+            slot: the text encoder.
+            by_name: as for `parse_prompts`; None: its negative prompts.
+        """
+        name, first = (slot.negative_prompt, "negative_prompt") if by_name is None else (slot.prompt, "prompt")
+        parsed = self.parse_prompts(given[name] or given[first], slot, by_name)
         if parsed and given[name]:
             asked[name] = parsed[0].text if isinstance(given[name], str) else [text.text for text in parsed]
         return parsed
@@ -417,7 +443,9 @@ class MultiSubjectMixin(SubjectLoaderMixin):
             raise ValueError("`prompt` needs a tokenizer, which the pipeline does not have; load one.")
         layouts, contexts = per_prompt(layout, prompt, "layout"), per_prompt(color_context, prompt, "color_context")
         with self._reading():
-            texts = zip(*(self.parse_prompts(prompts.get(slot.prompt) or prompt, slot) for slot in slots), strict=True)
+            read = [prompts.get(slot.prompt) or prompt for slot in slots]
+            by_name = self._by_name(read)
+            texts = zip(*map(self.parse_prompts, read, slots, [by_name] * len(slots)), strict=True)
             return [
                 PlacedPrompt(of_prompt)
                 if of_layout is None and layout is not None  # one of several prompts may have none
@@ -448,11 +476,10 @@ class MultiSubjectMixin(SubjectLoaderMixin):
 
     def _size(self, height: int | None, width: int | None, unet: Any = None) -> tuple[int, int]:
         """Height and width in pixels, the base's where one is not said."""
-        if height and width:
-            return height, width
         size = (unet or self.unet).config.sample_size  # type: ignore[attr-defined]
-        height, width = (size, size) if isinstance(size, int) else size
-        return height * self.vae_scale_factor, width * self.vae_scale_factor  # type: ignore[attr-defined]
+        sides = (size, size) if isinstance(size, int) else size
+        default = tuple(side * self.vae_scale_factor for side in sides)  # type: ignore[attr-defined]
+        return height or default[0], width or default[1]
 
     @property
     def _execution_device(self) -> torch.device:
@@ -494,8 +521,11 @@ class MultiSubjectMixin(SubjectLoaderMixin):
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
         """As the base's. A folder that `save_pretrained` wrote names this class's code: no need to trust its copy."""
         config = super().load_config(*args, **kwargs)  # type: ignore[misc]
-        if isinstance(config, dict) and config.get("_class_name") == [cls._file, cls.__name__]:
+        saved = config.get("_class_name") if isinstance(config, dict) else None
+        if saved == [cls._file, cls.__name__]:
             config["_class_name"] = cls.__name__
+        elif isinstance(saved, list) and tuple(saved) in PIPELINES.items() and cls._file in PIPELINES:
+            raise ValueError(f"This folder holds a {saved[1]}, which {cls.__name__} cannot load: use {saved[1]}.")
         return config
 
     def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:

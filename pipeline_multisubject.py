@@ -116,6 +116,10 @@ class MultiSubjectPipeline(MultiSubjectMixin, StableDiffusionPipeline):
         """A UNet of Stable Diffusion XL, or one that reads embeddings of another width than the text encoder's."""
         return unsuitable_base(unet.config, self.encoder_slots[0].width)
 
+    def _size(self, height: int | None, width: int | None, unet: Any = None) -> tuple[int, int]:
+        # As diffusers has it here: one side alone does not count
+        return super()._size(*((height, width) if height and width else (None, None)), unet)
+
     def _encode(self, **asked: Any) -> tuple[Any, ...]:
         with _text_model_found(self.text_encoder):
             return super()._encode(**asked)

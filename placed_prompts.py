@@ -37,8 +37,10 @@ class PlacedPrompt:
 
     @property
     def is_alike(self) -> bool:
-        """Whether all text encoders have the regions' words at the same tokens."""
-        return all(of_region == [of_region[0]] * len(self.texts) for of_region in self.places)
+        """Whether all text encoders have the regions' words, and the subjects, at the same tokens."""
+        return all(text.mentions == self.texts[0].mentions for text in self.texts) and all(
+            of_region == [of_region[0]] * len(self.texts) for of_region in self.places
+        )
 
     def spans(self) -> list[list[range]]:
         """For each region its tokens in every text encoder's prompt, each span once."""
@@ -88,8 +90,9 @@ def _find_places(texts: Sequence[ParsedPrompt], region: Region) -> list[Place]:
     for text in others:
         if text.text == first.text:
             places.append(text.find(region.subject, region.occurrence))
-        elif text.says(region.subject):
-            places.append(text.find(region.subject))
+        else:
+            found = text.find_all(region.subject)
+            places += found if region.occurrence is None else found[region.occurrence - 1 : region.occurrence]
     return places
 
 

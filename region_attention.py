@@ -12,8 +12,7 @@ the resolutions, and the batch size tells whether classifier-free guidance doubl
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +22,7 @@ import torch
 from .attention_processors import AttentionRecorder, PromptKeys, RegionAttnProcessor, RegionCall, Stamp
 from .guidance_methods import HIDDEN, GuidanceMethod, RegionMaps, TokenKind, resolve_guidance_method
 from .guidance_schedule import GuidanceSchedule, check_number
-from .shared_models import state_of
+from .shared_models import inside, runs_in, state_of
 
 __multisubject_version__ = "0.1.0"
 
@@ -110,9 +109,9 @@ def region_attention(
 
     Works around any pipeline that calls a `UNet2DConditionModel` with `cross_attention_kwargs` in reach, with or
     without classifier-free guidance in one batch. A context inside another one on the same UNet replaces it for its
-    duration, also with `regions=None`. Guided are the calls of the thread that opens the context, and with `calls`
-    those of any thread that come with its embeddings; other threads' calls and contexts on the same UNet go their own
-    way. A backward pass with gradient checkpointing belongs inside.
+    duration, also with `regions=None`. Guided are the calls of the code inside, and of what it starts by
+    `asyncio.to_thread` or else with a copy of its context variables; calls and contexts of other threads and tasks on
+    the same UNet go their own way. A backward pass with gradient checkpointing belongs inside.
 
     Args:
         unet: the `UNet2DConditionModel`.
@@ -130,13 +129,13 @@ def region_attention(
     Raises:
         ValueError: an attention processor of the UNet would be lost (IP-Adapter, custom ones), a bad argument, or a
             batch that does not fit the regions.
-        RuntimeError: another thread guides the UNet with this scheduler; at the end, if the UNet was called by other
-            threads alone: none of these calls was guided.
+        RuntimeError: another thread or task guides the UNet with this scheduler; at the end, if only others have called
+            the UNet: none of these calls was guided.
     """
-    context = threading.get_ident(), scheduler
+    context = object()
     with state_of(unet) as state:
-        _check_scheduler(context, state.contexts)
-        nested = any(thread == context[0] for thread, _ in state.contexts)
+        _check_scheduler(scheduler, state.contexts)
+        nested = any(runs_in(opened) for opened, _ in state.contexts)
     if regions is None and recorder is None and not nested:
         yield
         return
@@ -145,6 +144,7 @@ def region_attention(
     whole = getattr(unet, "_orig_mod", unet)  # what `torch.compile` wraps
     layers = {name: module for name, module in whole.named_modules() if hasattr(type(module), "set_processor")}
     hook = _RegionHook(
+        context,
         regions,
         num_levels=len(unet.config.block_out_channels) if hasattr(unet, "config") else None,
         layers=list(layers.values()),
@@ -156,22 +156,21 @@ def region_attention(
         calls=calls,
     )
     _check_processors({name: layer.get_processor() for name, layer in layers.items()})
-    handle, is_open = None, False
+    handle = None
     try:
         with state_of(unet) as state:
             if not state.contexts:
                 state.processors = [(layer, layer.get_processor()) for layer in layers.values()]
-            state.contexts.append(context)
-            is_open = True
+            state.contexts.append((context, scheduler))
             for layer in layers.values():
                 layer.set_processor(RegionAttnProcessor())
         # Prepended: of nested contexts the innermost speaks first, and the outer ones then keep silent.
         handle = unet.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
-        yield
+        with inside(context):
+            yield
     finally:
         with state_of(unet) as state:
-            if is_open:
-                state.contexts.remove(context)
+            state.contexts = [opened for opened in state.contexts if opened[0] is not context]
             if not state.contexts:  # the last one of all threads', whatever the order
                 for layer, processor in state.processors:
                     layer.set_processor(processor)
@@ -181,13 +180,12 @@ def region_attention(
     hook.check_it_was_heard()
 
 
-def _check_scheduler(context: tuple[int, Any], others: list[tuple[int, Any]]) -> None:
-    """Two threads that step through one scheduler would draw nonsense."""
-    thread, scheduler = context
-    if any(other is scheduler and owner != thread for owner, other in others):
+def _check_scheduler(scheduler: Any, contexts: Sequence[tuple[object, Any]]) -> None:
+    """Two threads or tasks that step through one scheduler at once would draw nonsense."""
+    if any(other is scheduler and not runs_in(context) for context, other in contexts):
         raise RuntimeError(
-            f"Another thread guides this UNet with the same {type(scheduler).__name__}, which serves one call at a"
-            " time. Give each pipeline a scheduler of its own:"
+            f"Another thread or task guides this UNet with the same {type(scheduler).__name__}, which serves one call"
+            " at a time. Give each pipeline a scheduler of its own:"
             " `pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)`."
         )
 
@@ -239,10 +237,11 @@ class ExpectedCalls:
 
 
 class _RegionHook:
-    """Forward pre-hook of the UNet: adds a `RegionCall` to the `cross_attention_kwargs` of its own thread's calls."""
+    """Forward pre-hook of the UNet: adds a `RegionCall` to the `cross_attention_kwargs` of calls in its context."""
 
     def __init__(
         self,
+        context: object,
         regions: RegionConditioning | None,
         *,
         num_levels: int | None,
@@ -274,20 +273,21 @@ class _RegionHook:
         self.kept_keys = PromptKeys()
         self.frames: dict[tuple[Any, ...], torch.Tensor] = {}
         self.maps_by_shape: dict[tuple[torch.Size, torch.device], dict[int, RegionMaps]] = {}
-        self.thread = threading.get_ident()
+        self.context = context
         self.heard, self.called_by_others = False, False
 
     def check_it_was_heard(self) -> None:
-        """Raise if only other threads have called the UNet."""
+        """Raise if only others have called the UNet."""
         if self.called_by_others and not self.heard:
             raise RuntimeError(
                 "The UNet was guided in one thread and called in another one, where nothing was guided. Call the"
-                " pipeline in the thread that opened the context."
+                " pipeline in the thread that opened the context, or through `asyncio.to_thread` or"
+                " `contextvars.copy_context().run`."
             )
 
     @torch.compiler.disable
     def __call__(self, unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict]:
-        if not self._is_meant(args, kwargs):
+        if not runs_in(self.context):
             self.called_by_others = True
             return args, kwargs
         self.heard = True
@@ -307,13 +307,6 @@ class _RegionHook:
                 else:
                     kwargs = {**kwargs, "encoder_hidden_states": prompt_embeds}
         return args, {**kwargs, "cross_attention_kwargs": call_kwargs}
-
-    def _is_meant(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a call is of this thread, or of another one with the embeddings that were made here."""
-        if threading.get_ident() == self.thread:
-            return True
-        prompt_embeds = args[2] if len(args) > 2 else kwargs["encoder_hidden_states"]
-        return self.calls is not None and self.calls.images_per_prompt(prompt_embeds) is not None
 
     def _check_call(self, calls: ExpectedCalls, sample: torch.Tensor, prompt_embeds: torch.Tensor) -> None:
         """Raise if this call is not one that can be guided, and adapt to its number of pictures per prompt."""

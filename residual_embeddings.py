@@ -113,9 +113,12 @@ class ParsedPrompt:
         _check_not_cut(self.tokenizer, self.text, phrase, place.span)
         return place
 
-    def says(self, phrase: str) -> bool:
-        """Whether `find` would find the phrase, at one place or several."""
-        return any(self._find_all(phrase))
+    def find_all(self, phrase: str) -> list[Place]:
+        """Every place that `find` would choose from, in reading order, but for those that are cut off; perhaps none."""
+        named, words = self._find_all(phrase)
+        mentioned = [Place(mention.phrase, mention.span) for mention in self.mentions]
+        places = named or [place for place in words if place not in mentioned] or words
+        return [place for place in places if place.span.stop < self.tokenizer.model_max_length]
 
     def _find_all(self, phrase: str) -> tuple[list[Place], list[Place]]:
         """Where the subject of this name stands, and where the words do."""

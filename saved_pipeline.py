@@ -74,7 +74,11 @@ def pipeline_sources(module: str) -> dict[str, str]:
     # Composed, because diffusers finds imports with a regular expression, and would find these in this file.
     imports = [f"from .{name} import __multisubject_version__  # noqa: F401" for name in PIPELINE_SIBLINGS]
     imports += [f"from .{module} import {PIPELINES[module]}  # noqa: F401"]
-    sources["pipeline.py"] = "\n".join(['"""What `custom_pipeline="user/repo"` loads."""', "", *imports, ""])
+    # In one process, diffusers runs the `pipeline.py` of every folder in one module, and wants to find one class there.
+    former = "\n".join(f'globals().pop("{pipeline}", None)' for pipeline in PIPELINES.values())
+    sources["pipeline.py"] = "\n".join(
+        ['"""What `custom_pipeline="user/repo"` loads."""', "", former, "", *imports, ""]
+    )
     return sources
 
 

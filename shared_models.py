@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 __multisubject_version__ = "0.1.0"
@@ -21,21 +22,26 @@ class ModelState:
     Attributes:
         owner: the thread whose turn it is, or None.
         depth: how often that thread has taken it.
-        contexts: on a UNet, thread and scheduler of each guided context that is open.
+        contexts: on a UNet, the guided contexts that are open, each with its scheduler.
         processors: its attention layers with their own processors, while contexts are open.
     """
 
     def __init__(self) -> None:
         self.owner: int | None = None
         self.depth = 0
-        self.contexts: list[tuple[int, Any]] = []
+        self.contexts: list[tuple[object, Any]] = []
         self.processors: list[tuple[Any, Any]] = []
 
 
 class _Table:
-    """All shared models, and which thread waits for which of them; `changed` guards both, and their states."""
+    """All shared models, and which thread waits for which of them; `changed` guards both, and their states.
+
+    `opened` holds the guided contexts in which some code runs. Like every context variable it is a thread's or an
+    asyncio task's own, and `asyncio.to_thread` takes it along.
+    """
 
     def __init__(self) -> None:
+        self.opened: ContextVar[tuple[object, ...]] = ContextVar("multisubject_opened", default=())
         self.states: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
         self.waiting: dict[int, Any] = {}
         self.changed = threading.Condition()
@@ -44,6 +50,21 @@ class _Table:
 # A pipeline that `custom_pipeline` loads has its own copy of this module and may yet share its models with a pipeline
 # of the installed package: the table lies where every copy finds it.
 _TABLE = vars(threading).setdefault("_multisubject_models", _Table())
+
+
+def runs_in(context: object) -> bool:
+    """Whether the code that asks runs inside a guided context, see `inside`."""
+    return any(context is opened for opened in _TABLE.opened.get())
+
+
+@contextmanager
+def inside(context: object) -> Iterator[None]:
+    """Within it, `runs_in(context)` is true: for this code, and what it starts with a copy of its context variables."""
+    _TABLE.opened.set((*_TABLE.opened.get(), context))
+    try:
+        yield
+    finally:  # not `reset`, which fails where another thread closes what this one has opened
+        _TABLE.opened.set(tuple(opened for opened in _TABLE.opened.get() if opened is not context))
 
 
 @contextmanager

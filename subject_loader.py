@@ -174,24 +174,38 @@ class SubjectLoaderMixin:
         return in_turn(*(slot.tokenizer for slot in self.encoder_slots))
 
     def parse_prompts(
-        self, prompt: str | list[str] | None, slot: EncoderSlot, *, negative: bool = False
+        self, prompt: str | list[str] | None, slot: EncoderSlot, by_name: Sequence[bool] | None
     ) -> list[ParsedPrompt]:
-        """Prompts as a text encoder reads them, with their subjects found; none where there is no tokenizer."""
+        """Prompts as a text encoder reads them, with their subjects found; none where there is no tokenizer.
+
+        Args:
+            prompt: a text or several.
+            slot: the text encoder.
+            by_name: for each prompt whether only `<name>` means a subject, since the prompt or what stands beside it as
+                `prompt_2` has one; None: of negative prompts that is always so.
+        """
         if prompt is None or slot.tokenizer is None:
             return []
         learned = {
             word for other in self.encoder_slots if other.tokenizer for word in other.tokenizer.get_added_vocab()
         }
+        texts = [prompt] if isinstance(prompt, str) else prompt
         return [
             parse_prompt(
                 slot.tokenizer,
                 text,
-                self.subjects if negative else self._subjects_in_use(text),
-                by_phrase=not negative,
+                self.subjects if by_name is None else self._subjects_in_use(text),
+                by_phrase=not named,
                 learned=learned,
             )
-            for text in ([prompt] if isinstance(prompt, str) else prompt)
+            for text, named in zip(texts, by_name or [True] * len(texts), strict=True)
         ]
+
+    def _by_name(self, prompts: Sequence[str | list[str] | None]) -> list[bool]:
+        """For each prompt whether it, or what another text encoder reads beside it, names a loaded subject outright."""
+        lists = [[prompt] if isinstance(prompt, str) else prompt for prompt in prompts if prompt]
+        named = [f"<{name}>".casefold() for name in self.subjects]
+        return [any(name in text.casefold() for text in texts for name in named) for texts in zip(*lists, strict=True)]
 
     def add_subjects(
         self, prompt_embeds: torch.Tensor, texts: Sequence[Sequence[ParsedPrompt]], num_images_per_prompt: int = 1
@@ -206,6 +220,8 @@ class SubjectLoaderMixin:
         if not any(text.mentions for of_slot in texts for text in of_slot):
             return prompt_embeds
         slots = self.encoder_slots
+        if any(slot.width is None for slot in slots):
+            raise ValueError("The prompt names subjects, which need all text encoders; load them.")
         widths = [cast(int, slot.width) for slot in slots]
         columns = []
         for slot, of_slot, part in zip(slots, texts, prompt_embeds.split(widths, dim=-1), strict=True):

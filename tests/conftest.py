@@ -117,7 +117,7 @@ def make_components(tokenizer: Any, kind: str) -> dict[str, Any]:
     if is_xl:
         return models | {
             "tokenizer": tokenizer,
-            "tokenizer_2": tokenizer,
+            "tokenizer_2": type(tokenizer).from_pretrained(tokenizer.name_or_path, pad_token="!"),  # as XL's own
             "scheduler": EulerDiscreteScheduler(**noise),
         }
     return models | {

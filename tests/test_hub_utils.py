@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 import io
 import json
 import os
@@ -726,6 +727,21 @@ def test_the_published_sources_find_one_another(tmp_path, module):
     while ready := [name for name, wanted in found.items() if wanted <= resolved and name not in resolved]:
         resolved.update(ready)
     assert resolved == {*found}, "a cycle, which diffusers would follow for ever"
+
+
+def test_both_architectures_published_files_load_in_one_process(tmp_path, monkeypatch):
+    """As diffusers does it: all folders' files in one package, `pipeline.py` run again in the module that is there."""
+    package = tmp_path / "published_pipelines"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    for module in (*PIPELINES, *PIPELINES):
+        copy_pipeline_sources(package, module)
+        importlib.invalidate_caches()
+        found = importlib.import_module("published_pipelines.pipeline")
+        found.__spec__.loader.exec_module(found)
+        pipelines = [value for value in vars(found).values() if getattr(value, "__name__", "").endswith("Pipeline")]
+        assert [pipeline.__name__ for pipeline in pipelines] == [PIPELINES[module]]
 
 
 # --- the command line -------------------------------------------------------------------------------------------------

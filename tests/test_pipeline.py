@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import functools
 import importlib
 import inspect
@@ -51,6 +53,7 @@ from PIL import Image
 from transformers import CLIPTokenizer
 
 import multisubject.pipeline_multisubject as pipeline_module
+from multisubject import multisubject_mixin
 from multisubject.guidance_methods import GUIDANCE_METHODS, uses_region_prompts
 from multisubject.hub_utils import save_subject
 from multisubject.layout import masks_at
@@ -1102,6 +1105,10 @@ def xl(xl_pipe):
     "arguments",
     [
         {"prompt_2": "oil painting"},
+        {"prompt_2": ""},
+        {"height": 64},
+        {"width": 48},
+        {"pooled_prompt_embeds": torch.ones(1, 24)},
         {"negative_prompt": "red", "negative_prompt_2": "blue"},
         {"prompt": ["a mug", "a dog"], "prompt_2": ["oil", "ink"], "negative_prompt": "red", "guidance_rescale": 0.5},
         {"guidance_scale": 0.0, "num_inference_steps": 1},
@@ -1130,6 +1137,8 @@ def test_no_negative_prompt_and_an_empty_one_are_not_the_same(xl_pipe):
 
 def test_each_encoder_hears_its_own_residual_and_the_pooled_embedding_none(xl):
     embeds, negative, pooled, negative_pooled = encoded(xl, TWO)
+    zeros = encoded(xl, TWO, negative_prompt_2="<ann>")[1]
+    assert not zeros.any(), "diffusers' own, for want of a negative prompt"
     words = encoded(plain(xl), "a photo of a dog and a person on the beach")
     added = (embeds - words[0])[0]
     rows = [mention.span.start for mention in parse_prompt(xl.tokenizer, TWO, xl.subjects).mentions]
@@ -1160,8 +1169,47 @@ def test_a_second_prompt_names_subjects_of_its_own(xl):
         {spans[0][1], *spans[1]})]  # fmt: skip
     xl.register_to_config(force_zeros_for_empty_prompt=False)
     assert encoded(xl, TWO, negative_prompt_2="<ann>")[1].isfinite().all()
+    with pytest.raises(ValueError, match="`prompt_2` is one text, expected one for each of the 2 prompts"):
+        xl([TWO, TWO], prompt_2="oil")
     with pytest.raises(ValueError, match="`prompt_2` has 2 texts, expected one for each of the prompts"):
         xl(TWO, prompt_2=[second, second])
+
+
+def test_an_empty_second_prompt_is_none_and_a_given_pooled_embedding_is_kept(xl):
+    for method in ("multisubject", "cones2", "regional_prompts"):
+        arguments: dict[str, Any] = {"layout": APART, "guidance_method": method}
+        expected = sample(xl, TWO, **arguments)
+        assert torch.equal(sample(xl, TWO, prompt_2="", **arguments), expected)
+        assert not torch.equal(sample(xl, TWO, pooled_prompt_embeds=torch.ones(1, 24), **arguments), expected)
+
+
+def test_a_subject_that_only_the_second_prompt_names_reaches_the_second_encoder(xl):
+    layout = {"dog": (0, 0, 0.5, 1)}
+    plain_dog, rex = (
+        sample(xl, "a dog and a <ann>", prompt_2=second, layout=layout)
+        for second in ("a dog and a <ann>", "a <rex> and a <ann>")
+    )
+    assert not torch.equal(plain_dog, rex)
+
+
+def test_a_name_in_one_prompt_leaves_the_words_of_the_other_plain(xl):
+    places = xl.place({"prompt": "<rex> and a red dog", "prompt_2": "a photo of a red dog"}, None, None, 32, 32)
+    assert [[mention.subject for mention in text.mentions] for text in places[0].texts] == [["rex"], []]
+    assert sample(xl, "a <rex>", prompt_2="a dog and another dog").isfinite().all()
+
+
+@pytest.mark.parametrize("second", ["a ball, oil", "a ball and a ball, oil", "oil"])
+def test_words_that_the_second_prompt_says_as_often_or_not(xl, second):
+    layout = [{"phrase": "ball", "occurrence": n, "box": (0.5 * n - 0.5, 0, 0.5 * n, 1)} for n in (1, 2)]
+    placed = xl.place({"prompt": "a ball and a ball", "prompt_2": second}, layout, None, 32, 32)
+    tokens = xl.prepare_regions(placed, 77).tokens[0]
+    assert [row.nonzero().flatten().tolist() for row in tokens] == [[2], [5]]
+
+
+def test_all_places_of_a_subject_in_the_second_prompt_are_placed(xl):
+    prompts = {"prompt": "a <rex>", "prompt_2": "<rex>, portrait of <rex>"}
+    (placed,) = xl.place(prompts, {"rex": (0, 0, 0.5, 1)}, None, 32, 32)
+    assert len(placed.places[0]) == 3
 
 
 def test_guide_hands_out_all_that_xl_takes(xl):
@@ -1190,6 +1238,28 @@ def test_subjects_of_one_architecture_are_refused_by_the_other(sd1_pipe, xl_pipe
         assert f"has deltas for {encoders(of)}, this base has {encoders(other)}" in str(raised.value)
         assert of.load_subject(file) == ["rex"] and "rex" not in other.subjects
         of.unload_subject("rex")
+
+
+def test_a_saved_pipeline_names_the_class_that_loads_it(sd1_pipe, xl_pipe, tmp_path):
+    for saved, other in ((sd1_pipe, xl_pipe), (xl_pipe, sd1_pipe)):
+        folder = tmp_path / type(saved).__name__
+        saved.save_pretrained(folder)
+        with pytest.raises(ValueError, match=rf"holds a {folder.name}, which .* cannot load: use {folder.name}\."):
+            type(other).from_pretrained(folder)
+
+
+def test_saved_subjects_that_do_not_fit_are_left_out_aloud(pipe, tokenizer, tmp_path, monkeypatch):
+    pipe.subjects["rex"] = subject("dog", of=pipe)
+    pipe.save_pretrained(tmp_path)
+    assert type(pipe).from_pretrained(tmp_path).get_list_subjects() == ["rex"]
+    other = "xl" if "text_encoder_2" not in pipe.components else "sd1"
+    saved = CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")
+    heard: list[str] = []
+    monkeypatch.setattr(multisubject_mixin.logger, "warning", lambda text, *values: heard.append(text % values))
+    stranger = make_pipeline(make_components(tokenizer, other) | {"tokenizer": saved})
+    assert len(heard) == 1 and "is left out: subject 'rex'" in heard[0]
+    assert stranger.get_list_subjects() == []
+    assert sample(stranger, "a dog").isfinite().all()
 
 
 def test_bases_that_xl_does_not_take_are_named(xl_pipe, sd1_pipe):
@@ -1308,15 +1378,35 @@ def test_one_pipeline_serves_several_threads(pipe):
     assert all(map(torch.equal, in_threads(*jobs), alone))
 
 
-def test_a_guided_pipeline_may_be_called_in_another_thread(pipe):
-    """As `asyncio.to_thread` does; and the context may be closed in a third one."""
-    other = plain(pipe)
-    with pipe.guide(other, PROMPT, LAYOUT) as embeds:
-        expected = sample(other, None, **embeds)
-        (found,) = in_threads(lambda: sample(other, None, **embeds))
-    assert torch.equal(found, expected)
-    assert not torch.equal(found, sample(other, None, **embeds))
-    context = pipe.guide(other, PROMPT, LAYOUT)
+def test_a_guided_pipeline_may_be_called_by_asyncio(pipe):
+    """In a worker thread, while another task guides by another layout, and one calls this pipeline without any."""
+    layouts = [LAYOUT, {"red dog": (0.5, 0, 1, 1)}]
+    others = [plain(pipe) for _ in layouts]
+    expected = [sample(pipe, layout=layout, num_inference_steps=3) for layout in layouts]
+    free = sample(pipe, num_inference_steps=3)
+
+    async def guided(other: Any, layout: Any, opened: asyncio.Barrier) -> Any:
+        with pipe.guide(other, PROMPT, layout) as embeds:
+            await opened.wait()
+            return await asyncio.to_thread(sample, other, None, num_inference_steps=3, **embeds)
+
+    async def unguided(opened: asyncio.Barrier) -> Any:
+        await opened.wait()
+        return await asyncio.to_thread(sample, pipe, num_inference_steps=3)
+
+    async def serve() -> list[Any]:
+        opened = asyncio.Barrier(3)
+        tasks = [guided(other, layout, opened) for other, layout in zip(others, layouts, strict=True)]
+        return await asyncio.gather(*tasks, unguided(opened))
+
+    *found, alone = asyncio.run(serve())
+    assert all(map(torch.equal, found, expected))
+    assert torch.equal(alone, free)
+    assert not pipe.unet._forward_pre_hooks
+
+
+def test_a_context_may_be_closed_by_another_thread(pipe):
+    context = pipe.guide(plain(pipe), PROMPT, LAYOUT)
     in_threads(context.__enter__)
     in_threads(lambda: context.__exit__(None, None, None), lambda: sample(pipe, layout=LAYOUT))
     assert not pipe.unet._forward_pre_hooks
@@ -1336,9 +1426,14 @@ def test_two_threads_do_not_step_through_one_scheduler(pipe):
     other.scheduler = pipe.scheduler
     with pipe.guide(other, PROMPT, LAYOUT) as embeds:
         for arguments in ({}, {"layout": LAYOUT}):
-            with pytest.raises(RuntimeError, match=r"Another thread guides this UNet with the same .*from_config"):
+            with pytest.raises(
+                RuntimeError, match=r"Another thread or task guides this UNet with the same .*from_config"
+            ):
                 in_threads(lambda arguments=arguments: sample(pipe, **arguments))
+        within = contextvars.copy_context()  # as `asyncio.to_thread` takes it along: one after the other
+        (found,) = in_threads(lambda: within.run(sample, pipe, layout=LAYOUT))
         assert sample(other, None, **embeds).isfinite().all()
+    assert torch.equal(found, sample(pipe, layout=LAYOUT))
     assert sample(pipe, layout=LAYOUT).isfinite().all()
 
 

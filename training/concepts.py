@@ -146,12 +146,18 @@ def build_prompts(said: Mapping[str, Sequence[str]], class_phrase: str, models: 
         for sentence in sentences:
             try:
                 # A prompt that says the phrase twice has the subject at the first place.
-                positions[sentence] = list(find_token_spans(tokenizer, sentence, class_phrase)[0])
+                spans = [find_token_spans(each, sentence, class_phrase)[0] for each in models.tokenizers.values()]
             except ValueError:
                 raise ValueError(
                     f"{origin}: {sentence!r} does not say {class_phrase!r} as words of their own, in the first "
                     f"{tokenizer.model_max_length - 2} tokens; put it, or {{}}, where the subject is meant."
                 ) from None
+            if spans != [spans[0]] * len(spans):
+                raise ValueError(
+                    f"{origin}: in {sentence!r} the base's text encoders have {class_phrase!r} at different tokens;"
+                    " leave out signs that they cut differently, such as several `!` in a row."
+                )
+            positions[sentence] = list(spans[0])
     texts = list(positions)
     input_ids = models.tokenize(texts)
     base_embeds, pooled = models.encode(input_ids)

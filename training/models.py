@@ -100,7 +100,7 @@ class Models:
 
     @property
     def tokenizer(self) -> Any:
-        """The first text encoder's; with it the others' agree on where words are."""
+        """The first text encoder's; `build_prompts` sees to it that the others' have the subject at the same tokens."""
         return self.tokenizers["text_encoder"]
 
     @property

@@ -117,8 +117,9 @@ class MultiSubjectPipeline(MultiSubjectMixin, StableDiffusionPipeline):
         return unsuitable_base(unet.config, self.encoder_slots[0].width)
 
     def _size(self, height: int | None, width: int | None, unet: Any = None) -> tuple[int, int]:
-        # As diffusers has it here: one side alone does not count
-        return super()._size(*((height, width) if height and width else (None, None)), unet)
+        if not height or not width:
+            height = width = None  # as diffusers has it here: one side alone does not count
+        return super()._size(height, width, unet)
 
     def _encode(self, **asked: Any) -> tuple[Any, ...]:
         with _text_model_found(self.text_encoder):

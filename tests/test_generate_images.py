@@ -1,7 +1,6 @@
 import io
 import json
 import logging
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -12,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate import PartialState
 from PIL import Image, ImageDraw, PngImagePlugin
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -26,6 +24,7 @@ from multisubject.generation.picture_files import CONTACT_SHEET, read_settings
 from multisubject.generation.tasks import load_tasks
 from multisubject.hub_utils import save_subject
 from multisubject.residual_embeddings import ResidualEmbedding
+from multisubject.tests.two_processes import run_in_two_processes
 from multisubject.tiny_world import EMBEDDED_BASE
 from multisubject.training.run_lock import LOCK_FILE, locked
 
@@ -993,61 +992,30 @@ def test_pictures_need_not_be_square(workshop, config_file, tmp_path, loaded):
     assert Image.open(tmp_path / FOLDER / "0000.png").size == (80, 48)
 
 
-def as_rank(rank, rendezvous, flags):
-    """What a launcher starts: one of two processes, which say what they say in files of their own."""
-    for stream in ("stdout", "stderr"):
-        setattr(sys, stream, open(f"{rendezvous}.{stream}.{rank}", "w"))  # noqa: SIM115 (closed by the process's end)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    PartialState._reset_state()  # of the process that this one is a copy of
-    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    main(flags)
-
-
-def run_ranks(folder, flags):
-    """Two processes make a run: the exit status of each, and what they said as `stdout.0`, `stderr.0`, …"""
-    fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=as_rank, args=(rank, folder / "meeting", flags)) for rank in range(2)]
-    try:
-        for rank in ranks:
-            rank.start()
-        for rank in ranks:
-            rank.join(300)
-    finally:
-        for rank in ranks:
-            rank.kill()
-    said = {file.name.removeprefix("meeting."): file.read_text() for file in folder.glob("meeting.*")}
-    return [rank.exitcode for rank in ranks], said
-
-
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="copies of this process save them their imports")
-
-
-@needs_fork
 def test_two_processes_make_the_pictures_of_one(gallery, config_file, tmp_path):
     flags = ["--generation_config", str(config_file), "--output_dir", str(tmp_path / "results"), *QUICK]
-    codes, said = run_ranks(tmp_path, flags)
-    assert codes == [0, 0], said
-    assert said["stderr.0"].startswith("4 pictures, of which this process makes and counts 2 and the other 1 the rest.")
-    assert "2/2" in said["stderr.0"] and "4/4" not in said["stderr.0"]  # half of the pictures each
-    assert not said["stdout.1"] and not said["stderr.1"]
+    first, second = run_in_two_processes(str(ROOT / "generate_images.py"), *flags)
+    assert (first.code, second.code) == (0, 0), (first, second)
+    assert first.stderr.startswith("4 pictures, of which this process makes and counts 2 and the other 1 the rest.")
+    assert "2/2" in first.stderr and "4/4" not in first.stderr  # half of the pictures each
+    assert not second.stdout and not second.stderr
     pictures = sorted(gallery.rglob("000?.png"))
     assert len(pictures) == 4
     for picture in pictures:
         other = tmp_path / "results" / picture.relative_to(gallery)
         assert np.abs(pixels(other) - pixels(picture)).max() <= 1  # the number of threads may change the last bit
         assert settings_of(other) == settings_of(picture)
-    assert said["stdout.0"].count("contact sheet: ") == 2  # said once
+    assert first.stdout.count("contact sheet: ") == 2  # said once
 
 
-@needs_fork
 def test_two_processes_give_way_to_another_run_together(config_file, tmp_path):
     folder = tmp_path / "results" / FOLDER
     folder.mkdir(parents=True)
     with locked(folder):
         flags = ["--generation_config", str(config_file), "--output_dir", str(tmp_path / "results"), *QUICK]
-        codes, said = run_ranks(tmp_path, flags)
-    assert codes == [2, 2], said
-    assert f"another run is writing here (process {os.getpid()})" in said["stderr.0"] and not said["stderr.1"]
+        first, second = run_in_two_processes(str(ROOT / "generate_images.py"), *flags)
+    assert (first.code, second.code) == (2, 2), (first, second)
+    assert f"another run is writing here (process {os.getpid()})" in first.stderr and not second.stderr
     assert not list(folder.iterdir())
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -814,8 +815,11 @@ def test_everybody_else_uses_the_published_pipelines_online_and_offline(hub, tmp
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
+            start_new_session=True,
         ) as process,
     ):
+        watchdog = threading.Timer(300, os.killpg, (process.pid, signal.SIGKILL))  # of it and of the one it forks
+        watchdog.start()
 
         def result() -> dict:
             for line in process.stdout:
@@ -828,6 +832,7 @@ def test_everybody_else_uses_the_published_pipelines_online_and_offline(hub, tmp
         process.stdin.write("\n")
         process.stdin.flush()
         offline = result()
+        watchdog.cancel()
 
     assert online["class"].startswith("diffusers_modules.local.user--pipe.")
     assert online["class"].endswith("pipeline_multisubject.MultiSubjectPipeline")

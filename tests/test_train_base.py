@@ -158,8 +158,8 @@ def small_base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     (folder / "recipe.yaml").write_text(yaml.safe_dump(SMALL))
     arguments = ["--recipe", str(folder / "recipe.yaml"), "--runs", str(folder / "runs")]
-    as_script = f"import runpy\nrunpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
-    run_in_two_processes("import multisubject.tiny_world.train_base", as_script, "vae", *arguments)
+    ranks = run_in_two_processes(str(SCRIPT), "vae", *arguments)
+    assert [rank.code for rank in ranks] == [0, 0], ranks
     from multisubject.tiny_world.train_base import main
 
     main(["text_encoder", *arguments])

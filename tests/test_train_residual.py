@@ -1103,7 +1103,7 @@ def test_killed_runs_resume_to_the_same_residual(config: TrainConfig, tmp_path: 
     runs = {method: replace(long, method=method, output_dir=str(tmp_path / method)) for method in METHODS}
     orders = [(as_flags(run), f"{run.output_dir}/checkpoint-4/progress.json") for run in runs.values()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    subprocess.run([sys.executable, "-c", KILLED_RUNS, json.dumps(orders)], env=environment, check=True, timeout=1800)
+    subprocess.run([sys.executable, "-c", KILLED_RUNS, json.dumps(orders)], env=environment, check=True, timeout=300)
     for method, run in runs.items():
         last = latest_checkpoint(Path(run.output_dir))
         assert last is not None
@@ -2084,7 +2084,8 @@ def test_seed_command_runs_as_written(config: TrainConfig, tmp_path: Path) -> No
 
 
 TRAIN_EACH = """
-import json
+import json, sys
+from multisubject.train_residual import parse_config, train
 for flags in json.loads(sys.argv[1]):
     train(parse_config(flags))
 """
@@ -2105,8 +2106,8 @@ def test_two_processes_learn_what_one_does_with_twice_the_batch(
         for kind in ("sd2", "xl")
         for method in METHODS
     }
-    imports = "from multisubject.train_residual import parse_config, train"
-    run_in_two_processes(imports, TRAIN_EACH, json.dumps([as_flags(half) for half in halves.values()]))
+    ranks = run_in_two_processes("-c", TRAIN_EACH, json.dumps([as_flags(half) for half in halves.values()]))
+    assert [rank.code for rank in ranks] == [0, 0], ranks
     for name, half in halves.items():
         output = Path(half.output_dir)
         assert (output / "checkpoint-4" / "random_states_1.pkl").exists()  # there was a second process

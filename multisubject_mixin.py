@@ -22,38 +22,25 @@ from .call_arguments import bind_arguments, check_call, check_prompts, check_ste
 from .guidance_methods import GuidanceMethod, resolve_guidance_method
 from .layout import masks_at
 from .placed_prompts import (
-    PlacedPrompt,
     check_prompt_embeds,
-    make_conditioning,
     make_recorder,
-    make_region_prompts,
-    per_prompt,
-    place_prompt,
     recorded_tokens,
-    region_texts,
     wants_region_prompts,
 )
+from .prompt_encoder import EMBEDS, PromptEncoderMixin
 from .recurrence import recurrent_steps
-from .region_attention import ExpectedCalls, RegionConditioning, RegionPrompts, region_attention
-from .residual_embeddings import ParsedPrompt
+from .region_attention import ExpectedCalls, region_attention
 from .saved_pipeline import PIPELINES, copy_pipeline_sources, load_saved_subjects, save_subjects_with_pipeline
 from .shared_models import in_turn
-from .subject_loader import EncoderSlot, SubjectLoaderMixin
 
 __multisubject_version__ = "0.1.0"
-
-ENCODING_DEFAULTS = {"device": None, "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
-"""Of arguments of `encode_prompt` for which diffusers' has none."""
-
-_EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-"""What `encode_prompt` returns, by the names under which a call takes it."""
 
 logger = logging.get_logger(__name__)
 
 _KEEP_DTYPE: Any = object()  # what `from_pipe` asks for where the caller asks for no dtype
 
 
-class MultiSubjectMixin(SubjectLoaderMixin):
+class MultiSubjectMixin(PromptEncoderMixin):
     """Subjects and layouts for the diffusers pipeline that stands behind this class among a pipeline's bases.
 
     Attributes:
@@ -276,7 +263,7 @@ class MultiSubjectMixin(SubjectLoaderMixin):
                 embeds, region_prompts = self.encode_with_regions(placed, prompt=prompt, **encoding)
                 conditioning = replace(conditioning, prompts=region_prompts)
             else:
-                embeds = dict(zip(_EMBEDS, self.encode_prompt(prompt, **encoding), strict=False))
+                embeds = dict(zip(EMBEDS, self.encode_prompt(prompt, **encoding), strict=False))
         if conditioning is not None and torch.equal(embeds["prompt_embeds"], embeds["negative_prompt_embeds"]):
             raise ValueError(
                 f"`negative_prompt` is {encoding.get('negative_prompt')!r}, the prompt itself; expected another."
@@ -301,173 +288,7 @@ class MultiSubjectMixin(SubjectLoaderMixin):
         ):
             yield embeds
 
-    # --- prompts -----------------------------------------------------------------------------------------------------
-
-    def encode_prompt(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor | None, ...]:
-        """As the base's, with the residuals of the subjects that the prompts name. What comes out holds the subjects
-        and works wherever diffusers takes `prompt_embeds`, in image-to-image or inpainting for example.
-
-        Args:
-            prompt: may name loaded subjects, as in a call of the pipeline.
-            device: where to encode; None: where the pipeline runs.
-            num_images_per_prompt: rows per prompt.
-            do_classifier_free_guidance: also encode the negative prompt.
-            negative_prompt: may name loaded subjects as `<name>`.
-            prompt_2, negative_prompt_2: the same for XL's second text encoder.
-            prompt_embeds: taken as they are, instead of encoding.
-            negative_prompt_embeds: the same for the negative prompt.
-            lora_scale: of LoRA weights on the text encoder.
-            clip_skip: layers of the text encoder to skip.
-
-        Returns:
-            Embeddings `(prompts * num_images_per_prompt, tokens, dim)` of the prompts and of the negative prompts; with
-            XL also the pooled ones of both, `(prompts * num_images_per_prompt, dim)`.
-        """
-        return self._encode_prompts(self._encoding(args, kwargs))[0]
-
-    def encode_with_regions(
-        self, placed: Sequence[PlacedPrompt], **encoding: Any
-    ) -> tuple[dict[str, Any], RegionPrompts]:
-        """The prompts, and each region's own prompt, through every text encoder at once.
-
-        Args:
-            placed: the prompts with their regions, at least one.
-            encoding: the arguments of `encode_prompt`. With `prompt_embeds`, only the regions are encoded.
-
-        Returns:
-            What `encode_prompt` gives, by the names under which a call takes it, and the regions' own prompts.
-        """
-        with self._reading():
-            values, encoded = self._encode_prompts(self._encoding((), encoding), region_texts(placed))
-            return dict(zip(_EMBEDS, values, strict=False)), make_region_prompts(placed, encoded)
-
-    def _encode_prompts(
-        self, asked: dict[str, Any], more: Sequence[ParsedPrompt] = ()
-    ) -> tuple[tuple[torch.Tensor | None, ...], Any]:
-        """What `encode_prompt` returns, and the embeddings of `more` texts that are encoded on the way."""
-        slots, prompt_embeds = self.encoder_slots, asked["prompt_embeds"]
-        check_prompts(asked, slots)
-        num_images = asked["num_images_per_prompt"]
-        reads_negative = asked["do_classifier_free_guidance"] and asked["negative_prompt_embeds"] is None
-        if asked["negative_prompt"] is None and self.config.get("force_zeros_for_empty_prompt"):  # type: ignore[attr-defined]
-            reads_negative = False  # diffusers takes zeros then, whatever `negative_prompt_2` says
-        with self._reading():
-            # 1. Find the subjects
-            if prompt_embeds is not None and asked["prompt"] is None and reads_negative:
-                for slot in slots:  # one negative prompt for all embeddings
-                    if isinstance(asked[slot.negative_prompt], str):
-                        asked[slot.negative_prompt] = [asked[slot.negative_prompt]] * len(prompt_embeds)
-            given = dict(asked)
-            by_name = self._by_name([given[slot.prompt] for slot in slots])
-            positive = [self._read(given, asked, slot, by_name) if prompt_embeds is None else [] for slot in slots]
-            negative = [self._read(given, asked, slot, None) if reads_negative else [] for slot in slots]
-
-            # 2. Encode what else is wanted, and the prompts with it
-            encoded = None
-            if more:
-                together = asked | {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-                together |= dict.fromkeys(name for name in _EMBEDS if name in asked)
-                for slot in slots:
-                    own = asked[slot.prompt] if prompt_embeds is None else []
-                    if own == "" and slot is not slots[0]:
-                        own = None  # as diffusers takes it: the first encoder's prompt
-                    own = [own] if isinstance(own, str) else own
-                    together[slot.prompt] = None if own is None else [*own, *(text.text for text in more)]
-                embeds, _, *pooled = self._encode(**together)
-                count = len(positive[0])
-                encoded = self.add_subjects(embeds[count:], [more] * len(slots))
-                if count:
-                    of_prompts = zip(("prompt_embeds", "pooled_prompt_embeds"), (embeds, *pooled), strict=False)
-                    asked |= {name: rows[:count] for name, rows in of_prompts if asked[name] is None}
-
-            # 3. Encode the rest, and add the subjects
-            embeds, negative_embeds, *pooled = self._encode(**asked)
-            if negative_embeds is not None:
-                negative_embeds = self.add_subjects(negative_embeds, negative, num_images)
-            return (self.add_subjects(embeds, positive, num_images), negative_embeds, *pooled), encoded
-
-    def _read(
-        self, given: Mapping[str, Any], asked: dict[str, Any], slot: EncoderSlot, by_name: Sequence[bool] | None
-    ) -> list[ParsedPrompt]:
-        """A text encoder's prompts with their subjects found; in `asked`, plain words take the place of names.
-
-        Args:
-            given: the arguments as they came.
-            asked: the arguments as diffusers will get them.
-            slot: the text encoder.
-            by_name: as for `parse_prompts`; None: its negative prompts.
-        """
-        name, first = (slot.negative_prompt, "negative_prompt") if by_name is None else (slot.prompt, "prompt")
-        parsed = self.parse_prompts(given[name] or given[first], slot, by_name)
-        if parsed and given[name]:
-            asked[name] = parsed[0].text if isinstance(given[name], str) else [text.text for text in parsed]
-        return parsed
-
-    def _encoding(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments of `encode_prompt` by name."""
-        base, own = super().encode_prompt, MultiSubjectMixin.encode_prompt  # type: ignore[misc]
-        asked = bind_arguments(base, args, kwargs, own=own, **ENCODING_DEFAULTS)
-        asked["device"] = asked["device"] or self._execution_device
-        return asked
-
-    def _encoding_of_call(self, asked: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-        """The arguments of `encode_prompt` for a call's, with one row per prompt."""
-        names = inspect.signature(super().encode_prompt).parameters  # type: ignore[misc]
-        return {name: asked[name] for name in names if name in asked} | {
-            "device": device,
-            "num_images_per_prompt": 1,
-            "do_classifier_free_guidance": asked["guidance_scale"] > 1 and self.unet.config.time_cond_proj_dim is None,  # type: ignore[attr-defined]
-            "lora_scale": (asked["cross_attention_kwargs"] or {}).get("scale"),
-        }
-
-    def _encode(self, **asked: Any) -> tuple[Any, ...]:
-        """diffusers' own `encode_prompt`."""
-        return super().encode_prompt(**asked)  # type: ignore[misc]
-
-    def place(
-        self,
-        prompts: Mapping[str, str | list[str] | None],
-        layout: Any,
-        color_context: Any,
-        height: int,
-        width: int,
-    ) -> list[PlacedPrompt]:
-        """Text and layout brought together, one per prompt.
-
-        Args:
-            prompts: what the text encoders read, by `EncoderSlot.prompt`; at least `prompt`.
-            layout, color_context, height, width: as in a call.
-        """
-        prompt, slots = prompts["prompt"], self.encoder_slots
-        if prompt is not None and any(slot.tokenizer is None for slot in slots):
-            raise ValueError("`prompt` needs a tokenizer, which the pipeline does not have; load one.")
-        layouts, contexts = per_prompt(layout, prompt, "layout"), per_prompt(color_context, prompt, "color_context")
-        with self._reading():
-            read = [prompts.get(slot.prompt) or prompt for slot in slots]
-            by_name = self._by_name(read)
-            texts = zip(*map(self.parse_prompts, read, slots, [by_name] * len(slots)), strict=True)
-            return [
-                PlacedPrompt(of_prompt)
-                if of_layout is None and layout is not None  # one of several prompts may have none
-                else place_prompt(of_prompt, of_layout, context, height=height, width=width, subjects=self.subjects)
-                for of_prompt, of_layout, context in zip(texts, layouts, contexts, strict=True)
-            ]
-
-    def prepare_regions(self, placed: Sequence[PlacedPrompt], num_tokens: int) -> RegionConditioning | None:
-        """What `region_attention` needs of prompts and their layouts, but for the regions' own prompts; None if no
-        prompt has regions.
-
-        Args:
-            placed: one per prompt.
-            num_tokens: length of the prompt embeddings.
-        """
-        with self._reading():
-            return make_conditioning(
-                placed, [[len(self._tokens(text)) for text in of_prompt.texts] for of_prompt in placed], num_tokens
-            )
-
-    def _tokens(self, text: ParsedPrompt) -> list[int]:
-        return text.tokenizer(self.maybe_convert_prompt(text.text, text.tokenizer)).input_ids  # type: ignore[attr-defined]
+    # --- what diffusers is asked --------------------------------------------------------------------------------------
 
     def _check_inputs(self, asked: Mapping[str, Any]) -> None:
         """diffusers' own checks."""

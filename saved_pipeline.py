@@ -39,6 +39,7 @@ PIPELINE_SIBLINGS = (
     "multisubject_mixin",
     "pictures",
     "placed_prompts",
+    "prompt_encoder",
     "recurrence",
     "region_attention",
     "residual_embeddings",

@@ -94,8 +94,7 @@ class ParsedPrompt:
         if not named and not words:
             raise ValueError(_missing(phrase, self.text, [mention.subject for mention in self.mentions]))
         if occurrence is None:
-            mentioned = [Place(mention.phrase, mention.span) for mention in self.mentions]
-            places = named or [place for place in words if place not in mentioned] or words
+            places = self._meant(named, words)
             if len(places) > 1:
                 raise ValueError(
                     f"phrase {phrase!r} is ambiguous: it stands {len(places)} times in the prompt {self.text!r}. Say "
@@ -115,9 +114,7 @@ class ParsedPrompt:
 
     def find_all(self, phrase: str) -> list[Place]:
         """Every place that `find` would choose from, in reading order, but for those that are cut off; perhaps none."""
-        named, words = self._find_all(phrase)
-        mentioned = [Place(mention.phrase, mention.span) for mention in self.mentions]
-        places = named or [place for place in words if place not in mentioned] or words
+        places = self._meant(*self._find_all(phrase))
         return [place for place in places if place.span.stop < self.tokenizer.model_max_length]
 
     def _find_all(self, phrase: str) -> tuple[list[Place], list[Place]]:
@@ -133,6 +130,11 @@ class ParsedPrompt:
             # of a textual inversion
             named = list(_iterate_places(self.tokenizer, self.text, f"<{name}>"))
         return named, self._find_words(name)
+
+    def _meant(self, named: list[Place], words: list[Place]) -> list[Place]:
+        """Without `occurrence`: where the subject stands, or else words that no subject stands for, or else any."""
+        mentioned = [Place(mention.phrase, mention.span) for mention in self.mentions]
+        return named or [place for place in words if place not in mentioned] or words
 
     def _find_words(self, phrase: str) -> list[Place]:
         """Where the words of a phrase stand: of `red <rex>`, where the text has `red dog` and that dog is rex."""

@@ -1,21 +1,28 @@
-"""On a CUDA GPU, where there is one: half precision, offloading, and training, held against the CPU or the judge."""
+"""On a CUDA GPU, where there is one: half precision, offloading, and training, held against the CPU or the judge.
+
+What needs no judge runs with the embedded base and with one of Stable Diffusion XL's shape and of random weights.
+"""
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import EMBED_DIM, EMBED_DIM_2, make_components, make_pipeline
 from PIL import Image
 
 from multisubject.generation.picture_files import read_settings
 from multisubject.guidance_methods import GUIDANCE_METHODS
-from multisubject.hub_utils import load_subject
+from multisubject.hub_utils import load_subject, save_subject
+from multisubject.residual_embeddings import ResidualEmbedding
 from multisubject.tiny_world.judge import Judge
 from multisubject.tiny_world.scenes import World
 from multisubject.tiny_world.subjects import SUBJECTS, save_training_pictures
@@ -30,15 +37,61 @@ PROMPT = "a photo of a <petrucci> and a <majesty> on the beach"
 LAYOUT = {"petrucci": (0.0, 0.1, 0.45, 1.0), "majesty": (0.5, 0.2, 1.0, 0.95)}
 
 
-def load(base_path: str, dtype: torch.dtype) -> Any:
-    """The embedded base with the two subjects of `PROMPT`, on the CPU."""
-    from multisubject.pipeline_multisubject import MultiSubjectPipeline
+@dataclass(frozen=True)
+class Base:
+    """A base model, on disk.
 
-    pipe = MultiSubjectPipeline.from_pretrained(base_path, dtype=dtype)
-    pipe.set_progress_bar_config(disable=True)
-    for name in LAYOUT:
-        pipe.load_subject(str(ROOT / "embeddings" / f"{name}.safetensors"), name=name)
-    return pipe
+    Args:
+        path: its folder.
+        is_xl: whether it is of Stable Diffusion XL's shape.
+        subjects: the names of `PROMPT` -> files of subjects for this base.
+    """
+
+    path: str
+    is_xl: bool
+    subjects: dict[str, str]
+
+    def load(self, dtype: torch.dtype, subjects: dict[str, str] | None = None) -> Any:
+        """The pipeline, with its own or other subjects, on the CPU."""
+        from multisubject.pipeline_multisubject import MultiSubjectPipeline
+        from multisubject.pipeline_multisubject_xl import MultiSubjectXLPipeline
+
+        pipe = (MultiSubjectXLPipeline if self.is_xl else MultiSubjectPipeline).from_pretrained(self.path, dtype=dtype)
+        pipe.set_progress_bar_config(disable=True)
+        for name, file in (self.subjects if subjects is None else subjects).items():
+            pipe.load_subject(file, name=name)
+        return pipe
+
+
+@pytest.fixture(scope="module")
+def embedded_base(base_path: str) -> Base:
+    return Base(base_path, False, {name: str(ROOT / "embeddings" / f"{name}.safetensors") for name in LAYOUT})
+
+
+@pytest.fixture(scope="module")
+def random_xl_base(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Base:
+    """Random weights hardly listen to the prompt: cross-attention is made as strong as it is in trained ones, so that
+    what guidance changes is well above rounding."""
+    folder = tmp_path_factory.mktemp("random_xl")
+    components = make_components(tokenizer, "xl")
+    for name, module in components["unet"].named_modules():
+        if name.endswith("attn2"):
+            for projection in (module.to_q, module.to_k, module.to_v):
+                projection.weight *= 4
+    make_pipeline(components).save_pretrained(folder)
+    generator = torch.Generator().manual_seed(0)
+    widths, subjects = {"text_encoder": EMBED_DIM, "text_encoder_2": EMBED_DIM_2}, {}
+    for name, phrase in (("petrucci", "person"), ("majesty", "guitar")):
+        deltas = {encoder: torch.randn(1, width, generator=generator) for encoder, width in widths.items()}
+        subjects[name] = str(folder / f"{name}.safetensors")
+        save_subject(ResidualEmbedding(phrase, deltas), subjects[name])
+    return Base(str(folder), True, subjects)
+
+
+@pytest.fixture(params=["embedded_base", "random_xl_base"])
+def base(request: pytest.FixtureRequest) -> Any:
+    """A base of each architecture."""
+    return request.getfixturevalue(request.param)
 
 
 def draw(pipe: Any, count: int = 1, **settings: Any) -> list[Image.Image]:
@@ -53,26 +106,27 @@ def difference(one: Image.Image, other: Image.Image) -> float:
 
 
 @pytest.mark.parametrize("method", sorted(GUIDANCE_METHODS))
-def test_pictures_of_the_gpu_are_those_of_the_cpu(base_path: str, method: str) -> None:
+def test_pictures_of_the_gpu_are_those_of_the_cpu(base: Base, method: str) -> None:
     """The noise is given: drawn in another precision, from one seed, it may be other noise (before torch 2.13)."""
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
-    (expected,) = draw(load(base_path, torch.float32), guidance_method=method, latents=latents)
-    (plain,) = draw(load(base_path, torch.float32), guidance_steps=0, latents=latents)
+    (expected,) = draw(base.load(torch.float32), guidance_method=method, latents=latents)
+    (plain,) = draw(base.load(torch.float32), guidance_steps=0, latents=latents)
     changed = difference(expected, plain)
     for dtype, most in ((torch.float32, 0.05), (torch.float16, 0.2), (torch.bfloat16, 0.6)):
-        (found,) = draw(load(base_path, dtype).to("cuda"), guidance_method=method, latents=latents.to(dtype))
+        (found,) = draw(base.load(dtype).to("cuda"), guidance_method=method, latents=latents.to(dtype))
         assert difference(found, expected) < most * changed, dtype
 
 
-def test_prompts_are_encoded_on_the_gpu(base_path: str) -> None:
-    expected, negative = load(base_path, torch.float32).encode_prompt(PROMPT)
-    found = load(base_path, torch.float32).to("cuda").encode_prompt(PROMPT)
-    assert [embeds.device.type for embeds in found] == ["cuda", "cuda"]
-    torch.testing.assert_close([embeds.cpu() for embeds in found], [expected, negative], atol=1e-3, rtol=1e-3)
+def test_prompts_are_encoded_on_the_gpu(base: Base) -> None:
+    expected = base.load(torch.float32).encode_prompt(PROMPT)
+    found = base.load(torch.float32).to("cuda").encode_prompt(PROMPT)
+    assert len(found) == len(expected) == (4 if base.is_xl else 2)  # XL: also the pooled ones
+    assert {embeds.device.type for embeds in found} == {"cuda"}
+    torch.testing.assert_close([embeds.cpu() for embeds in found], [*expected], atol=1e-3, rtol=1e-3)
 
 
-def test_half_precision_keeps_every_subject_in_its_place(base_path: str) -> None:
-    pictures = draw(load(base_path, torch.float16).to("cuda"), count=24)
+def test_half_precision_keeps_every_subject_in_its_place(embedded_base: Base) -> None:
+    pictures = draw(embedded_base.load(torch.float16).to("cuda"), count=24)
     judge = Judge.load()
     for name, box in LAYOUT.items():
         verdicts = judge.classify(pictures, [box] * len(pictures))
@@ -81,17 +135,18 @@ def test_half_precision_keeps_every_subject_in_its_place(base_path: str) -> None
 
 
 @pytest.mark.parametrize("way", ["model", "sequential"])
-def test_offloaded_models_draw_the_same_picture(base_path: str, way: str) -> None:
-    (expected,) = draw(load(base_path, torch.float16).to("cuda"))
-    pipe = load(base_path, torch.float16)
+def test_offloaded_models_draw_the_same_picture(base: Base, way: str) -> None:
+    (expected,) = draw(base.load(torch.float16).to("cuda"))
+    pipe = base.load(torch.float16)
     {"model": pipe.enable_model_cpu_offload, "sequential": pipe.enable_sequential_cpu_offload}[way]()
     (found,) = draw(pipe)
     assert difference(found, expected) < 1.0
 
 
-def test_compiled_unet_draws_the_same_picture(base_path: str) -> None:
-    (expected,) = draw(load(base_path, torch.float32).to("cuda"))
-    pipe = load(base_path, torch.float32).to("cuda")
+def test_compiled_unet_draws_the_same_picture(base: Base) -> None:
+    torch._dynamo.reset()  # what the other architecture left
+    (expected,) = draw(base.load(torch.float32).to("cuda"))
+    pipe = base.load(torch.float32).to("cuda")
     pipe.unet.compile(fullgraph=True)
     (found,) = draw(pipe)
     assert difference(found, expected) < 3.0
@@ -116,13 +171,9 @@ def train(folder: Path, *flags: str) -> dict[str, Any]:
     return {"losses": [float(row.split(",")[1]) for row in rows], "adapter": folder / "comet" / "comet.safetensors"}
 
 
-def recognised(base_path: str, adapter: Path) -> int:
+def recognised(base: Base, adapter: Path) -> int:
     """In how many of 24 pictures the judge sees comet."""
-    from multisubject.pipeline_multisubject import MultiSubjectPipeline
-
-    pipe = MultiSubjectPipeline.from_pretrained(base_path, dtype=torch.float16).to("cuda")
-    pipe.set_progress_bar_config(disable=True)
-    pipe.load_subject(str(adapter), name="comet")
+    pipe = base.load(torch.float16, {"comet": str(adapter)}).to("cuda")
     generators = [torch.Generator().manual_seed(seed) for seed in range(24)]
     pictures = pipe(
         ["a picture of my <comet> in the snow"] * 24, generator=generators, num_inference_steps=20, guidance_scale=3.0
@@ -131,9 +182,27 @@ def recognised(base_path: str, adapter: Path) -> int:
 
 
 @pytest.mark.parametrize("precision", ["no", "fp16", "bf16"])
-def test_a_subject_is_learnt_in_every_precision(base_path: str, tmp_path: Path, precision: str) -> None:
+def test_a_subject_is_learnt_in_every_precision(embedded_base: Base, tmp_path: Path, precision: str) -> None:
     run = train(tmp_path, f"--mixed_precision={precision}", "--max_train_steps=150")
-    assert recognised(base_path, run["adapter"]) >= 18
+    assert recognised(embedded_base, run["adapter"]) >= 18
+
+
+@pytest.mark.parametrize("precision", ["no", "fp16", "bf16"])
+def test_a_subject_of_xl_is_learnt_in_every_precision(random_xl_base: Base, tmp_path: Path, precision: str) -> None:
+    """By a base of random weights there is nothing to recognise: the losses are numbers, and the pipeline draws it."""
+    flags = (f"--mixed_precision={precision}", f"--pretrained_model_name_or_path={random_xl_base.path}")
+    run = train(tmp_path, *flags, "--max_train_steps=4")
+    assert len(run["losses"]) == 4 and np.isfinite(run["losses"]).all()
+    learnt = load_subject(run["adapter"])["comet"].deltas
+    assert [delta.shape for delta in learnt.values()] == [(1, EMBED_DIM), (1, EMBED_DIM_2)]
+    assert all(delta.isfinite().all() and delta.any() for delta in learnt.values())
+    pipe = random_xl_base.load(torch.float16, {"comet": str(run["adapter"])}).to("cuda")
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1)).half()
+    pictures = []
+    for active in ([], ["comet"]):
+        pipe.set_subjects(active)
+        pictures += pipe("a photo of a ball", latents=latents).images
+    assert difference(*pictures) > 1.0
 
 
 @pytest.mark.parametrize(
@@ -154,10 +223,10 @@ def test_loss_falls_with_every_method(tmp_path: Path, flags: tuple[str, ...]) ->
     assert np.mean(losses[-20:]) < np.mean(losses[:20])
 
 
-def test_prodigy_finds_its_rate(base_path: str, tmp_path: Path) -> None:
+def test_prodigy_finds_its_rate(embedded_base: Base, tmp_path: Path) -> None:
     pytest.importorskip("prodigyopt")
     flags = ("--optimizer=prodigy", "--learning_rate=1", "--lr_scheduler=constant", "--mixed_precision=bf16")
-    assert recognised(base_path, train(tmp_path, *flags, "--max_train_steps=300")["adapter"]) >= 18
+    assert recognised(embedded_base, train(tmp_path, *flags, "--max_train_steps=300")["adapter"]) >= 18
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
@@ -177,9 +246,11 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * float(expected.std()))
 
 
-def test_commands_use_the_gpu(tmp_path: Path) -> None:
+def test_commands_use_the_gpu(base: Base, tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps([{"prompt": PROMPT, "residual_dict": base.subjects, "layout": LAYOUT}]))
     command = [sys.executable, "-m", "multisubject.generate_images", "--output_dir", str(tmp_path)]
-    command += ["--generation_config", str(ROOT / "configs" / "guidance_conf_two.json"), "--num_images", "2"]
+    command += ["--generation_config", str(config), "--pretrained_model_name", base.path, "--num_images", "2"]
     done = subprocess.run([*command, "--num_inference_steps", "10"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     pictures = sorted(tmp_path.rglob("[0-9]*.png"))

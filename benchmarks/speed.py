@@ -81,8 +81,9 @@ def text_widths(model: str, width: int = 320) -> tuple[int, ...]:
     return tuple(columns * width // 320 for columns in ((768,) if model == "sd15" else (768, 1280)))
 
 
-def random_pipeline(model: str, width: int, latent_size: int) -> Any:
-    """diffusers' own pipeline around `random_unet`; text encoders and VAE, which both calls share, are stubs."""
+def random_pipeline(model: str, width: int, latent_size: int, device: str = "cpu") -> Any:
+    """diffusers' own pipeline around `random_unet`, whose weights are drawn on `device`; text encoders and VAE, which
+    both calls share, are stubs."""
     tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED_BASE / "tokenizer")
 
     def text_config(columns: int) -> CLIPTextConfig:
@@ -100,8 +101,10 @@ def random_pipeline(model: str, width: int, latent_size: int) -> Any:
 
     first, *second = map(text_config, text_widths(model, width))
     noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    with torch.device(device):
+        unet = random_unet(model, width, latent_size)
     components: dict[str, Any] = {
-        "unet": random_unet(model, width, latent_size),
+        "unet": unet,
         "vae": AutoencoderKL(
             block_out_channels=(8,) * 4,
             down_block_types=("DownEncoderBlock2D",) * 4,
@@ -225,7 +228,7 @@ def main() -> None:
     bases = {
         "embedded": ("embedded base", lambda: StableDiffusionPipeline.from_pretrained(EMBEDDED_BASE)),
         "sd15": ("SD 1.5's UNet", lambda: random_pipeline("sd15", 320, args.sd15_latents)),
-        "sdxl": ("SDXL's UNet", lambda: random_pipeline("sdxl", 320, args.sdxl_latents or 128)),
+        "sdxl": ("SDXL's UNet", lambda: random_pipeline("sdxl", 320, args.sdxl_latents or 128, args.device)),
         "sdxl-tiny": (
             "SDXL's structure, a tenth as wide",
             lambda: random_pipeline("sdxl", 32, args.sdxl_latents or 32),

@@ -6,15 +6,18 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
 from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel
 
+from multisubject.tests.conftest import EMBED_DIM, assert_equal_up_to_rounding
 from multisubject.tests.two_processes import run_in_two_processes
+from multisubject.tiny_world.recipe import _draw_scenes, stratified
 from multisubject.tiny_world.scenes import World
-from multisubject.tiny_world.train_base import _draw_scenes
 from multisubject.tiny_world.training import Schedule, step_generator, train
 
 SCRIPT = Path(__file__).parent.parent / "tiny_world" / "train_base.py"
@@ -120,36 +123,51 @@ def test_learning_rate_warms_up_and_decays():
     assert late.learning_rate_at(69) == 1.0 and late.learning_rate_at(99) < 0.02
 
 
+LOOP = {"steps": 3, "batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 1, "seed": 2, "checkpoint_every": 2}
+ENCODER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+UNET = {
+    "block_out_channels": [8, 16],
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "layers_per_block": 1,
+    "attention_head_dim": 2,
+    "norm_num_groups": 4,
+}
 SMALL = {
     "world": {"image_size": 32},
     "data": {"scenes": 12, "captions_per_scene": 2, "seed": 1},
     "vae": {
-        **{"steps": 3, "batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 1, "seed": 2, "checkpoint_every": 2},
-        **{"compile": False, "edge_weight": 0.5, "kl_weight": 1e-3},
+        **LOOP,
+        **{"edge_weight": 0.5, "kl_weight": 1e-3},
         "network": {"block_out_channels": [8, 8], "layers_per_block": 1, "norm_num_groups": 4},
     },
-    "text_encoder": {
-        **{"steps": 3, "batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 1, "seed": 3, "checkpoint_every": 2},
-        "network": {
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-        },
+    "decoder": {
+        **LOOP,
+        **{"edge_weight": 0.5, "feature_weight": 0.1, "adversarial_weight": 0.1, "discriminator": {"channels": [8, 8]}},
     },
+    "text_encoder": {**LOOP, "networks": {"text_encoder": ENCODER}},
     "diffusion": {
-        **{"steps": 3, "batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 1, "seed": 3, "checkpoint_every": 2},
-        **{"compile": False, "caption_dropout": 0.1, "condensed_captions": 0.5, "snr_gamma": 5.0},
-        "unet": {
-            "block_out_channels": [8, 16],
-            "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-            "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-            "layers_per_block": 1,
-            "attention_head_dim": 2,
-            "norm_num_groups": 4,
-        },
+        **LOOP,
+        **{"compile": False, "caption_dropout": 0.1, "condensed_captions": 0.5, "snr_gamma": 5.0, "unet": UNET},
     },
 }
+SMALL_XL = {
+    "inherits": "recipe.yaml",
+    "text_encoder": {
+        **LOOP,
+        "networks": {
+            "text_encoder": {**ENCODER, "num_hidden_layers": 2},
+            "text_encoder_2": {**ENCODER, "num_hidden_layers": 2, "hidden_size": 24, "projection_dim": 8},
+        },
+    },
+    "diffusion": {**SMALL["diffusion"], "unet": {**UNET, "addition_time_embed_dim": 8}},
+}
+
+
+def run(stage, folder, *flags):
+    from multisubject.tiny_world.train_base import main
+
+    return main([stage, "--recipe", str(folder / "recipe.yaml"), "--runs", str(folder / "runs"), *map(str, flags)])
 
 
 @pytest.fixture(scope="module")
@@ -160,12 +178,21 @@ def small_base(tmp_path_factory):
     arguments = ["--recipe", str(folder / "recipe.yaml"), "--runs", str(folder / "runs")]
     ranks = run_in_two_processes(str(SCRIPT), "vae", *arguments)
     assert [rank.code for rank in ranks] == [0, 0], ranks
-    from multisubject.tiny_world.train_base import main
-
-    main(["text_encoder", *arguments])
-    main(["diffusion", *arguments])
-    main(["export", *arguments, "--output", str(folder / "model")])
+    for stage in ("decoder", "text_encoder", "diffusion"):
+        run(stage, folder)
+    run("export", folder, "--output", folder / "model")
     return folder
+
+
+@pytest.fixture(scope="module")
+def small_xl_base(small_base):
+    """A base of XL's kind made from the other one."""
+    (small_base / "recipe_xl.yaml").write_text(yaml.safe_dump(SMALL_XL))
+    flags = ["--recipe", small_base / "recipe_xl.yaml", "--runs", small_base / "runs_xl"]
+    for stage in ("vae", "text_encoder", "diffusion"):
+        run(stage, small_base, *flags, "--scenes", small_base / "runs", "--start_from", small_base / "model")
+    run("export", small_base, *flags, "--output", small_base / "model_xl")
+    return small_base / "model_xl"
 
 
 def test_recipe_makes_a_model_that_plain_diffusers_reads(small_base):
@@ -204,9 +231,7 @@ def test_training_goes_on_from_an_exported_model(small_base, tmp_path):
     assert all(torch.equal(before[key].float(), after[key].float()) for key in before)
     for file in ("text_encoder/model.safetensors", f"unet/{name}"):
         before, after = load_file(model / file), load_file(tmp_path / file)
-        # Rows of the vocabulary may have moved: the tokenizer is made anew and its words are matched.
-        kept = [key for key in before if "token_embedding" not in key]
-        drift = max((before[key].float() - after[key]).abs().max().item() for key in kept)
+        drift = max((before[key].float() - after[key]).abs().max().item() for key in before)
         assert 0 < drift < 0.02  # three steps away from where it began, not from random weights
 
 
@@ -226,6 +251,9 @@ def test_unknown_settings_in_the_recipe_are_refused(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({**SMALL, "world": {"image_sise": 32}}))
     with pytest.raises(ValueError, match="image_sise"):
+        main(["vae", "--recipe", str(recipe), "--runs", str(tmp_path)])
+    recipe.write_text(yaml.safe_dump({**SMALL, "text_encoder": {**LOOP, "networks": {"encoder": ENCODER}}}))
+    with pytest.raises(ValueError, match=r"networks \['encoder'\]; expected text_encoder, and text_encoder_2"):
         main(["vae", "--recipe", str(recipe), "--runs", str(tmp_path)])
     for section, wrong in (("diffusion", "ema_deacy"), ("data", "seeed"), ("text_encoder", "warmup_step")):
         recipe.write_text(yaml.safe_dump({**SMALL, section: {**SMALL[section], wrong: 1}}))
@@ -281,15 +309,17 @@ def test_condensed_caption_moves_looks_into_nouns_and_leaves_the_rest_bare(token
     from multisubject.tiny_world.base_losses import DiffusionLoss
     from multisubject.tiny_world.scenes import ADJECTIVES, CATEGORIES
     from multisubject.tiny_world.words import tokenize, word_ids
+    from multisubject.training.models import TextEncoders
 
     text_encoder = copy.deepcopy(tiny_components["sd1"]["text_encoder"])
     words = word_ids(tokenizer, ADJECTIVES), word_ids(tokenizer, CATEGORIES)
-    loss = DiffusionLoss(text_encoder, nn.Identity(), 5.0, *words)
+    loss = DiffusionLoss(TextEncoders({"text_encoder": text_encoder}), nn.Identity(), 5.0, *words)
     full, bare = (
         tokenize(tokenizer, [caption]).long()
         for caption in ("a yellow trimmed blue fine orange striped person and my red ball", "a person and my ball")
     )
-    condensed = loss.embed(full.repeat(2, 1), torch.tensor([True, False]))
+    condensed, pooled = loss.embed(full.repeat(2, 1), torch.tensor([True, False]), torch.ones(2, 1, dtype=torch.bool))
+    assert pooled is None
     whole, plain = text_encoder(full)[0][0], text_encoder(bare)[0][0]
     torch.testing.assert_close(condensed[1], whole)
     expected = plain.clone()
@@ -311,3 +341,156 @@ def test_diffusion_stage_names_the_stage_that_comes_first(tmp_path):
     recipe.write_text(yaml.safe_dump(SMALL))
     with pytest.raises(FileNotFoundError, match="vae"):
         main(["diffusion", "--recipe", str(recipe), "--runs", str(tmp_path)])
+    with pytest.raises(FileNotFoundError, match="decoder"):
+        (tmp_path / "text_encoder").mkdir()
+        CLIPTextModel(CLIPTextConfig(vocab_size=9, **ENCODER)).save_pretrained(tmp_path / "text_encoder")
+        main(["export", "--recipe", str(recipe), "--runs", str(tmp_path), "--output", str(tmp_path / "model")])
+
+
+def test_decoder_stage_leaves_the_latents_as_they_are(small_base):
+    from safetensors.torch import load_file
+
+    name = "diffusion_pytorch_model.safetensors"
+    before, after = (load_file(small_base / "runs" / stage / name) for stage in ("vae", "decoder"))
+    changed = {key.split(".")[0] for key in before if not torch.equal(before[key], after[key])}
+    assert changed == {"decoder", "post_quant_conv"}
+
+
+def test_discriminator_learns_and_the_decoder_follows_it():
+    """One step has both gradients: the discriminator's tell drawn from decoded, the decoder's please it."""
+    from diffusers import AutoencoderKL
+
+    from multisubject.tiny_world.base_losses import DecoderLoss, PatchDiscriminator
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4, mid_block_add_attention=False)
+    batch = {"pixels": torch.randint(0, 256, (2, 3, 16, 16)).byte(), "noise": torch.randn(2, 4, 16, 16)}
+
+    def gradients(adversarial_weight):
+        discriminator = PatchDiscriminator([8, 8])
+        discriminator.load_state_dict(weights)
+        loss = DecoderLoss(vae, discriminator, 0.5, 0.1, adversarial_weight)
+        vae.zero_grad()
+        loss(**batch)["loss"].backward()
+        return vae.decoder.conv_out.weight.grad.clone(), discriminator.head.weight.grad.clone()
+
+    weights = PatchDiscriminator([8, 8]).state_dict()
+    (alone, judged), (pleasing, judged_again) = gradients(0.0), gradients(0.5)
+    torch.testing.assert_close(judged, judged_again)  # the decoder's wish does not move the discriminator
+    assert judged.abs().max() > 0 and vae.encoder.conv_in.weight.grad is None
+    # Half as strong as what it is added to.
+    torch.testing.assert_close((pleasing - alone).norm() / alone.norm(), torch.tensor(0.5), atol=0.01, rtol=0)
+
+
+def test_autoencoder_of_larger_pictures_learns_an_earlier_ones_latents(small_base, tmp_path):
+    from diffusers import AutoencoderKL
+
+    larger = {**SMALL, "world": {"image_size": 64}}
+    larger["vae"] = {**larger["vae"], "steps": 30, "learning_rate": 3e-3, "ema_decay": 0.5}
+    larger["vae"]["network"] = {**larger["vae"]["network"], "block_out_channels": [8, 8, 8]}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(larger))
+    earlier = AutoencoderKL.from_pretrained(small_base / "model" / "vae").float()
+    run("vae", tmp_path, "--start_from", small_base / "model")
+    found = AutoencoderKL.from_pretrained(tmp_path / "runs" / "vae")
+    assert found.config.scaling_factor == earlier.config.scaling_factor and found.config.sample_size == 64
+    pixels = torch.from_numpy(np.load(tmp_path / "runs" / "scenes.npy")).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.inference_mode():
+        wanted = earlier.encode(nn.functional.interpolate(pixels, size=(32, 32), mode="area")).latent_dist.mean
+        ours = found.encode(pixels).latent_dist.mean
+    assert ours.shape == wanted.shape
+    assert (ours - wanted).square().mean() < 0.6 * wanted.var()  # a random encoder is at 1 and more
+
+
+def test_base_of_xl_is_made_from_the_other_one(small_base, small_xl_base):
+    from diffusers import StableDiffusionXLPipeline
+
+    pipe = StableDiffusionXLPipeline.from_pretrained(small_xl_base)
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe("a photo of a red ball", num_inference_steps=2).images[0]
+    assert image.size == (32, 32) and pipe.config.force_zeros_for_empty_prompt
+    assert type(pipe.scheduler).__name__ == "EulerDiscreteScheduler"
+    assert pipe.unet.config.cross_attention_dim == 16 + 24
+
+
+def test_a_unet_moved_over_gives_the_same_pictures(small_base):
+    """Whatever the second encoder, the pooled embedding and the sizes say."""
+    from diffusers import UNet2DConditionModel
+
+    from multisubject.tiny_world.recipe import Recipe
+    from multisubject.tiny_world.train_base import Job, load_earlier_unet, make_text_encoders, make_unet
+    from multisubject.tiny_world.words import make_tokenizer
+
+    recipe = Recipe.load(small_base / "recipe.yaml")
+    (small_base / "moved.yaml").write_text(yaml.safe_dump(SMALL_XL))
+    recipe_xl = Recipe.load(small_base / "moved.yaml")
+    assert recipe_xl.world == recipe.world and recipe_xl.is_xl and not recipe.is_xl
+    tokenizer = make_tokenizer(small_base / "runs" / "tokenizer")
+    encoders = make_text_encoders(Job(recipe_xl, small_base, small_base, None), tokenizer)
+    old = UNet2DConditionModel.from_pretrained(small_base / "model" / "unet").float()
+    new = make_unet(recipe_xl, encoders, 16)
+    load_earlier_unet(new, small_base / "model")
+    latents, embeds, times = torch.randn(2, 4, 16, 16), torch.randn(2, 77, 40), torch.tensor([3, 700])
+    added = {"text_embeds": torch.randn(2, 8), "time_ids": torch.rand(2, 6) * 64}
+    with torch.inference_mode():
+        expected = old(latents, times, embeds[..., :16]).sample
+        found = new(latents, times, embeds, added_cond_kwargs=added).sample
+    assert_equal_up_to_rounding(found, expected)
+    other = make_unet(Recipe.load(small_base / "moved.yaml"), encoders, 16)
+    wider = UNet2DConditionModel.from_config({**other.config, "block_out_channels": [16, 16]})
+    with pytest.raises(ValueError, match=r"expected a model of the same `diffusion\.unet`"):
+        load_earlier_unet(wider, small_base / "model")
+
+
+def test_each_of_two_encoders_sometimes_says_all(small_base):
+    from multisubject.tiny_world.recipe import Recipe
+    from multisubject.tiny_world.train_base import draw_conditions
+
+    (small_base / "drawn.yaml").write_text(yaml.safe_dump(SMALL_XL))
+    recipe = Recipe.load(small_base / "drawn.yaml")
+    captioned = torch.arange(3000) >= 300
+    drawn = draw_conditions(recipe, 2, captioned, step_generator(0, 0))
+    kinds = drawn["carrying"][captioned].float() @ torch.tensor([1.0, 2.0])
+    for kind in (1, 2, 3):
+        assert (kinds == kind).float().mean() == pytest.approx(1 / 3, abs=0.04)
+    zero = ~drawn["carrying"][~captioned]
+    assert torch.equal(zero[:, 0], zero[:, 1]) and zero.float().mean() == pytest.approx(0.5, abs=0.1)
+    assert not drawn["condensed"][~captioned].any()
+    assert drawn["condensed"][captioned].float().mean() == pytest.approx(0.5, abs=0.04)
+    sizes, crops, targets = drawn["time_ids"].split(2, dim=1)
+    assert sizes.min() >= 8 and sizes.max() <= 128 and (targets == 32).all()
+    assert crops.max() <= 32 and (crops == 0).all(dim=1).float().mean() == pytest.approx(0.5, abs=0.1)
+    assert set(draw_conditions(recipe, 1, captioned, step_generator(0, 0))) == {"condensed", "carrying"}
+
+
+def test_condensed_caption_of_two_encoders(tokenizer, tiny_components):
+    """Where one encoder alone carries, the other's nouns are bare, or all of its columns zero; the pooled embedding
+    never says more than the text does."""
+    from multisubject.tiny_world.base_losses import DiffusionLoss
+    from multisubject.tiny_world.scenes import ADJECTIVES, CATEGORIES
+    from multisubject.tiny_world.words import tokenize, word_ids
+    from multisubject.training.models import TextEncoders
+
+    parts = tiny_components["xl"]
+    encoders = TextEncoders({name: copy.deepcopy(parts[name]) for name in ("text_encoder", "text_encoder_2")})
+    words = word_ids(tokenizer, ADJECTIVES), word_ids(tokenizer, CATEGORIES)
+    loss = DiffusionLoss(encoders, nn.Identity(), 5.0, *words)
+    full, bare = (
+        tokenize(tokenizer, [caption]).long() for caption in ("a red striped person and a dog", "a person and a dog")
+    )
+    condensed = torch.tensor([True, True, False, False])
+    carrying = torch.tensor([[True, False], [False, True], [True, False], [False, False]])
+    embeds, pooled = loss.embed(full.repeat(4, 1), condensed, carrying)
+    (whole, _), (plain, plain_pooled) = (encoders(ids[:, None].expand(-1, 2, -1)) for ids in (full, bare))
+    first, second = slice(0, EMBED_DIM), slice(EMBED_DIM, None)
+    torch.testing.assert_close(embeds[0, 2, first], whole[0, 4, first])
+    torch.testing.assert_close(embeds[0, 2, second], plain[0, 2, second])
+    torch.testing.assert_close(embeds[1, 2, first], plain[0, 2, first])
+    torch.testing.assert_close(embeds[1, 2, second], whole[0, 4, second])
+    torch.testing.assert_close(embeds[2, :, first], whole[0, :, first])
+    assert not embeds[2, :, second].any() and not embeds[3].any() and not pooled[2:].any()
+    torch.testing.assert_close(pooled[:2], plain_pooled.expand(2, -1))
+
+
+def test_stratified_timesteps_cover_all_noise_levels():
+    steps = stratified(1000, 20, step_generator(0, 0)).sort().values
+    assert (steps // 50).tolist() == list(range(20))

@@ -1,8 +1,8 @@
 """One training loop for every network of the embedded world: seeded, resumable, on one or several processes.
 
-All randomness of step `k` comes from a generator seeded by `(seed, k)` and drawn for the whole batch before it is split
-over the processes. A resumed run therefore repeats an uninterrupted one exactly, and two processes compute what one
-process with the whole batch computes, up to the order of floating-point sums.
+All randomness of step `k` comes from a generator seeded by `(seed, k)`, on the device that trains, and drawn for the
+whole batch before it is split over the processes. A resumed run therefore repeats an uninterrupted one exactly, and two
+processes compute what one process with the whole batch computes, up to the order of floating-point sums.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -23,6 +23,8 @@ from multisubject.training.devices import cpu_has_bfloat16
 from multisubject.training.stopping import StopRequest
 
 Batch = dict[str, torch.Tensor]
+
+SHOWN_EVERY = 10  # steps
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,14 @@ class Schedule:
         return min(self.ema_decay, (1 + step) / (10 + step))
 
 
-def step_generator(seed: int, step: int) -> torch.Generator:
+def process_state() -> PartialState:
+    """Who we are among several processes. Without `cpu=True` two CPU processes would each believe to be alone."""
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+def step_generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
     """The source of all randomness of one step."""
-    return torch.Generator().manual_seed((seed << 32) + step)
+    return torch.Generator(device).manual_seed((seed << 32) + step)
 
 
 def train(
@@ -70,7 +77,8 @@ def train(
 
     Args:
         model: `model(**batch)` returns a dict of scalars of which `loss` is minimised and the rest is shown.
-        draw_batch: `(generator, batch_size)` -> tensors on the CPU whose first dimension is the whole batch.
+        draw_batch: `(generator, batch_size)` -> tensors whose first dimension is the whole batch. The generator is on
+            the device that trains.
         checkpoint: file with step, precision, weights, average and optimiser state, written every `checkpoint_every`
             steps and on SIGINT or SIGTERM.
 
@@ -99,6 +107,7 @@ def train(
         optimizer.load_state_dict(state["optimizer"])
         average = {name: value.to(accelerator.device) for name, value in state["average"].items()}
         accelerator.print(f"{description}: resumed at step {start} from {checkpoint}")
+    torch.backends.cudnn.benchmark = True  # shapes stay the same
     parallel, optimizer = accelerator.prepare(model, optimizer)
     parallel.train()
 
@@ -127,12 +136,12 @@ def train(
         disable=not accelerator.is_local_main_process,
         mininterval=1.0,
     )
-    shown: dict[str, float] = {}
+    shown: dict[str, torch.Tensor] = {}
     with StopRequest() as stop:
         for step in progress:
             for group in optimizer.param_groups:
                 group["lr"] = schedule.learning_rate_at(step)
-            batch = draw_batch(step_generator(schedule.seed, step), schedule.batch_size)
+            batch = draw_batch(step_generator(schedule.seed, step, accelerator.device), schedule.batch_size)
             batch = {key: value[mine].to(accelerator.device) for key, value in batch.items()}
             with accelerator.autocast():
                 measures = parallel(**batch)
@@ -145,8 +154,10 @@ def train(
                 list(average.values()), [parameters[name].detach() for name in average], weight=1 - decay
             )
             for key, value in measures.items():
-                shown[key] = 0.98 * shown.get(key, value.item()) + 0.02 * value.item()
-            progress.set_postfix({key: f"{value:.4f}" for key, value in shown.items()}, refresh=False)
+                value = value.detach().clone()  # a compiled step reuses the memory
+                shown[key] = value if key not in shown else shown[key].lerp(value, 0.02)
+            if step % SHOWN_EVERY == 0 or step + 1 == schedule.steps:  # reading them waits for the GPU
+                progress.set_postfix({key: f"{value.item():.4f}" for key, value in shown.items()}, refresh=False)
             interrupted = bool(stop.agreed(accelerator))
             if interrupted or (step + 1) % schedule.checkpoint_every == 0 or step + 1 == schedule.steps:
                 save(step + 1)

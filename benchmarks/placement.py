@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 from multisubject.base_models import SD
 from multisubject.benchmarks.bases import DrawnBase
 from multisubject.benchmarks.layout_guidance import LayoutGuidance
-from multisubject.benchmarks.results import digest_of_weights, load_results, magnified, read_results, side_by_side
+from multisubject.benchmarks.results import digest_of_weights, load_results, read_results, side_by_side
 from multisubject.benchmarks.speed import measure
 from multisubject.evaluation.intervals import bootstrap_interval
 from multisubject.guidance_methods import (
@@ -445,8 +445,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                     found["peak_mib"] = max(found["peak_mib"], peak)
                     if done == 0:
                         options.sheets.mkdir(parents=True, exist_ok=True)
-                        shown = [magnified(picture) for picture in pictures]
-                        sheet = contact_sheet(shown, captions=[task.prompt for task in part])
+                        sheet = contact_sheet(pictures, captions=[task.prompt for task in part])
                         sheet.save(options.sheets / f"{cell}, {method}.png".replace(" ", "_").replace(",", ""))
                     write_atomically(options.results, json.dumps(results, indent=1).encode())
                     progress.update(len(part))

@@ -1,4 +1,4 @@
-"""Files of results that a benchmark goes on with, and pictures for its sheets."""
+"""Files of results that a benchmark goes on with, and tables of them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 FIRST_BASE = "tiny_world/base"
 
@@ -56,9 +54,3 @@ def side_by_side(tables: Mapping[str, str]) -> str:
         for line in lines:
             rows.setdefault(tuple(line.split("|")[1:3]), []).append(f"| {base} {line}")
     return "\n".join([f"| base {header}", f"|---{rule}", *itertools.chain(*rows.values())])
-
-
-def magnified(picture: Image.Image, least: int = 192) -> Image.Image:
-    """A picture for a sheet: a whole number of times as large, until its width is `least` pixels."""
-    factor = -(-least // picture.width)
-    return picture.resize((factor * picture.width, factor * picture.height), Image.Resampling.NEAREST)

@@ -34,7 +34,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from multisubject.benchmarks.bases import ROOT, DrawnBase
-from multisubject.benchmarks.results import digest_of_weights, load_results, magnified
+from multisubject.benchmarks.results import digest_of_weights, load_results
 from multisubject.subject_file import write_atomically
 from multisubject.tiny_world import EMBEDDED_BASE
 from multisubject.tiny_world.judge import Judge
@@ -278,7 +278,7 @@ def save_sheet(name: str, world: World, options: argparse.Namespace) -> None:
             found = column < len(paths) and paths[column].is_file()
             size = (world.image_size, world.image_size)
             picture = Image.open(paths[column]).convert("RGB") if found else Image.new("RGB", size, "white")
-            pictures.append(magnified(picture))
+            pictures.append(picture)
             captions.append(label if label == "training picture" else f"{label}: {prompts[column].format('…')}")
     sheet = options.output_dir / "sheets" / f"{name}.png"
     sheet.parent.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ from multisubject.benchmarks.placement import (
     score_picture,
     table,
 )
-from multisubject.benchmarks.results import digest_of_weights, load_results, magnified, read_results, side_by_side
+from multisubject.benchmarks.results import digest_of_weights, load_results, read_results, side_by_side
 from multisubject.pipeline_multisubject import MultiSubjectPipeline
 from multisubject.tiny_world import EMBEDDED_BASE
 from multisubject.tiny_world.judge import Judge
@@ -255,11 +255,6 @@ def test_results_of_two_bases_stand_in_one_table(tmp_path, capsys):
 
 def test_one_table_stays_as_it_is():
     assert side_by_side({"tiny_world/base": "| a |\n|---|\n| 1 |"}) == "| a |\n|---|\n| 1 |"
-
-
-@pytest.mark.parametrize(("side", "shown"), [(32, 192), (64, 192), (128, 256), (192, 192), (512, 512)])
-def test_pictures_of_sheets_are_a_whole_number_of_times_larger(side, shown):
-    assert magnified(Image.new("RGB", (side, side))).size == (shown, shown)
 
 
 def test_weights_have_a_digest(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import EMBED_DIM, EMBED_DIM_2
 from PIL import Image
 
 import multisubject.benchmarks.train_methods as benchmark
@@ -24,7 +25,6 @@ from multisubject.benchmarks.train_methods import (
     tables,
     verdict,
 )
-from multisubject.tests.conftest import EMBED_DIM, EMBED_DIM_2
 from multisubject.tiny_world import picture_size
 from multisubject.tiny_world.judge import Judge
 from multisubject.tiny_world.scenes import Look, Scene, SceneObject, World, is_visible, render

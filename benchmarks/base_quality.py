@@ -1,10 +1,13 @@
-"""Measure an embedded base with the judge, and print the table of its model card.
+"""Measure a base of the drawn world with the judge, and print the table of its model card.
 
     python benchmarks/base_quality.py                                  # tiny_world/base, 200 prompts of each kind
     python benchmarks/base_quality.py --num_prompts 20 --sheets docs/images
+    python benchmarks/base_quality.py --base tiny_world/base_xl --subjects   # and its subjects, each alone
 
 Every picture has its own seed, so the figures do not depend on the batch size. Pairs that nobody could see (white in
-the snow, black at night) are not asked for.
+the snow, black at night) are not asked for. A subject is recognised where the judge names it after category, colours,
+pattern, its scale and accessory. Where a base has two text encoders, its subjects are also drawn with the residual of
+each encoder alone, from the same seeds.
 """
 
 from __future__ import annotations
@@ -16,16 +19,18 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 from tqdm.auto import tqdm
 
+from multisubject.benchmarks.bases import DrawnBase
 from multisubject.tiny_world import EMBEDDED_BASE
 from multisubject.tiny_world.judge import Detection, Judge
 from multisubject.tiny_world.scenes import (
@@ -39,7 +44,7 @@ from multisubject.tiny_world.scenes import (
     random_scene,
     render,
 )
-from multisubject.tiny_world.subjects import subject_sheet
+from multisubject.tiny_world.subjects import SUBJECTS, subject_sheet
 from multisubject.visualization import contact_sheet
 
 SHEET_PICTURES = 24
@@ -47,15 +52,16 @@ SHEET_PICTURES = 24
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asks for."""
+    """What the command line asks for. `subjects`: names, of which `num_pictures` each are drawn."""
 
-    base: str
     num_prompts: int
     steps: int
     guidance_scale: float
     scheduler: str | None
     batch_size: int
     seed: int
+    subjects: tuple[str, ...]
+    num_pictures: int
 
 
 @dataclass(frozen=True)
@@ -111,21 +117,36 @@ def draw_prompts(world: World, count: int, seed: int, *, objects: int, described
     return asked
 
 
-def sample(pipe: StableDiffusionPipeline, asked: Sequence[Asked], options: Options, label: str) -> list[Image.Image]:
-    """One picture per prompt."""
+def sample(
+    pipe: Any, prompts: Sequence[str], options: Options, label: str, seeds: Sequence[int] | None = None
+) -> list[Image.Image]:
+    """One picture per prompt; without `seeds` from `options.seed` on."""
+    seeds = seeds or range(options.seed, options.seed + len(prompts))
     images: list[Image.Image] = []
-    with tqdm(total=len(asked), desc=label) as progress:
-        for start in range(0, len(asked), options.batch_size):
-            part = asked[start : start + options.batch_size]
-            seeds = [options.seed + start + offset for offset in range(len(part))]
+    with tqdm(total=len(prompts), desc=label) as progress:
+        for start in range(0, len(prompts), options.batch_size):
+            part = slice(start, start + options.batch_size)
             images += pipe(
-                [item.prompt for item in part],
+                list(prompts[part]),
                 num_inference_steps=options.steps,
                 guidance_scale=options.guidance_scale,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
             ).images
-            progress.update(len(part))
+            progress.update(len(seeds[part]))
     return images
+
+
+@contextmanager
+def residual_of(pipe: Any, encoder: str) -> Iterator[None]:
+    """Within the context, subjects have the residual of that text encoder alone."""
+    whole = dict(pipe.subjects)
+    for name, subject in whole.items():
+        deltas = {part: delta if part == encoder else delta * 0 for part, delta in subject.deltas.items()}
+        pipe.subjects[name] = replace(subject, deltas=deltas)
+    try:
+        yield
+    finally:
+        pipe.subjects.update(whole)
 
 
 # --- measures ------------------------------------------------------------------------------------------------------
@@ -181,7 +202,7 @@ def score_binding(judge: Judge, asked: Sequence[Asked], images: Sequence[Image.I
 
 
 @torch.inference_mode()
-def reconstruct(pipe: StableDiffusionPipeline, images: Sequence[Image.Image], batch_size: int) -> list[Image.Image]:
+def reconstruct(pipe: Any, images: Sequence[Image.Image], batch_size: int) -> list[Image.Image]:
     """The pictures through the autoencoder and back, at the posterior's mode."""
     decoded: list[Image.Image] = []
     for start in range(0, len(images), batch_size):
@@ -194,28 +215,54 @@ def reconstruct(pipe: StableDiffusionPipeline, images: Sequence[Image.Image], ba
 def score_reconstructions(
     judge: Judge, scenes: Sequence[Scene], originals: Sequence[Image.Image], decoded: Sequence[Image.Image]
 ) -> list[Score]:
-    """Pattern and colour of every object, before and after the autoencoder."""
+    """What the judge says of every object, before and after the autoencoder; second colours of those that have one."""
     rows = [(index, item) for index, scene in enumerate(scenes) for item in scene.objects]
     scores = []
     for kind, images in (("rendered", originals), ("reconstructed", decoded)):
         verdicts = judge.classify([images[index] for index, _ in rows], [item.box for _, item in rows])
-        for attribute in ("pattern", "colour"):
-            right = sum(
-                getattr(verdict, attribute) == getattr(item.look, attribute)
-                for verdict, (_, item) in zip(verdicts, rows, strict=True)
-            )
+        for attribute in ("category", "pattern", "colour", "second_colour"):
+            wanted = [getattr(item if attribute == "category" else item.look, attribute) for _, item in rows]
+            asked = [(getattr(v, attribute), w) for v, w in zip(verdicts, wanted, strict=True) if w is not None]
             close = kind == "reconstructed" and attribute == "pattern"
-            scores.append(
-                Score(f"{kind} scenes: {attribute}", right, len(rows), "rendered − 3 points" if close else "")
-            )
+            name, aim = f"{kind} scenes: {attribute.replace('_', ' ')}", "rendered − 3 points" if close else ""
+            if asked:
+                scores.append(Score(name, sum(found == w for found, w in asked), len(asked), aim))
     return scores
+
+
+def score_subjects(judge: Judge, pipe: Any, options: Options) -> tuple[list[Score], list[Image.Image]]:
+    """How often each subject is recognised in pictures of it alone, and the pictures, subject by subject.
+
+    With two text encoders also how often with the residual of either alone.
+    """
+    pipe.set_subjects(list(options.subjects))
+    names = [name for name in options.subjects for _ in range(options.num_pictures)]
+    prompts = [f"a photo of a <{name}>" for name in names]
+    seeds = [*range(options.seed, options.seed + options.num_pictures)] * len(options.subjects)
+
+    def recognised(label: str) -> tuple[list[bool], list[Image.Image]]:
+        images = sample(pipe, prompts, options, label, seeds)
+        found = judge.detect(images)
+        return [any(d.subject == name for d in seen) for name, seen in zip(names, found, strict=True)], images
+
+    right, pictures = recognised("subjects")
+    scores = [Score("subjects recognised alone", sum(right), len(names))]
+    encoders = list(next(iter(pipe.subjects.values())).deltas)
+    for encoder in encoders if len(encoders) > 1 else ():
+        with residual_of(pipe, encoder):
+            part, _ = recognised(encoder)
+        scores.append(Score(f"… with the residual of `{encoder}` alone", sum(part), len(names)))
+    for name in options.subjects:
+        own = [hit for whose, hit in zip(names, right, strict=True) if whose == name]
+        scores.append(Score(f"subject {name} recognised alone", sum(own), len(own)))
+    return scores, pictures
 
 
 _ONE_PICTURE = """
 import json, sys, time, torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 base, prompt, steps, guidance_scale = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
-pipe = StableDiffusionPipeline.from_pretrained(base, dtype=torch.float32)
+pipe = DiffusionPipeline.from_pretrained(base, dtype=torch.float32)
 pipe.set_progress_bar_config(disable=True)
 start = time.perf_counter()
 pipe(prompt, num_inference_steps=steps, guidance_scale=guidance_scale)
@@ -223,9 +270,9 @@ print(json.dumps(time.perf_counter() - start))
 """
 
 
-def time_one_picture(options: Options) -> dict[str, float]:
+def time_one_picture(base: Path, options: Options) -> dict[str, float]:
     """Seconds of one picture, and of the whole process that makes it from a cold start."""
-    command = [sys.executable, "-c", _ONE_PICTURE, options.base, "a photo of a red striped guitar on the beach"]
+    command = [sys.executable, "-c", _ONE_PICTURE, str(base), "a photo of a red striped guitar on the beach"]
     start = time.perf_counter()
     finished = subprocess.run(
         [*command, str(options.steps), str(options.guidance_scale)], capture_output=True, text=True, check=True
@@ -237,9 +284,9 @@ def time_one_picture(options: Options) -> dict[str, float]:
 # --- report --------------------------------------------------------------------------------------------------------
 
 
-def format_table(scores: Sequence[Score], seconds: dict[str, float], options: Options) -> str:
+def format_table(base: str, scores: Sequence[Score], seconds: dict[str, float], options: Options) -> str:
     """The model card's table, in Markdown."""
-    lines = ["| measure | result | 95 % interval | trials | aim |", "|---|---|---|---|---|"]
+    lines = [f"| measure, {base} | result | 95 % interval | trials | aim |", "|---|---|---|---|---|"]
     lines += [score.row() for score in scores]
     if seconds:
         lines.append(f"| one {options.steps}-step picture | {seconds['picture']:.1f} s | | 1 | 5 s |")
@@ -284,7 +331,12 @@ def write_sheets(
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default=str(EMBEDDED_BASE), help="diffusers folder (default: %(default)s)")
+    parser.add_argument("--base", type=Path, default=EMBEDDED_BASE, help="diffusers folder (default: %(default)s)")
+    parser.add_argument(
+        "--subjects", nargs="*", choices=sorted(SUBJECTS), help="also draw these subjects, each alone; no name: all"
+    )
+    parser.add_argument("--embeddings", type=Path, help="where they are (default: embeddings, of XL embeddings/xl)")
+    parser.add_argument("--num_pictures", type=int, default=50, help="of each subject (default: %(default)s)")
     parser.add_argument("--num_prompts", type=int, default=200, help="prompts of each kind, and scenes for the VAE")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance_scale", type=float, default=5.0)
@@ -296,14 +348,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--contact_sheet", type=Path, help="write the sampled pictures with the judge's answers here")
     parser.add_argument("--sheets", type=Path, help="write the documentation's pictures into this folder")
     flags = vars(parser.parse_args(arguments))
+    flags["subjects"] = () if flags["subjects"] is None else tuple(flags["subjects"] or SUBJECTS)
     options = Options(**{name: flags[name] for name in Options.__dataclass_fields__})
-    if options.num_prompts < 1:
-        parser.error(f"--num_prompts {options.num_prompts}: expected at least 1.")
+    if min(options.num_prompts, options.num_pictures, options.batch_size) < 1:
+        parser.error("--num_prompts, --num_pictures and --batch_size: expected at least 1.")
 
     judge = Judge.load()
-    world = World(**judge.metadata["recipe"]["world"])
-    pipe = StableDiffusionPipeline.from_pretrained(options.base, dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
+    try:
+        base = DrawnBase.read(flags["base"], flags["embeddings"])
+        pipe = base.load(options.subjects)
+        pipe.set_subjects([])  # an active one also answers to its class phrase
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    # What the judge knows, as large as the base draws it.
+    world = World(**judge.metadata["recipe"]["world"] | {"image_size": base.world.image_size})
     if options.scheduler is not None:
         scheduler = getattr(diffusers, options.scheduler, None)
         if scheduler is None:
@@ -321,24 +380,28 @@ def main(arguments: list[str] | None = None) -> int:
         "two named": draw_prompts(world, options.num_prompts, options.seed + 1, objects=2, described=False),
         "two described": draw_prompts(world, options.num_prompts, options.seed + 2, objects=2, described=True),
     }
-    images = {name: sample(pipe, asked, options, name) for name, asked in kinds.items()}
+    images = {name: sample(pipe, [a.prompt for a in asked], options, name) for name, asked in kinds.items()}
     scores += score_one_object(judge, kinds["one object"], images["one object"])
     for name in ("two named", "two described"):
         scores.append(score_categories(judge, kinds[name], images[name], name))
     scores.append(score_binding(judge, kinds["two described"], images["two described"], "two described"))
-    seconds = {} if flags["no_timing"] else time_one_picture(options)
+    shown: list[Image.Image] = []
+    if options.subjects:
+        of_subjects, shown = score_subjects(judge, pipe, options)
+        scores += of_subjects
+    seconds = {} if flags["no_timing"] else time_one_picture(base.folder, options)
 
-    print(format_table(scores, seconds, options))
+    print(format_table(base.name, scores, seconds, options))
     if flags["json"] is not None:
         figures = {score.name: {**asdict(score), "share": score.share} for score in scores}
         flags["json"].parent.mkdir(parents=True, exist_ok=True)
         flags["json"].write_text(
-            json.dumps({"options": asdict(options), "scores": figures, "seconds": seconds}, indent=1)
+            json.dumps({"base": base.name, "options": asdict(options), "scores": figures, "seconds": seconds}, indent=1)
         )
     if flags["contact_sheet"] is not None:
         flags["contact_sheet"].parent.mkdir(parents=True, exist_ok=True)
         half = SHEET_PICTURES // 2
-        shown = images["one object"][:half] + images["two described"][:half]
+        shown = images["one object"][:half] + images["two described"][:half] + shown[:: options.num_pictures]
         judged_sheet(judge, shown).save(flags["contact_sheet"])
     if flags["sheets"] is not None:
         mixed = [pair for group in zip(*images.values(), strict=True) for pair in group]

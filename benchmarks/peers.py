@@ -1,4 +1,4 @@
-"""Published code of other methods on the embedded base, beside this package's functions for them.
+"""Published code of other methods on a base of the drawn world, beside this package's functions for them.
 
     python benchmarks/peers.py --cones2 DIR --dense_diffusion DIR --bounded_attention DIR --layout_guidance DIR \\
         --boxdiff DIR
@@ -6,9 +6,9 @@
 Each folder is a clone of the authors' repository: ali-vilab/Cones-V2 (447c194), naver-ai/DenseDiffusion (54a2ea6),
 omer11a/bounded-attention (aeb6580; wants `pip install einops`), silent-chen/layout-guidance (50fcf75) and
 showlab/BoxDiff (b0d5d3b). Their functions and classes run as they are, except that sizes of Stable Diffusion which
-stand in them are replaced by this base's, and that they are given what newer libraries no longer have. The first table
-compares logits and attention on the same queries, keys and regions; the second one compares pictures from the same
-noise:
+stand in them are replaced by the base's, and that they are given what newer libraries no longer have. They know Stable
+Diffusion 1.x and 2.x alone, and so does `--base`. The first table compares logits and attention on the same queries,
+keys and regions; the second one compares pictures from the same noise:
 
 - Cones 2: both sides with its sampler, LMS with every step taken twice; the masks are each side's own.
 - DenseDiffusion: both sides also get the background as a segment of its own, described by the setting.
@@ -56,11 +56,12 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch.overrides import TorchFunctionMode
 
+from multisubject.base_models import SD
+from multisubject.benchmarks.bases import DrawnBase
 from multisubject.benchmarks.layout_guidance import layout_energy
-from multisubject.benchmarks.placement import METHODS, ROOT, Task, draw_tasks, score_picture
+from multisubject.benchmarks.placement import METHODS, Task, draw_tasks, score_picture
 from multisubject.evaluation.intervals import bootstrap_interval
 from multisubject.guidance_methods import GUIDANCE_METHODS, AttentionLayer, GuidanceMethod
-from multisubject.pipeline_multisubject import MultiSubjectPipeline
 from multisubject.residual_embeddings import parse_prompt
 from multisubject.tiny_world import EMBEDDED_BASE
 from multisubject.tiny_world.judge import Judge
@@ -209,17 +210,17 @@ class Peer(ABC):
     beside = ""  # of ours that stands beside it where there is no such function
     files: tuple[str, ...]
     cell = "described 2"
+    subjects: tuple[str, ...] = ()
     recurrence = 1
 
-    def __init__(self, folder: Path, guidance_scale: float):
+    def __init__(self, folder: Path, base: DrawnBase, guidance_scale: float):
         for file in self.files:
             if not (folder / file).is_file():
                 raise ValueError(f"--{self.method}: {folder} has no {file}; expected a clone of {self.title}'s code.")
         self.paths, self.guidance_scale = [folder / file for file in self.files], guidance_scale
-        self.pipe = MultiSubjectPipeline.from_pretrained(str(EMBEDDED_BASE), dtype=torch.float32)
-        self.plain = StableDiffusionPipeline.from_pretrained(str(EMBEDDED_BASE), dtype=torch.float32)
-        for pipe in (self.pipe, self.plain):
-            pipe.set_progress_bar_config(disable=True)
+        self.pipe = base.load(self.subjects)
+        self.plain = StableDiffusionPipeline.from_pretrained(str(base.folder), dtype=torch.float32)
+        self.plain.set_progress_bar_config(disable=True)
         self.attentions = [module for module in self.plain.unet.modules() if isinstance(module, Attention)]
         self.latent_size = self.plain.unet.config.sample_size
 
@@ -282,9 +283,10 @@ class Cones2(Peer):
 
     title, method, cell, recurrence = "Cones 2", "cones2", "subjects 2", 2
     files = ("attention_control.py", "utils.py", "layout_guidance.py")
+    subjects = tuple(SUBJECTS)
 
-    def __init__(self, folder: Path, guidance_scale: float):
-        super().__init__(folder, guidance_scale)
+    def __init__(self, folder: Path, base: DrawnBase, guidance_scale: float):
+        super().__init__(folder, base, guidance_scale)
         sizes: dict[float, float] = {width**2: (self.latent_size * width // 96) ** 2 for width in (96, 48, 24, 12)}
         sizes |= {1024: self.plain.unet.config.cross_attention_dim, 0.18215: self.plain.vae.config.scaling_factor}
         self.code = load_code(
@@ -298,12 +300,10 @@ class Cones2(Peer):
         for attention in self.attentions:
             attention.cross_attention_norm = None
         self.pipe.scheduler = LMSDiscreteScheduler.from_config(self.pipe.scheduler.config, timestep_spacing="linspace")
-        for name in SUBJECTS:
-            self.pipe.load_subject(str(ROOT / "embeddings" / f"{name}.safetensors"), name=name)
 
     def draw(self, task: Task, steps: int) -> Image.Image:
         text = parse_prompt(self.pipe.tokenizer, task.prompt, self.pipe.subjects)
-        size = 8 * self.latent_size
+        size = 8 * self.latent_size  # they divide by 8, whatever the VAE does
         picture = np.full((size, size, 3), 255, dtype=np.uint8)
         residuals = {}
         for colour, target, mention in zip(COLOURS, task.targets, text.mentions, strict=True):
@@ -377,8 +377,8 @@ class BoundedAttention(Peer):
     title, method = "Bounded Attention", "bounded_attention"
     files = ("injection_utils.py", "bounded_attention.py")
 
-    def __init__(self, folder: Path, guidance_scale: float):
-        super().__init__(folder, guidance_scale)
+    def __init__(self, folder: Path, base: DrawnBase, guidance_scale: float):
+        super().__init__(folder, base, guidance_scale)
         try:
             einops = importlib.import_module("einops")
         except ModuleNotFoundError:
@@ -416,8 +416,8 @@ class LayoutGuidance(Peer):
     title, method, files = "Layout guidance", "layout_guidance", ("utils.py", "inference.py")
     ours = METHODS["layout guidance"]["guidance_method"]
 
-    def __init__(self, folder: Path, guidance_scale: float):
-        super().__init__(folder, guidance_scale)
+    def __init__(self, folder: Path, base: DrawnBase, guidance_scale: float):
+        super().__init__(folder, base, guidance_scale)
         self.code = load_code(
             self.paths,
             {64: self.latent_size, 0.18215: self.plain.vae.config.scaling_factor},
@@ -512,8 +512,8 @@ class BoxDiff(Peer):
     files = ("utils/gaussian_smoothing.py", "utils/ptp_utils.py", "pipeline/sd_pipeline_boxdiff.py")
     scale_factor = 20.0  # as published
 
-    def __init__(self, folder: Path, guidance_scale: float):
-        super().__init__(folder, guidance_scale)
+    def __init__(self, folder: Path, base: DrawnBase, guidance_scale: float):
+        super().__init__(folder, base, guidance_scale)
         self.code = load_code(
             self.paths,
             {},
@@ -610,6 +610,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for peer in PEERS:
         parser.add_argument(f"--{peer.method}", type=Path, metavar="DIR", help=f"{peer.title}'s code")
+    parser.add_argument("--base", type=Path, default=EMBEDDED_BASE, help="a folder in diffusers' format")
+    parser.add_argument("--embeddings", type=Path, help="its subjects (default: embeddings)")
     parser.add_argument("--num_pictures", type=int, default=40, help="per row; 0: no second table (default: 40)")
     parser.add_argument("--num_inference_steps", type=int, default=25)
     parser.add_argument("--guidance_scale", type=float, default=5.0)
@@ -618,19 +620,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.num_pictures < 0:
         parser.error("--num_pictures: expected at least 0.")
     try:
+        base = DrawnBase.read(options.base, options.embeddings)
+        if base.architecture is not SD:
+            raise ValueError(f"--base: {base.name} is of {base.architecture.family}; their code is for {SD.family}.")
         chosen = [(peer, getattr(options, peer.method)) for peer in PEERS]
-        peers = [peer(folder, options.guidance_scale) for peer, folder in chosen if folder is not None]
+        peers = [peer(folder, base, options.guidance_scale) for peer, folder in chosen if folder is not None]
         if not peers:
             raise ValueError(f"expected at least one of {', '.join(f'--{peer.method}' for peer in PEERS)}.")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    world = World()
-    for line in agreement_table(peers, world, options.seed):
+    for line in agreement_table(peers, base.world, options.seed):
         print(line, flush=True)
     if options.num_pictures:
         print()
-        for line in score_table(peers, world, options):
+        for line in score_table(peers, base.world, options):
             print(line, flush=True)
     return 0
 

@@ -3,12 +3,16 @@
     python benchmarks/placement.py --quick                      # a few pictures per cell, minutes
     python benchmarks/placement.py --num_pictures 200           # the full table, hours on two cores; resumes
     python benchmarks/placement.py --table --plot docs/images/placement.png   # only show what the results file holds
+    python benchmarks/placement.py --base tiny_world/base_xl    # another base, with the subjects of embeddings/xl
 
 Every method draws the same tasks from the same seeds. A cell is a kind of task with a number of regions:
 `described` (different categories, colour and pattern in words), `twins` (one category, different looks in words),
 `subjects` (personal subjects from `embeddings/`), `subject twins` (two personal subjects of one category). The suffixes
 `small`, `overlap` and `masks` change the regions of two described objects. What cannot be seen in a setting (black at
 night) is not asked for.
+
+`--base` takes any base of the drawn world, of Stable Diffusion 1.x, 2.x or XL; a file of results is of one base, and
+`--table` shows several beside each other.
 """
 
 from __future__ import annotations
@@ -30,8 +34,10 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from multisubject.base_models import SD
+from multisubject.benchmarks.bases import DrawnBase
 from multisubject.benchmarks.layout_guidance import LayoutGuidance
-from multisubject.benchmarks.results import digest_of_weights, load_results
+from multisubject.benchmarks.results import digest_of_weights, load_results, read_results, side_by_side
 from multisubject.benchmarks.speed import measure
 from multisubject.evaluation.intervals import bootstrap_interval
 from multisubject.guidance_methods import (
@@ -42,7 +48,6 @@ from multisubject.guidance_methods import (
     multisubject,
     uses_own_words,
 )
-from multisubject.pipeline_multisubject import MultiSubjectPipeline
 from multisubject.subject_file import write_atomically
 from multisubject.tiny_world import EMBEDDED_BASE
 from multisubject.tiny_world.judge import CHECKPOINT, Judge, Verdict
@@ -59,8 +64,6 @@ from multisubject.tiny_world.scenes import (
 from multisubject.tiny_world.subjects import SUBJECTS
 from multisubject.training.devices import quick_dtype
 from multisubject.visualization import contact_sheet
-
-ROOT = Path(__file__).parents[1]
 
 CELLS = (
     *(f"described {count}" for count in (1, 2, 3, 4)),
@@ -112,6 +115,11 @@ def isolated(layer: AttentionLayer) -> torch.Tensor | None:
     """`multisubject`; besides, places of different regions do not see each other in self-attention."""
     return multisubject(layer) if layer.is_cross else bounded_attention(layer)
 
+
+SD_ALONE = tuple(
+    name for name, settings in METHODS.items() if isinstance(settings.get("guidance_method"), LayoutGuidance)
+)
+"""Methods that know the samplers and the UNets of Stable Diffusion 1.x and 2.x alone."""
 
 OURS = ("multisubject", "multisubject, first steps twice")
 
@@ -255,7 +263,7 @@ def score_picture(judge: Judge, task: Task, picture: Image.Image) -> dict[str, A
 
 
 def draw_pictures(
-    pipe: MultiSubjectPipeline, tasks: Sequence[Task], settings: dict[str, Any], options: argparse.Namespace
+    pipe: Any, tasks: Sequence[Task], settings: dict[str, Any], options: argparse.Namespace
 ) -> tuple[list[Image.Image], float, int, float]:
     """One picture per task in one batch; also its seconds, its UNet calls and its peak memory in MiB."""
     calls, steps, settings = 0, options.num_inference_steps, dict(settings)
@@ -399,27 +407,27 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Draw and score what the results file does not hold yet."""
+    base = DrawnBase.read(options.base, options.embeddings)
+    methods = options.methods or [name for name in METHODS if base.architecture is SD or name not in SD_ALONE]
+    if base.architecture is not SD and (unfit := [name for name in methods if name in SD_ALONE]):
+        raise ValueError(f"--methods: {unfit} are for {SD.family}; {base.name} is of {base.architecture.family}.")
+    subjects = list(SUBJECTS) if any(cell.startswith("subject") for cell in options.cells) else []
     settings = {
-        "models": digest_of_weights(EMBEDDED_BASE, ROOT / "embeddings", CHECKPOINT),
+        "models": digest_of_weights(base.folder, *sorted(base.embeddings.glob("*.safetensors")), CHECKPOINT),
         "seed": options.seed,
         "num_inference_steps": options.num_inference_steps,
         "guidance_scale": options.guidance_scale,
         "dtype": options.dtype,
     }
-    results = load_results(options.results, settings, "--results")
-    judge, world = Judge.load(), World()
-    pipe = MultiSubjectPipeline.from_pretrained(str(EMBEDDED_BASE), dtype=getattr(torch, options.dtype)).to(
-        options.device
-    )
-    pipe.set_progress_bar_config(disable=True)
-    for name in SUBJECTS:
-        pipe.load_subject(str(ROOT / "embeddings" / f"{name}.safetensors"), name=name)
-    with tqdm(total=len(options.cells) * len(options.methods) * options.num_pictures, unit="picture") as progress:
+    results = load_results(options.results, base.name, settings, "--results")
+    judge = Judge.load()
+    pipe = base.load(subjects, dtype=getattr(torch, options.dtype), device=options.device)
+    with tqdm(total=len(options.cells) * len(methods) * options.num_pictures, unit="picture") as progress:
         for cell in options.cells:
-            tasks = draw_tasks(cell, options.num_pictures, options.seed, world)
+            tasks = draw_tasks(cell, options.num_pictures, options.seed, base.world)
             # A loaded subject also answers to its class phrase, which tasks in words use for somebody else.
-            pipe.set_subjects(list(SUBJECTS) if cell.startswith("subject") else [])
-            for method in options.methods:
+            pipe.set_subjects(subjects if cell.startswith("subject") else [])
+            for method in methods:
                 found = (
                     results["cells"]
                     .setdefault(cell, {})
@@ -437,23 +445,24 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                     found["peak_mib"] = max(found["peak_mib"], peak)
                     if done == 0:
                         options.sheets.mkdir(parents=True, exist_ok=True)
-                        shown = [
-                            pictures[index].resize((192, 192), Image.Resampling.NEAREST) for index in range(len(part))
-                        ]
-                        sheet = contact_sheet(shown, captions=[task.prompt for task in part])
+                        sheet = contact_sheet(pictures, captions=[task.prompt for task in part])
                         sheet.save(options.sheets / f"{cell}, {method}.png".replace(" ", "_").replace(",", ""))
                     write_atomically(options.results, json.dumps(results, indent=1).encode())
                     progress.update(len(part))
     return results
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="8 pictures per cell")
     parser.add_argument("--table", action="store_true", help="print the tables of --results and draw nothing")
     parser.add_argument("--plot", type=Path, help="also draw the results to this picture")
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS), metavar="CELL", help=", ".join(CELLS))
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
+    parser.add_argument(
+        "--methods", nargs="+", choices=list(METHODS), metavar="METHOD", help="default: all that the base can do"
+    )
+    parser.add_argument("--base", type=Path, default=EMBEDDED_BASE, help="a folder in diffusers' format")
+    parser.add_argument("--embeddings", type=Path, help="its subjects (default: embeddings, of XL embeddings/xl)")
     parser.add_argument("--num_pictures", type=int, default=200, help="per cell and method (default: %(default)s)")
     parser.add_argument("--num_inference_steps", type=int, default=25)
     parser.add_argument("--guidance_scale", type=float, default=5.0)
@@ -466,28 +475,42 @@ def main() -> int:
         help="auto: float16 on a GPU, bfloat16 on a processor that has it (half the time), else float32",
     )
     parser.add_argument("--seed", type=int, default=1, help="0 is for choosing methods, 1 for reporting them")
-    parser.add_argument("--results", type=Path, default=Path("output/placement/results.json"))
-    parser.add_argument("--sheets", type=Path, default=Path("output/placement/sheets"))
-    options = parser.parse_args()
+    parser.add_argument(
+        "--results",
+        type=Path,
+        nargs="+",
+        help="default: output/placement/BASE/results.json; with --table also several, of a base each",
+    )
+    parser.add_argument("--sheets", type=Path, help="default: output/placement/BASE/sheets")
+    options = parser.parse_args(arguments)
+    place = Path("output/placement", options.base.name)
+    files, options.sheets = options.results or [place / "results.json"], options.sheets or place / "sheets"
     if options.dtype == "auto":
         options.dtype = str(quick_dtype(options.device)).removeprefix("torch.")
     if options.quick:
         options.num_pictures = min(options.num_pictures, 8)
     if options.num_pictures < 1 or options.batch_size < 1:
         parser.error("--num_pictures and --batch_size: expected at least 1.")
+    if len(files) > 1 and (options.plot or not options.table):
+        parser.error(f"--results: {len(files)} files; expected one, but for --table without --plot.")
+    options.results = files[0]
     if options.table:
-        if not options.results.is_file():
-            parser.error(f"--results: {options.results} is not there; run without --table first.")
-        results = json.loads(options.results.read_text())
+        if missing := [str(file) for file in files if not file.is_file()]:
+            parser.error(f"--results: {', '.join(missing)} not there; run without --table first.")
+        bases = [read_results(file) for file in files]
     else:
         try:
-            results = run(options)
-        except ValueError as error:
+            bases = [run(options)]
+        except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
-    print(table(results), claims(results), sep="\n\n")
+    named = {results["base"]: results for results in bases}
+    if len(named) < len(bases):
+        parser.error(f"--results: {len(bases)} files of {', '.join(named)}; expected one of each base.")
+    for make in (table, claims):
+        print(side_by_side({name: make(results) for name, results in named.items()}), end="\n\n")
     if options.plot is not None:
-        plot(results, options.plot)
+        plot(bases[0], options.plot)
     return 0
 
 

@@ -2,14 +2,16 @@
 
     python benchmarks/train_methods.py                                     # everything; goes on where it stopped
     python benchmarks/train_methods.py --num_pictures 8 --subjects comet   # a first look
+    python benchmarks/train_methods.py --base tiny_world/base_xl --parts embedded
     python benchmarks/train_methods.py --parts sd21                        # peak memory alone
     python benchmarks/train_methods.py --parts sd21 --sd21_resolution 768 --sd21_steps 25 \
         --train_flags train_batch_size=1 mixed_precision=bf16              # the same as one would train it, on a GPU
 
-On the embedded base, every method learns every subject from the same pictures, and a judge looks at pictures from
-prompts that no training used; the row `base` is the same prompts and seeds with the plain class phrase. Then random
-models of Stable Diffusion 2.1's shape show each method's peak memory and the time of a step. Every training is a
-process of its own, so that its time and its peak memory are its own, and runs on a GPU if there is one.
+On a base of the drawn world, of Stable Diffusion 1.x, 2.x or XL, every method learns every subject from the same
+pictures, and a judge looks at pictures from prompts that no training used; the row `base` is the same prompts and seeds
+with the plain class phrase. Then random models of Stable Diffusion 2.1's shape show each method's peak memory and the
+time of a step. Every training is a process of its own, so that its time and its peak memory are its own, and runs on a
+GPU if there is one.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ import yaml
 from PIL import Image
 from tqdm.auto import tqdm
 
+from multisubject.benchmarks.bases import ROOT, DrawnBase
 from multisubject.benchmarks.results import digest_of_weights, load_results
 from multisubject.subject_file import write_atomically
 from multisubject.tiny_world import EMBEDDED_BASE
@@ -40,7 +43,6 @@ from multisubject.tiny_world.subjects import SUBJECTS, Subject, save_training_pi
 from multisubject.training.config import LEARNING_RATES
 from multisubject.visualization import contact_sheet
 
-ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "train_tiny_world.yaml"
 METHODS = ("residual", "lora", "text_encoder")
 SHOWN = 8  # pictures of each run on a subject's sheet
@@ -194,11 +196,11 @@ def in_process_of_its_own(script: str, flags: list[str], log: Path) -> dict[str,
     return cost
 
 
-def train_flags(run: Run, subject: Subject, output: Path, options: argparse.Namespace) -> list[str]:
+def train_flags(run: Run, base: Path, subject: Subject, output: Path, options: argparse.Namespace) -> list[str]:
     """The trainer's command line: the shipped configuration, and a method with its rate and its steps."""
     return [
         f"--config={CONFIG}",
-        f"--pretrained_model_name_or_path={options.base}",
+        f"--pretrained_model_name_or_path={base}",
         f"--method={run.method}",
         f"--learning_rate={options.learning_rates[run.method]}",
         f"--max_train_steps={run.steps}",
@@ -224,13 +226,9 @@ def runs_of(options: argparse.Namespace) -> list[Run]:
     return list(dict.fromkeys(runs))
 
 
-def measure_embedded(results: dict[str, Any], options: argparse.Namespace) -> None:
+def measure_embedded(results: dict[str, Any], base: DrawnBase, options: argparse.Namespace) -> None:
     """Train, draw and score what `results["cells"][run][subject]` lacks; the file is written after each."""
-    from multisubject.pipeline_multisubject import MultiSubjectPipeline
-
-    judge, world = Judge.load(), World()
-    pipe = MultiSubjectPipeline.from_pretrained(str(options.base), dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
+    judge, pipe = Judge.load(), base.load()
     cells = [(name, run) for name in options.subjects for run in (None, *runs_of(options))]
     for name, run in (progress := tqdm(cells, unit="cell")):
         progress.set_description(f"{name}, {run or 'base'}")
@@ -243,12 +241,12 @@ def measure_embedded(results: dict[str, Any], options: argparse.Namespace) -> No
         if run is not None:
             adapter = output / f"{name}.safetensors"
             if "cost" not in cell or not adapter.is_file():
-                flags = train_flags(run, subject, output, options)
+                flags = train_flags(run, base.folder, subject, output, options)
                 cell["cost"] = in_process_of_its_own(TIMED_TRAINING, flags, output.with_suffix(".log"))
                 write_atomically(options.output_dir / "results.json", json.dumps(results, indent=1).encode())
             pipe.load_subject(str(adapter), name=name)
             words = f"<{name}>"
-        asked = draw_prompts(subject, world, options.num_pictures, options.seed)
+        asked = draw_prompts(subject, base.world, options.num_pictures, options.seed)
         images = draw_pictures(pipe, asked, words, options)
         if run is not None:
             pipe.unload_subject(name)
@@ -259,7 +257,7 @@ def measure_embedded(results: dict[str, Any], options: argparse.Namespace) -> No
         cell["pictures"] = score_pictures(judge, subject, asked, images)
         write_atomically(options.output_dir / "results.json", json.dumps(results, indent=1).encode())
     for name in options.subjects:
-        save_sheet(name, options)
+        save_sheet(name, base.world, options)
 
 
 def picture_path(options: argparse.Namespace, label: str, name: str, index: int) -> Path:
@@ -267,19 +265,20 @@ def picture_path(options: argparse.Namespace, label: str, name: str, index: int)
     return Path(options.output_dir / "pictures" / label.replace(":", "-") / name / f"{index}.png")
 
 
-def save_sheet(name: str, options: argparse.Namespace) -> None:
+def save_sheet(name: str, world: World, options: argparse.Namespace) -> None:
     """`sheets/{name}.png`: training pictures, then a row for the base and each run, from the same prompts."""
     rows = {"training picture": sorted((options.data_dir / name).glob("*.png"))}
     for label in ("base", *map(str, runs_of(options))):
         rows[label] = [picture_path(options, label, name, index) for index in range(options.num_pictures)]
     columns = min(SHOWN, options.num_pictures)
-    prompts = [item.prompt for item in draw_prompts(SUBJECTS[name], World(), columns, options.seed)]
+    prompts = [item.prompt for item in draw_prompts(SUBJECTS[name], world, columns, options.seed)]
     pictures, captions = [], []
     for label, paths in rows.items():
         for column in range(columns):
             found = column < len(paths) and paths[column].is_file()
-            picture = Image.open(paths[column]).convert("RGB") if found else Image.new("RGB", (64, 64), "white")
-            pictures.append(picture.resize((192, 192), Image.Resampling.NEAREST))
+            size = (world.image_size, world.image_size)
+            picture = Image.open(paths[column]).convert("RGB") if found else Image.new("RGB", size, "white")
+            pictures.append(picture)
             captions.append(label if label == "training picture" else f"{label}: {prompts[column].format('…')}")
     sheet = options.output_dir / "sheets" / f"{name}.png"
     sheet.parent.mkdir(parents=True, exist_ok=True)
@@ -335,10 +334,10 @@ def summarise(cells: dict[str, Any], subjects: Sequence[str]) -> Summary:
     )
 
 
-def tables(summaries: dict[str, Summary]) -> str:
-    """Markdown: a row per run, then the share of recognised pictures per subject."""
+def tables(base: str, summaries: dict[str, Summary]) -> str:
+    """Markdown: a row per run, then the share of recognised pictures per subject; `base` is whose runs they are."""
     lines = [
-        "| method | recognised alone | subjects ≥ 90 % | beside another object | setting | second object "
+        f"| method, {base} | recognised alone | subjects ≥ 90 % | beside another object | setting | second object "
         "| in its colour | seconds | CPU seconds | peak memory |",
         "|" + "---|" * 10,
     ]
@@ -349,7 +348,7 @@ def tables(summaries: dict[str, Summary]) -> str:
             f"| {found.beside:.1%} | {found.setting:.1%} | {found.object:.1%} | {found.colour:.1%} "
             f"| {cost if found.peak_bytes else '– | – | –'} |"
         )
-    lines += ["", "| subject | " + " | ".join(summaries) + " |", "|" + "---|" * (len(summaries) + 1)]
+    lines += ["", f"| subject, {base} | " + " | ".join(summaries) + " |", "|" + "---|" * (len(summaries) + 1)]
     for name in next(iter(summaries.values())).by_subject:
         shares = " | ".join(f"{found.by_subject[name]:.0%}" for found in summaries.values())
         lines.append(f"| {name} | {shares} |")
@@ -451,7 +450,7 @@ def measure_sd21(results: dict[str, Any], options: argparse.Namespace) -> None:
             continue
         output = options.output_dir / "trained" / f"sd21-{method}" / subject.name
         run = Run(method, options.sd21_steps)
-        flags = [*train_flags(run, subject, output, options), f"--resolution={options.sd21_resolution}"]
+        flags = [*train_flags(run, EMBEDDED_BASE, subject, output, options), f"--resolution={options.sd21_resolution}"]
         costs[method] = in_process_of_its_own(SD21_TRAINING, flags, output.with_suffix(".log"))
         shutil.rmtree(output)  # checkpoints of gigabytes
         write_atomically(options.output_dir / "results.json", json.dumps(results, indent=1).encode())
@@ -484,8 +483,9 @@ def run(options: argparse.Namespace) -> int:
     folders = [options.data_dir / name for name in options.subjects] if options.data_dir else []
     if lacking := [str(folder) for folder in folders if not folder.is_dir()]:
         raise ValueError(f"--data_dir: no folders {lacking}; expected one per subject, or leave it out to draw them.")
+    base = DrawnBase.read(options.base)
     settings = {
-        "base": digest_of_weights(options.base),
+        "base": digest_of_weights(base.folder),
         "seed": options.seed,
         "num_inference_steps": options.num_inference_steps,
         "guidance_scale": options.guidance_scale,
@@ -495,16 +495,16 @@ def run(options: argparse.Namespace) -> int:
         "config": yaml.safe_load(CONFIG.read_text()),
         "data_dir": str(options.data_dir) if options.data_dir else None,
     }
-    results = load_results(options.output_dir / "results.json", settings, "--output_dir")
+    results = load_results(options.output_dir / "results.json", base.name, settings, "--output_dir")
     if options.data_dir is None:
         options.data_dir = options.output_dir / "data"
-        save_training_pictures(options.data_dir, World())
+        save_training_pictures(options.data_dir, base.world)
     answers = []
     if "embedded" in options.parts:
-        measure_embedded(results, options)
+        measure_embedded(results, base, options)
         labels = ["base", *map(str, runs_of(options))]
         summaries = {label: summarise(results["cells"][label], options.subjects) for label in labels}
-        print(tables(summaries), flush=True)
+        print(tables(base.name, summaries), flush=True)
         answers += verdict(summaries, runs_of(options))
     if "sd21" in options.parts:
         measure_sd21(results, options)
@@ -531,7 +531,7 @@ def parse_rate(text: str) -> tuple[str, float]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=("embedded", "sd21"), default=["embedded", "sd21"])
-    parser.add_argument("--base", type=Path, default=EMBEDDED_BASE, help="folder of the embedded base")
+    parser.add_argument("--base", type=Path, default=EMBEDDED_BASE, help="a folder in diffusers' format")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="the first one is judged")
     parser.add_argument("--steps", nargs="+", type=int, default=[150], help="of every method; the first is judged")
     parser.add_argument("--encoder_steps", nargs="*", type=int, default=[300, 750], help="more runs of text_encoder")
@@ -543,13 +543,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sd21_resolution", type=int, default=64, help="small, so that a CPU can do it")
     parser.add_argument("--sd21_steps", type=int, default=2)
     parser.add_argument("--data_dir", type=Path, help="training pictures, a folder per subject; left out: drawn")
-    parser.add_argument("--output_dir", type=Path, default=Path("output/train_methods"), help="results.json, sheets …")
+    parser.add_argument(
+        "--output_dir", type=Path, help="results.json, sheets … (default: output/train_methods/BASE, the base's folder)"
+    )
     parser.add_argument("--num_inference_steps", type=int, default=20)
     parser.add_argument("--guidance_scale", type=float, default=3.0)
     parser.add_argument("--batch_size", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train_flags", nargs="*", default=[], metavar="FLAG=VALUE", help="more flags for the trainer")
     options = parser.parse_args(arguments)
+    options.output_dir = options.output_dir or Path("output/train_methods", options.base.name)
     options.train_flags = [f"--{flag.lstrip('-')}" for flag in options.train_flags]
     options.learning_rates = {**LEARNING_RATES, **dict(options.learning_rates)}
     counts = (options.num_pictures, options.batch_size, options.sd21_steps, *options.steps, *options.encoder_steps)

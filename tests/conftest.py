@@ -7,7 +7,9 @@ diffusers is imported inside the fixtures, so that tests of plain data do not wa
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+from pathlib import Path
 from typing import Any
 
 # One thread, here and in child processes, and before torch reads it: runs that are compared with one another must sum
@@ -61,7 +63,7 @@ def make_components(tokenizer: Any, kind: str) -> dict[str, Any]:
 
     Pictures are 32 x 32 by default, latents 16 x 16.
     """
-    from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
+    from diffusers import DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     is_xl, projection = kind == "xl", 24
@@ -98,14 +100,7 @@ def make_components(tokenizer: Any, kind: str) -> dict[str, Any]:
             norm_num_groups=8,
             **special,
         )
-        vae = AutoencoderKL(
-            block_out_channels=(8, 8),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            latent_channels=4,
-            norm_num_groups=4,
-            sample_size=32,
-        )
+        vae = make_vae(levels=2)
         text_encoder = CLIPTextModel(CLIPTextConfig(hidden_size=EMBED_DIM, **text))
         models = {"unet": unet, "vae": vae, "text_encoder": text_encoder}
         if is_xl:
@@ -131,6 +126,30 @@ def make_components(tokenizer: Any, kind: str) -> dict[str, Any]:
         "safety_checker": None,
         "feature_extractor": None,
     }
+
+
+def make_vae(levels: int) -> Any:
+    """A VAE of random weights, for latents of 16 x 16; each level but one halves the picture."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(8,) * levels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16 * 2 ** (levels - 1),
+    )
+
+
+@pytest.fixture(scope="session")
+def base_128_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of the embedded base with a random VAE of four levels: latents of 16 x 16, pictures of 128 x 128."""
+    folder = shutil.copytree(EMBEDDED_BASE, tmp_path_factory.mktemp("base_128") / "base")
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        make_vae(levels=4).save_pretrained(folder / "vae")
+    return str(folder)
 
 
 @pytest.fixture(scope="session")
@@ -181,3 +200,18 @@ def xl_base_path(tiny_components: dict[str, dict[str, Any]], tmp_path_factory: p
     folder = tmp_path_factory.mktemp("xl")
     make_pipeline(tiny_components["xl"], StableDiffusionXLPipeline).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def xl_embeddings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the drawn world's subjects with random deltas that fit the tiny `xl` base."""
+    from multisubject.hub_utils import save_subject
+    from multisubject.residual_embeddings import ResidualEmbedding
+    from multisubject.tiny_world.subjects import SUBJECTS
+
+    folder, generator = tmp_path_factory.mktemp("xl_embeddings"), torch.Generator().manual_seed(0)
+    for name, subject in SUBJECTS.items():
+        widths = {"text_encoder": EMBED_DIM, "text_encoder_2": EMBED_DIM_2}
+        deltas = {encoder: torch.randn(1, width, generator=generator) for encoder, width in widths.items()}
+        save_subject(ResidualEmbedding(subject.category, deltas), folder / f"{name}.safetensors", name=name)
+    return folder

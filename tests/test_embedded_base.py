@@ -9,8 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from multisubject.tiny_world import EMBEDDED_BASE, picture_size
+
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "guidance_conf_two.json"
+SIZE = picture_size(EMBEDDED_BASE)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +64,7 @@ def test_seed_config_puts_the_right_subject_in_the_right_region(tmp_path, judge)
     images = [Image.open(file).convert("RGB") for file in sorted(folder.glob("[0-9]*.png"))]
     assert len(images) == pictures
     context = {"255,0,0": ["person", 2.5], "0,0,255": ["guitar", 2.5]}
-    regions = parse_layout(str(ROOT / "layouts" / "guitar.png"), height=64, width=64, color_context=context)
+    regions = parse_layout(str(ROOT / "layouts" / "guitar.png"), height=SIZE, width=SIZE, color_context=context)
     verdicts = {region.subject: judge.classify(images, [region.mask] * pictures) for region in regions}
     for category, other in (("person", "guitar"), ("guitar", "person")):
         seen = [verdict.category for verdict in verdicts[category]]
@@ -78,7 +81,7 @@ def test_seed_config_puts_the_right_subject_in_the_right_region(tmp_path, judge)
 def test_python_of_the_readme_runs_as_it_stands(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(blocks) >= 2
-    blocks.append(f"assert image.size == (64, 64); image.save({str(tmp_path / 'image.png')!r})\n")
+    blocks.append(f"assert image.size == ({SIZE}, {SIZE}); image.save({str(tmp_path / 'image.png')!r})\n")
     run = subprocess.run(
         [sys.executable, "-c", "\n".join(blocks)], cwd=ROOT, check=True, capture_output=True, text=True
     )
@@ -97,14 +100,14 @@ def test_inpainting_follows_subjects_and_layout(base_path, judge):
     for each in (pipe, inpaint):
         each.set_progress_bar_config(disable=True)
     box = (0.05, 0.3, 0.45, 0.95)
-    mask = Image.new("L", (64, 64))
-    mask.paste(255, (0, 8, 32, 62))
+    mask = Image.new("L", (SIZE, SIZE))
+    mask.paste(255, (0, SIZE // 8, SIZE // 2, SIZE))
     generator = torch.Generator().manual_seed(0)
     layout = {"guitar": (0.55, 0.2, 0.95, 0.9)}
     beach = pipe("a photo of a guitar on the beach", layout=layout, generator=generator).images[0]
     with pipe.guide(inpaint, "a photo of <biscuit> and a guitar on the beach", {"biscuit": box}) as embeds:
         pictures = inpaint(
-            **embeds, image=beach, mask_image=mask, strength=1.0, height=64, width=64, num_images_per_prompt=6,
+            **embeds, image=beach, mask_image=mask, strength=1.0, num_images_per_prompt=6,
             num_inference_steps=25, guidance_scale=5.0, generator=generator,
         ).images  # fmt: skip
     dogs = [verdict.category == "dog" for verdict in judge.classify(pictures, [box] * 6)]

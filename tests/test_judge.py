@@ -11,13 +11,14 @@ import yaml
 
 from multisubject.tiny_world import train_judge
 from multisubject.tiny_world.judge import CHECKPOINT, Judge, JudgeNetwork, crop_boxes, label_names
-from multisubject.tiny_world.scenes import SCALES, Look, Scene, SceneObject, World, iou, render
+from multisubject.tiny_world.scenes import SCALES, Look, Scene, SceneObject, World, iou, random_scene, render
 from multisubject.tiny_world.subjects import SUBJECTS, subject_object, subject_pictures
 from multisubject.tiny_world.train_judge import (
     IGNORE,
     JudgeRecipe,
     SceneMix,
     centre_targets,
+    draw_scene,
     draw_scenes,
     measure,
     near_miss,
@@ -126,6 +127,43 @@ def test_masks_and_larger_pictures_are_judged_alike(judge):
     mask[int(0.30 * 192) : int(0.88 * 192), int(0.05 * 192) : int(0.43 * 192)] = 1
     by_box, by_mask = judge.classify([large, large], [BOXES[0], mask])
     assert by_box.subject == by_mask.subject == "petrucci"
+
+
+def test_a_larger_world_is_judged_as_well(judge):
+    """Pictures are made smaller without aliasing, as pictures and as tensors."""
+    rng = random.Random(11)
+    scenes = [random_scene(rng, WORLD) for _ in range(60)]
+    pictures = [render(scene, 128).image for scene in scenes]
+    rows = [(index, item) for index, scene in enumerate(scenes) for item in scene.objects]
+    boxes = [item.box for _, item in rows]
+    tensor = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2) / 255
+    by_picture = judge.classify([pictures[index] for index, _ in rows], boxes)
+    by_tensor = judge.classify(tensor[[index for index, _ in rows]], boxes)
+    for verdicts in (by_picture, by_tensor):
+        for name, least in (("colour", 0.94), ("pattern", 0.97), ("scale", 0.97)):
+            asked = [(getattr(v, name), getattr(i.look, name)) for v, (_, i) in zip(verdicts, rows, strict=True)]
+            if name == "scale":
+                asked = [pair for pair, (_, item) in zip(asked, rows, strict=True) if item.look.pattern != "plain"]
+            assert sum(found == wanted for found, wanted in asked) >= least * len(asked), name
+    assert [v.subject for v in by_picture] == [v.subject for v in by_tensor]
+
+
+@pytest.mark.parametrize("size", [32, 128])
+def test_scenes_of_any_size_train_the_judge_at_its_own(size):
+    world = World(image_size=size)
+    large, own = (draw_scenes(world, MIX, LABELS, scenes=4, seed=3) for world in (world, World(image_size=64)))
+    assert large.pictures.shape == own.pictures.shape == (4, 3, 64, 64)
+    assert (large.pictures.float() - own.pictures.float()).abs().mean() < 8  # of 255: the same scenes
+    assert (large.boxes - own.boxes).abs().max() < 0.05
+    assert all(large.classes[name].equal(own.classes[name]) for name in own.classes)
+
+
+def test_scenes_of_the_judges_size_are_taken_as_they_are():
+    world = World(image_size=64)
+    scenes = draw_scenes(world, MIX, LABELS, scenes=4, seed=3)
+    rng = random.Random(3)
+    drawn = [np.asarray(render(draw_scene(rng, world, MIX)[0], 64).image) for _ in range(4)]
+    assert np.array_equal(scenes.pictures.permute(0, 2, 3, 1).numpy(), np.stack(drawn))
 
 
 def test_region_may_be_loose_or_off_the_object(judge, meeting):

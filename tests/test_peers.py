@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from multisubject.benchmarks import peers
+from multisubject.benchmarks.bases import DrawnBase
 from multisubject.benchmarks.layout_guidance import layout_energy
 from multisubject.benchmarks.peers import Peer, Seen, SoftmaxWatcher, agreement, box_mask, load_code, main
 from multisubject.benchmarks.placement import draw_tasks
 from multisubject.guidance_methods import HIDDEN, cones2, masked
 from multisubject.residual_embeddings import parse_prompt
 from multisubject.tests.test_guidance_methods import make_layer
+from multisubject.tiny_world import EMBEDDED_BASE
 from multisubject.tiny_world.scenes import World
 
 CODE = """
@@ -110,7 +112,7 @@ class Masks(Peer):
 def masks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("masks")
     (folder / "code.py").touch()
-    return Masks(folder, guidance_scale=5.0)
+    return Masks(folder, DrawnBase.read(EMBEDDED_BASE), guidance_scale=5.0)
 
 
 def test_a_peer_is_checked_layer_by_layer(masks, monkeypatch):
@@ -148,6 +150,11 @@ def test_a_folder_without_the_code_is_one_line_that_names_the_option(peer, tmp_p
 def test_no_folder_is_an_error(capsys):
     assert main([]) == 1
     assert "--cones2, --dense_diffusion, --bounded_attention, --layout_guidance" in capsys.readouterr().err
+
+
+def test_a_base_of_another_architecture_is_refused(xl_base_path, tmp_path, capsys):
+    assert main(["--cones2", str(tmp_path), "--base", xl_base_path]) == 1
+    assert "is of Stable Diffusion XL; their code is for Stable Diffusion 1.x and 2.x." in capsys.readouterr().err
 
 
 LAYOUT_CODE = """
@@ -190,7 +197,7 @@ def test_layout_guidance_gives_their_code_maps_to_differentiate_and_compares_ene
     (tmp_path / "utils.py").write_text(LAYOUT_CODE)
     (tmp_path / "inference.py").write_text(INFERENCE_CODE)
     monkeypatch.setattr(peers, "CHECK_STEPS", 2)
-    peer = peers.LayoutGuidance(tmp_path, guidance_scale=5.0)
+    peer = peers.LayoutGuidance(tmp_path, DrawnBase.read(EMBEDDED_BASE), guidance_scale=5.0)
     (task,) = draw_tasks("described 2", 1, 1, World())
     settings, places = peer.draw(task, 25)
     assert (settings.timesteps, settings.max_index_step, settings.rand_seed) == (25, 5, task.seed)
@@ -226,7 +233,7 @@ def test_boxdiff_gets_the_last_token_of_each_phrase_and_boxes_in_pixels(tmp_path
     ):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_text(code)
-    peer = peers.BoxDiff(tmp_path, guidance_scale=5.0)
+    peer = peers.BoxDiff(tmp_path, DrawnBase.read(EMBEDDED_BASE), guidance_scale=5.0)
     (task,) = draw_tasks("described 2", 1, 1, World())
     registered, words, settings = peer.draw(task, 25)
     assert registered

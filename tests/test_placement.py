@@ -1,25 +1,31 @@
 import argparse
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from multisubject.benchmarks import placement
+from multisubject.benchmarks.bases import ROOT, DrawnBase
 from multisubject.benchmarks.placement import (
     CELLS,
     METHODS,
     OURS,
+    SD_ALONE,
     claims,
     draw_tasks,
     ellipse,
+    main,
     plot,
     run,
     score_picture,
     table,
 )
-from multisubject.benchmarks.results import digest_of_weights, load_results
+from multisubject.benchmarks.results import digest_of_weights, load_results, read_results, side_by_side
 from multisubject.pipeline_multisubject import MultiSubjectPipeline
+from multisubject.tiny_world import EMBEDDED_BASE
 from multisubject.tiny_world.judge import Judge
 from multisubject.tiny_world.scenes import Look, Scene, SceneObject, World, is_visible, render
 
@@ -88,6 +94,8 @@ def test_scores_see_a_wrong_second_colour_and_an_object_nobody_asked_for():
 @pytest.fixture
 def options(tmp_path):
     return argparse.Namespace(
+        base=EMBEDDED_BASE,
+        embeddings=None,
         cells=["described 2"],
         methods=["none", "cones2, recurrence 2", "multisubject, first steps twice"],
         num_pictures=2,
@@ -144,11 +152,109 @@ def test_claims_and_plot_come_from_the_results(options, tmp_path):
 
 def test_results_of_other_settings_are_not_mixed(options):
     options.results.write_text(json.dumps({"settings": {"seed": 1, "models": "old"}, "cells": {}}))
-    assert load_results(options.results, {"seed": 1}, "--results")["cells"] == {}
+    assert load_results(options.results, "tiny_world/base", {"seed": 1}, "--results")["cells"] == {}
     with pytest.raises(ValueError, match=r"other settings \(models\); choose another --results"):
-        load_results(options.results, {"seed": 1, "models": "new"}, "--results")
+        load_results(options.results, "tiny_world/base", {"seed": 1, "models": "new"}, "--results")
     with pytest.raises(ValueError, match=r"\(models, seed"):
         run(argparse.Namespace(**{**vars(options), "seed": 2}))
+
+
+def test_results_of_other_bases_are_not_mixed(options):
+    """A file from before there were two bases is of the first one."""
+    options.results.write_text(json.dumps({"settings": {"seed": 1}, "cells": {}}))
+    assert read_results(options.results)["base"] == "tiny_world/base" == DrawnBase.read(EMBEDDED_BASE).name
+    with pytest.raises(ValueError, match=r"is of tiny_world/base, not of tiny_world/base_xl; choose another --results"):
+        load_results(options.results, "tiny_world/base_xl", {"seed": 1}, "--results")
+
+
+def test_every_method_of_ours_runs_on_a_base_of_xl(options, xl_base_path, xl_embeddings, monkeypatch):
+    monkeypatch.setattr(placement, "measure", lambda draw, *_: (draw(), (1.0, 1.0))[1])  # collects no garbage
+    options.base, options.embeddings, options.methods = Path(xl_base_path), xl_embeddings, None
+    options.cells, options.num_pictures, options.num_inference_steps = ["described 2", "subject twins 2"], 1, 3
+    results = run(options)
+    assert results["base"] == Path(xl_base_path).name
+    for cell in options.cells:
+        assert set(results["cells"][cell]) == set(METHODS) - set(SD_ALONE)
+    calls = {method: found["unet_calls"] for method, found in results["cells"]["described 2"].items()}
+    assert calls["none"] == calls["multisubject, first steps twice"] == 3
+    assert calls["cones2, recurrence 2"] == 6
+    options.methods = [*SD_ALONE]
+    with pytest.raises(ValueError, match=r"'layout guidance'.* are for Stable Diffusion 1.x and 2.x; .* Diffusion XL"):
+        run(options)
+
+
+def test_pictures_are_of_the_base_that_is_named(options, base_128_path, monkeypatch):
+    sizes = []
+
+    def noted(judge, task, picture):
+        sizes.append(picture.size)
+        return score_picture(judge, task, picture)
+
+    monkeypatch.setattr(placement, "score_picture", noted)
+    options.base, options.methods, options.cells = Path(base_128_path), ["multisubject"], ["subjects 1"]
+    run(options)
+    assert sizes == [(128, 128)] * 2
+    options.base = EMBEDDED_BASE
+    with pytest.raises(ValueError, match=r"is of base, not of tiny_world/base; choose another --results"):
+        run(options)
+
+
+def test_subjects_are_those_of_the_architecture(xl_base_path, tmp_path, options):
+    assert [DrawnBase.read(Path(base)).embeddings for base in (EMBEDDED_BASE, xl_base_path)] == [
+        ROOT / "embeddings",
+        ROOT / "embeddings" / "xl",
+    ]
+    assert DrawnBase.read(EMBEDDED_BASE, tmp_path).embeddings == tmp_path
+    options.embeddings, options.cells = tmp_path, ["subjects 1"]
+    with pytest.raises(ValueError, match=r"--embeddings: .* has no petrucci.safetensors, slash.safetensors, "):
+        run(options)
+    options.base, options.embeddings = Path(xl_base_path), ROOT / "embeddings"
+    with pytest.raises(ValueError, match=r"has deltas for \['text_encoder'\]"):
+        run(options)
+
+
+def test_a_base_that_is_none_is_one_line(tmp_path, capsys):
+    for folder, words in ((tmp_path / "none", "is no folder; expected one of a base"), (tmp_path, "unet/config.json")):
+        assert main(["--base", str(folder), "--results", str(tmp_path / "results.json")]) == 1
+        error = capsys.readouterr().err
+        assert words in error
+        assert error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_results_of_two_bases_stand_in_one_table(tmp_path, capsys):
+    picture = {"regions": 1, "category": 1, "look": 1, "identity": 0, "missing": 0, "leaked": 0, "extras": 0}
+    picture |= {"setting": True, "sharpness": 5.0}
+    found = {"pictures": [picture], "seconds": 1.0, "unet_calls": 25, "peak_mib": 1.0}
+    results = {"settings": {}, "cells": {"described 1": {"none": found, OURS[0]: found}, "twins 2": {"none": found}}}
+    files = [tmp_path / "sd.json", tmp_path / "xl.json"]
+    files[0].write_text(json.dumps(results))
+    files[1].write_text(json.dumps(results | {"base": "tiny_world/base_xl"}))
+    assert main(["--table", "--results", *map(str, files)]) == 0
+    tables = capsys.readouterr().out.split("\n\n")
+    lines = [line for line in tables[0].splitlines() if not line.startswith("|---")]
+    assert [line.split(" | ")[:3] for line in lines] == [
+        ["| base", "cell", "method"],
+        ["| tiny_world/base", "described 1", "none"],
+        ["| tiny_world/base_xl", "described 1", "none"],
+        ["| tiny_world/base", "described 1", OURS[0]],
+        ["| tiny_world/base_xl", "described 1", OURS[0]],
+        ["| tiny_world/base", "twins 2", "none"],
+        ["| tiny_world/base_xl", "twins 2", "none"],
+    ]
+    assert len({line.count("|") for line in tables[0].splitlines()}) == 1
+    assert tables[1].startswith("| base | cell | ours |")
+    assert main(["--table", "--results", str(files[0])]) == 0
+    assert capsys.readouterr().out.startswith("| cell | method |")
+    with pytest.raises(SystemExit):
+        main(["--table", "--results", str(files[0]), str(files[0])])
+    assert "2 files of tiny_world/base; expected one of each base" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--results", *map(str, files)])
+    assert "--results: 2 files; expected one" in capsys.readouterr().err
+
+
+def test_one_table_stays_as_it_is():
+    assert side_by_side({"tiny_world/base": "| a |\n|---|\n| 1 |"}) == "| a |\n|---|\n| 1 |"
 
 
 def test_weights_have_a_digest(tmp_path):

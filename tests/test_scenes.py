@@ -3,6 +3,7 @@ import random
 import numpy as np
 import pytest
 
+from multisubject.tiny_world import picture_size
 from multisubject.tiny_world.scenes import (
     CATEGORIES,
     COLOURS,
@@ -125,3 +126,18 @@ def test_full_phrase_says_everything_there_is_to_see():
 def test_impossible_worlds_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         World(**settings)
+
+
+def test_pictures_are_as_large_as_the_base_draws_them(base_path, base_128_path, xl_base_path):
+    assert [picture_size(base) for base in (base_128_path, xl_base_path)] == [128, 32]
+    assert World().image_size == picture_size(base_path)
+
+
+def test_a_folder_of_no_base_is_told(tmp_path):
+    with pytest.raises(ValueError, match=r"has no unet/config.json; expected the folder of a base"):
+        picture_size(tmp_path)
+    for part in ("unet", "vae"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"unet/config.json has no sample_size"):
+        picture_size(tmp_path)

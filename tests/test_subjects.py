@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from multisubject.tiny_world import picture_size
 from multisubject.tiny_world.scenes import Look, World, render
 from multisubject.tiny_world.subjects import (
     SUBJECTS,
@@ -73,6 +74,11 @@ def test_command_writes_one_folder_per_subject(tmp_path: Path, capsys):
     ]
     assert Image.open(tmp_path / "petrucci" / "0.png").size == (96, 96)
     assert "2 subjects" in capsys.readouterr().out
+
+
+def test_pictures_have_the_size_of_the_embedded_base_unless_told(tmp_path: Path, base_path: str):
+    main(["--output_dir", str(tmp_path), "--num_pictures", "1", "--subjects", "comet"])
+    assert Image.open(tmp_path / "comet" / "0.png").size == (picture_size(base_path),) * 2
 
 
 def test_unknown_subject_names_the_known_ones():

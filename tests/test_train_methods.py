@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import EMBED_DIM, EMBED_DIM_2
+from PIL import Image
 
 import multisubject.benchmarks.train_methods as benchmark
 from multisubject.benchmarks.train_methods import (
@@ -23,6 +25,7 @@ from multisubject.benchmarks.train_methods import (
     tables,
     verdict,
 )
+from multisubject.tiny_world import picture_size
 from multisubject.tiny_world.judge import Judge
 from multisubject.tiny_world.scenes import Look, Scene, SceneObject, World, is_visible, render
 from multisubject.tiny_world.subjects import SUBJECTS, subject_object
@@ -109,7 +112,8 @@ def test_tables_hold_every_run_and_subject() -> None:
     cost = {"seconds": 3.0, "cpu_seconds": 2.0, "peak_bytes": 1.5e9}
     cells = {"comet": {"pictures": pictures, "cost": cost}}
     plain = {"comet": {"pictures": pictures}}
-    text = tables({"base": summarise(plain, ["comet"]), "lora:9": summarise(cells, ["comet"])})
+    text = tables("tiny_world/base", {"base": summarise(plain, ["comet"]), "lora:9": summarise(cells, ["comet"])})
+    assert text.startswith("| method, tiny_world/base | recognised alone |")
     assert "| base | 100.0% | 1 of 1 | 0.0% | 100.0% | 100.0% | 0.0% | – | – | – |" in text
     assert "| lora:9 | 100.0% | 1 of 1 | 0.0% | 100.0% | 100.0% | 0.0% | 3 | 2 | 1.50 GB |" in text
     assert "| comet | 100% | 100% |" in text
@@ -140,7 +144,26 @@ def test_rates_are_the_trainers_unless_told(monkeypatch: pytest.MonkeyPatch, tmp
             parse_rate(wrong)
 
 
-def test_run_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+@pytest.mark.parametrize(
+    ("base", "size", "widths"),
+    [
+        ("base_path", None, {"text_encoder": None}),
+        ("base_128_path", 128, {"text_encoder": None}),
+        ("xl_base_path", 32, {"text_encoder": EMBED_DIM, "text_encoder_2": EMBED_DIM_2}),
+    ],
+)
+def test_run_goes_on_where_it_stopped(
+    base: str,
+    size: int | None,
+    widths: dict[str, int | None],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: Any,
+    request: pytest.FixtureRequest,
+) -> None:
+    """On bases of both architectures: an untrained subject, of as many deltas as the base has encoders."""
+    folder = Path(request.getfixturevalue(base))
+    size = size or picture_size(folder)
     trainings, fail = [], [True]
 
     def pretend(script: str, flags: list[str], log: Path) -> dict[str, float]:
@@ -150,15 +173,17 @@ def test_run_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path:
         values = dict(flag[2:].split("=", 1) for flag in flags if "=" in flag)
         if values["method"] == "text_encoder" and fail:
             raise RuntimeError("out of memory")
+        assert values["pretrained_model_name_or_path"] == str(folder)
+        assert Image.open(Path(values["instance_data_dir"]) / "0.png").size == (size, size)
         trainings.append((values["method"], values["learning_rate"]))
-        subject = ResidualEmbedding("ball", {"text_encoder": benchmark.torch.zeros(1, width)})
-        save_subject(subject, Path(values["output_dir"]) / f"{values['name']}.safetensors")
+        deltas = {encoder: benchmark.torch.zeros(1, width or own_width) for encoder, width in widths.items()}
+        save_subject(ResidualEmbedding("ball", deltas), Path(values["output_dir"]) / f"{values['name']}.safetensors")
         return {"seconds": 1.0, "cpu_seconds": 1.0, "peak_bytes": 1e9}
 
-    width = json.loads((benchmark.EMBEDDED_BASE / "text_encoder" / "config.json").read_text())["hidden_size"]
+    own_width = json.loads((folder / "text_encoder" / "config.json").read_text())["hidden_size"]
     monkeypatch.setattr(benchmark, "in_process_of_its_own", pretend)
     arguments = ["--parts", "embedded", "--subjects", "comet", "--num_pictures", "2", "--num_inference_steps", "1"]
-    arguments += ["--encoder_steps", "--output_dir", str(tmp_path)]
+    arguments += ["--encoder_steps", "--output_dir", str(tmp_path), "--base", str(folder)]
     assert main(arguments) == 1
     assert "out of memory" in capsys.readouterr().err
     fail.clear()
@@ -170,3 +195,10 @@ def test_run_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert {len(cells["comet"]["pictures"]) for cells in results["cells"].values()} == {2}
     # An untrained subject is the plain class.
     assert results["cells"]["residual:150"]["comet"]["pictures"] == results["cells"]["base"]["comet"]["pictures"]
+    assert Image.open(tmp_path / "pictures" / "base" / "comet" / "0.png").size == (size, size)
+
+
+def test_results_of_another_base_are_not_gone_on_with(tmp_path: Path, base_128_path: str, capsys: Any) -> None:
+    (tmp_path / "results.json").write_text(json.dumps({"settings": {}, "cells": {}}))  # from before there were two
+    assert main(["--base", base_128_path, "--output_dir", str(tmp_path)]) == 1
+    assert "is of tiny_world/base, not of base; choose another --output_dir." in capsys.readouterr().err

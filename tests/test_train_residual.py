@@ -33,6 +33,7 @@ import multisubject.train_residual as trainer
 from multisubject.hub_utils import load_subject, save_subject
 from multisubject.pictures import picture_digests
 from multisubject.tests.two_processes import run_in_two_processes
+from multisubject.tiny_world import EMBEDDED_BASE, EMBEDDED_BASE_XL
 from multisubject.tiny_world.subjects import SUBJECTS
 from multisubject.train_residual import main, train
 from multisubject.training import devices, loop, results, run_lock
@@ -51,7 +52,7 @@ from multisubject.training.config import TrainConfig, parse_config, read_concept
 from multisubject.training.learners import ResidualLearner, TextEncoderLearner, make_learner
 from multisubject.training.loop import learning_rate_factor, make_optimizer
 from multisubject.training.loss import Sample, compute_loss, denoising_loss, draw_batch, draw_sample
-from multisubject.training.models import load_encoders, load_unet
+from multisubject.training.models import base_model_name, load_encoders, load_unet
 from multisubject.training.pictures import Picture
 from multisubject.training.progress import ProgressBar
 from multisubject.training.run_lock import LOCK_FILE, locked
@@ -2118,3 +2119,9 @@ def test_two_processes_learn_what_one_does_with_twice_the_batch(
         # A checkpoint of two processes goes on in one that sees the same batch.
         resumed = learn(replace(half, train_batch_size=2, resume_from_checkpoint=str(output / "checkpoint-2")))
         torch.testing.assert_close(resumed, one, atol=1e-4, rtol=1e-3)
+
+
+def test_a_subject_names_its_base_without_the_way_to_it(tmp_path):
+    given = [None, str(EMBEDDED_BASE), str(EMBEDDED_BASE_XL), str(tmp_path), "user/base"]
+    names = [base_model_name(SimpleNamespace(pretrained_model_name_or_path=base)) for base in given]
+    assert names == ["tiny_world", "tiny_world", "tiny_world_xl", tmp_path.name, "user/base"]

@@ -11,11 +11,13 @@ from __future__ import annotations
 import colorsys
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from multisubject.tiny_world import EMBEDDED_BASE, picture_size
 
 Box = tuple[float, float, float, float]
 RGB = tuple[int, int, int]
@@ -60,9 +62,12 @@ SUPERSAMPLING = 4
 
 @dataclass(frozen=True)
 class World:
-    """What a model trained on the scenes has to know. The recipe's YAML file holds one of these."""
+    """What a model trained on the scenes has to know. The recipe's YAML file holds one of these.
 
-    image_size: int = 64
+    `image_size` is the side of a picture in pixels, by default of those that the embedded base draws.
+    """
+
+    image_size: int = field(default_factory=lambda: picture_size(EMBEDDED_BASE))
     categories: tuple[str, ...] = ("person", "guitar", "dog", "mug", "ball")
     colours: tuple[str, ...] = ("red", "orange", "yellow", "green", "blue", "purple", "white", "black")
     patterns: tuple[str, ...] = ("plain", "striped")
@@ -71,17 +76,17 @@ class World:
     object_counts: tuple[float, ...] = (0.45, 0.33, 0.13, 0.09)
 
     def __post_init__(self) -> None:
-        for field, known in (
+        for name, known in (
             ("categories", CATEGORIES),
             ("colours", tuple(COLOURS)),
             ("patterns", PATTERNS),
             ("settings", SETTINGS),
         ):
-            values = tuple(getattr(self, field))
-            object.__setattr__(self, field, values)
+            values = tuple(getattr(self, name))
+            object.__setattr__(self, name, values)
             unknown = [value for value in values if value not in known]
             if unknown or not values:
-                raise ValueError(f"world.{field}: {unknown or 'empty'}; expected some of {list(known)}.")
+                raise ValueError(f"world.{name}: {unknown or 'empty'}; expected some of {list(known)}.")
         object.__setattr__(self, "object_counts", tuple(self.object_counts))
         if not 1 <= len(self.object_counts) <= 4:
             raise ValueError(f"world.object_counts: {len(self.object_counts)} entries; expected 1 to 4.")

@@ -138,7 +138,12 @@ def main(arguments: list[str] | None = None) -> None:
     """Write the training folders and a sheet of all subjects."""
     parser = argparse.ArgumentParser(description="Write the training pictures of the drawn world's subjects.")
     parser.add_argument("--output_dir", type=Path, default=Path("data"), help="one folder per subject goes here")
-    parser.add_argument("--image_size", type=int, default=World().image_size, help="side of a picture in pixels")
+    parser.add_argument(
+        "--image_size",
+        type=int,
+        default=World().image_size,
+        help="side of a picture in pixels (default: %(default)s, the embedded base's)",
+    )
     parser.add_argument("--num_pictures", type=int, default=6, help="training pictures per subject")
     parser.add_argument("--subjects", nargs="*", choices=sorted(SUBJECTS), help="only these (default: all)")
     options = parser.parse_args(arguments)

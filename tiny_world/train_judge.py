@@ -33,6 +33,7 @@ from multisubject.tiny_world.judge import (
     Labels,
     crop_boxes,
     label_names,
+    picture_tensors,
 )
 from multisubject.tiny_world.scenes import (
     SCALES,
@@ -174,18 +175,18 @@ KINDS = ("known", "near miss", "random")
 
 
 def draw_scenes(world: World, mix: SceneMix, labels: Labels, *, scenes: int, seed: int) -> SceneSet:
-    """Render `scenes` scenes; the same seed gives the same set."""
+    """Render `scenes` scenes at the world's size, made the judge's size; the same seed gives the same set."""
     rng = random.Random(seed)
     heads = [name for name in labels if name != "setting"]
-    pictures = np.zeros((scenes, PICTURE_SIZE, PICTURE_SIZE, 3), np.uint8)
+    pictures = torch.zeros(scenes, 3, PICTURE_SIZE, PICTURE_SIZE, dtype=torch.uint8)
     boxes = torch.zeros(scenes, MAX_OBJECTS, 4)
     classes = {name: torch.full((scenes, MAX_OBJECTS), IGNORE) for name in heads}
     kinds = torch.full((scenes, MAX_OBJECTS), -1)
     setting = torch.zeros(scenes, dtype=torch.long)
     for row in tqdm(range(scenes), desc="scenes", mininterval=1.0):
         scene, meant = draw_scene(rng, world, mix)
-        rendered = render(scene, PICTURE_SIZE)
-        pictures[row] = np.asarray(rendered.image)
+        rendered = render(scene, world.image_size)
+        pictures[row] = as_bytes(picture_tensors([rendered.image]))[0]
         setting[row] = labels["setting"].index(scene.setting)
         for column, (item, box, kind) in enumerate(zip(scene.objects, rendered.boxes, meant, strict=True)):
             if box is None:
@@ -200,7 +201,12 @@ def draw_scenes(world: World, mix: SceneMix, labels: Labels, *, scenes: int, see
             for name in heads:
                 unasked = look.pattern == "plain" and name in ("second_colour", "scale")
                 classes[name][row, column] = IGNORE if unasked else labels[name].index(answers[name])
-    return SceneSet(torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(), boxes, classes, setting, kinds)
+    return SceneSet(pictures, boxes, classes, setting, kinds)
+
+
+def as_bytes(pictures: Tensor) -> Tensor:
+    """Pictures in [-1, 1] as uint8."""
+    return ((pictures.clamp(-1, 1) + 1) * 127.5).round().byte()
 
 
 # --- regions and their labels --------------------------------------------------------------------------------------
@@ -422,8 +428,8 @@ def measure(judge: Judge, scenes: SceneSet, seed: int) -> dict[str, Any]:
     `tight`: objects' boxes, off by up to 5 % of their size, and one region anywhere per picture (where it holds
     nothing or most of an object). `loose`: up to 15 % off and up to 1.6 times as wide and high.
     """
-    decoded = as_if_decoded(scenes.pictures.float() / 127.5 - 1, torch.Generator().manual_seed(seed))
-    decoded = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte()
+    generator = torch.Generator().manual_seed(seed)
+    decoded = as_bytes(as_if_decoded(scenes.pictures.float() / 127.5 - 1, generator))
     # Lists of arrays, so that the judge looks only once at a picture with several regions.
     crisp, degraded = (list(pictures.permute(0, 2, 3, 1).numpy()) for pictures in (scenes.pictures, decoded))
     rows, columns = (scenes.kinds >= 0).nonzero(as_tuple=True)

@@ -28,7 +28,7 @@ from multisubject.base_models import base_model_errors, fingerprint_text_encoder
 from multisubject.generation.console import quiet_loading
 from multisubject.pipeline_multisubject import MultiSubjectPipeline
 from multisubject.pipeline_multisubject_xl import MultiSubjectXLPipeline
-from multisubject.tiny_world import EMBEDDED_BASE
+from multisubject.tiny_world import EMBEDDED_BASE, EMBEDDED_BASE_XL
 from multisubject.training.config import TrainConfig
 
 # Classes that a base of Stable Diffusion XL may be saved as. Others have another UNet, or another use for it.
@@ -358,7 +358,8 @@ def generate(
 
 def base_model_name(config: TrainConfig) -> str:
     """The base as a file that travels may name it: a Hub id, or a folder's own name without the way to it."""
-    source = config.pretrained_model_name_or_path
-    if source is None or Path(source).resolve() == EMBEDDED_BASE:
-        return "tiny_world"
+    source = base_path(config)
+    embedded = {EMBEDDED_BASE: "tiny_world", EMBEDDED_BASE_XL: "tiny_world_xl"}
+    if name := embedded.get(Path(source).resolve()):
+        return name
     return Path(source).name if Path(source).is_dir() else source

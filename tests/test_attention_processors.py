@@ -181,7 +181,7 @@ def test_cones2_pulls_more_the_noisier_the_step(unet, scheduler):
 
 
 @pytest.mark.parametrize("method", ["cones2", "multisubject"])
-def test_prompt_is_projected_once_for_all_steps(unet, scheduler, monkeypatch, method):
+def test_keys_of_the_prompt_are_made_once_for_all_steps(unet, scheduler, monkeypatch, method):
     layers = {
         kind: [module for name, module in unet.named_modules() if name.endswith(f"attn2.{kind}")]
         for kind in ("to_k", "to_v")

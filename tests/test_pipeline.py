@@ -557,7 +557,7 @@ def test_load_list_and_unload(pipe, tmp_path):
     ("found", "message"),
     [
         ({"width": EMBED_DIM + 1}, rf"{EMBED_DIM + 1}.*{EMBED_DIM}"),
-        ({"class_phrase": "red dog"}, "1 rows, but its class phrase 'red dog' has 2 tokens"),
+        ({"class_phrase": "red dog"}, "1 rows for text_encoder, but its class phrase 'red dog' has 2 tokens"),
     ],
 )
 def test_subject_that_does_not_fit_raises(pipe, tmp_path, found, message):

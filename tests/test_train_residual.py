@@ -919,11 +919,11 @@ def test_a_vae_that_cannot_be_used_is_named(tiny_base: dict[str, str], other_vae
         (
             "model_index.json",
             {"_class_name": "StableDiffusionXLInpaintPipeline"},
-            "is for StableDiffusionXLInpaintPipeline; .*StableDiffusionXLPipeline or MultiSubjectXLPipeline",
+            "is for StableDiffusionXLInpaintPipeline; .*one of StableDiffusionXLPipeline, .*MultiSubjectXLPipeline",
         ),
         ("model_index.json", {"_class_name": "StableDiffusionXLPAGPipeline"}, "is for StableDiffusionXLPAGPipeline"),
         ("model_index.json", {"_class_name": ["mine", "PipelineOfMine"]}, "is for PipelineOfMine"),
-        ("unet/config.json", {"in_channels": 9}, "UNet of 9 input and 4 latent channels; expected a text-to-image"),
+        ("unet/config.json", {"in_channels": 9}, "UNet that reads 9 channels, .* of 4. Expected a text-to-image"),
         ("unet/config.json", {"cross_attention_dim": 48}, r"embeddings of width 48, but text encoders of 32 \+ 48"),
         ("tokenizer_2/added_tokens.json", {"<cat>": 4000}, "two tokenizers of different words"),
         ("scheduler/scheduler_config.json", {"sigma_data": 0.5}, "EDMEulerScheduler, which adds noise in another way"),
@@ -964,6 +964,14 @@ def test_a_saved_pipeline_of_ours_is_a_base(kind: str, tiny_base: dict[str, str]
     request.getfixturevalue(f"{kind}_pipe").save_pretrained(tmp_path)
     assert load(str(tmp_path)).fingerprints == load(tiny_base[kind]).fingerprints
     assert load(str(tmp_path)).is_xl == (kind == "xl")
+
+
+def test_a_base_of_xl_that_was_saved_for_image_to_image_is_a_base(tiny_base: dict[str, str], tmp_path: Path) -> None:
+    from diffusers import StableDiffusionXLImg2ImgPipeline
+
+    StableDiffusionXLImg2ImgPipeline.from_pretrained(tiny_base["xl"]).save_pretrained(tmp_path / "base")
+    models = load(str(tmp_path / "base"))
+    assert models.is_xl and models.fingerprints == load(tiny_base["xl"]).fingerprints
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------

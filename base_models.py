@@ -118,6 +118,15 @@ def unsuitable_channels(unet_config: Mapping[str, Any], vae_config: Mapping[str,
     )
 
 
+def other_architecture(module: str, components: Mapping[str, Any]) -> str | None:
+    """Whose pipeline has these components, if another one's than that of `module`, as the end of a sentence."""
+    encoders = tuple(name for name in TEXT_ENCODERS if name in components)
+    found = {one.text_encoders: one for one in ARCHITECTURES}.get(encoders) if "unet" in components else None
+    if found is None or found.module == module:
+        return None
+    return f"one of {found.family}. For these models use `{found.pipeline}.from_pipe`."
+
+
 def load_text_encoders(base_model: str | os.PathLike[str]) -> dict[str, Any]:
     """Component -> CLIP text encoder of those that a base has.
 

@@ -13,6 +13,8 @@ from conftest import assert_equal_up_to_rounding
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     LMSDiscreteScheduler,
@@ -550,6 +552,21 @@ def test_noise_level_is_the_schedulers_at_fractional_timesteps(unet, scheduler, 
             assert float(step.progress) == pytest.approx(index / 7)
         call(unet, *inputs(), scheduler.timesteps[2])  # again, without new timesteps
         assert float(layers[-1].step.progress) == pytest.approx(2 / 7)
+
+
+@pytest.mark.parametrize("scheduler_class", [EDMEulerScheduler, EDMDPMSolverMultistepScheduler])
+def test_noise_level_is_that_of_edms_schedulers(unet, scheduler_class):
+    """Whose timesteps are no training steps."""
+    scheduler = scheduler_class()
+    scheduler.set_timesteps(5)
+    steps = []
+    sample, prompt_embeds = inputs()
+    with guided(unet, two_regions(), scheduler, guidance_method=lambda layer: steps.append(layer.step)):
+        for index, timestep in enumerate(scheduler.timesteps):
+            output = call(unet, scheduler.scale_model_input(sample, timestep), prompt_embeds, timestep)
+            assert steps[-1].sigma == scheduler.sigmas[index]
+            assert float(steps[-1].progress) == pytest.approx(index / 5)
+            sample = scheduler.step(output, timestep, sample, return_dict=False)[0]
 
 
 def test_zero_terminal_snr_is_finite(unet, scheduler):

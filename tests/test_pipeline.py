@@ -1248,6 +1248,15 @@ def test_a_saved_pipeline_names_the_class_that_loads_it(sd1_pipe, xl_pipe, tmp_p
             type(other).from_pretrained(folder)
 
 
+@pytest.mark.parametrize("is_plain", [False, True])
+def test_from_pipe_names_the_class_for_another_architecture(sd1_pipe, xl_pipe, is_plain):
+    for ours, other in ((sd1_pipe, xl_pipe), (xl_pipe, sd1_pipe)):
+        right, pipe = type(ours).__name__, plain(ours) if is_plain else ours
+        said = rf"`pipeline` is a {type(pipe).__name__}, one of Stable Diffusion .*use `{right}\.from_pipe`\."
+        with pytest.raises(ValueError, match=said):
+            type(other).from_pipe(pipe)
+
+
 def test_saved_subjects_that_do_not_fit_are_left_out_aloud(pipe, tokenizer, tmp_path, monkeypatch):
     pipe.subjects["rex"] = subject("dog", of=pipe)
     pipe.save_pretrained(tmp_path)

@@ -1355,15 +1355,17 @@ def test_errors_of_one_of_several_subjects_name_it(config: TrainConfig, tmp_path
         train(replace(config, concepts_list=str(tmp_path / "list.json"), name=None))
 
 
+@both_architectures
 def test_class_pictures_are_not_as_rough_as_validation_pictures(
-    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: TrainConfig, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps, seeds = [], []
+    steps, scales, seeds = [], [], []
 
     def generate(
         models: Any, embeds: torch.Tensor, negative: Any, flags: TrainConfig, *, seed: int, **_: Any
     ) -> list[Image.Image]:
         steps.append(flags.validation_inference_steps)
+        scales.append(flags.validation_guidance_scale)
         seeds.append(seed)
         return [Image.new("RGB", (32, 32))] * len(embeds)
 
@@ -1376,9 +1378,12 @@ def test_class_pictures_are_not_as_rough_as_validation_pictures(
         class_data_dir=str(tmp_path / "classes"),
         num_class_images=2,
         max_train_steps=1,
+        validation_guidance_scale=2.0,
     )
     learn(prior)
     assert steps == [CLASS_STEPS, CLASS_STEPS, 1]
+    own = {"sd2": 7.5, "xl": 5.0}[kind]
+    assert scales == [own, own, 2.0]
     assert len(set(seeds)) == 3  # two equal class pictures would be one
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"--class_data_dir: .* cannot be made"):

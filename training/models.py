@@ -3,6 +3,7 @@ differently is in here."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -116,6 +117,12 @@ class Models:
     def is_xl(self) -> bool:
         """Whether the base is one of Stable Diffusion XL, whose UNet reads a pooled embedding and sizes."""
         return _reads_sizes(self.unet_config)
+
+    @property
+    def default_guidance_scale(self) -> float:
+        """Classifier-free guidance that pictures of this architecture get where nobody asks for another."""
+        pipeline = StableDiffusionXLPipeline if self.is_xl else StableDiffusionPipeline
+        return inspect.signature(pipeline.__call__).parameters["guidance_scale"].default
 
     @property
     def downscale(self) -> int:

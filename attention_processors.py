@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -108,28 +108,47 @@ class Stamp:
 
 
 class PromptKeys:
-    """Keeps every layer's `LayerKeys` while the UNet is called with the same prompt embeddings, step after step.
+    """Keeps every layer's keys of the prompt while the UNet is called with the same prompt embeddings, step after step.
 
-    Only plain linear projections are trusted to give the same again: not LoRA layers, whose scale a callback may
-    change, and not modules with hooks or a `forward` of their own, which do more than their weights say (offloading).
+    Values are not kept: they would need as much memory again, which counts where seventy layers read the prompt, and
+    cost little to project anew. Only plain linear projections are trusted to give the same again: not LoRA layers,
+    whose scale a callback may change, and not modules with hooks or a `forward` of their own, which do more than their
+    weights say (offloading).
     """
 
     def __init__(self) -> None:
-        self._kept: dict[Attention, tuple[Stamp, LayerKeys]] = {}
+        self._context: tuple[Stamp, torch.Tensor] | None = None
+        self._keys: dict[Attention, tuple[Stamp, torch.Tensor, KeyMoments | None]] = {}
 
     def of(self, attn: Attention, prompt_embeds: torch.Tensor, regions: RegionCall) -> LayerKeys:
-        """The keys of this layer: those of an earlier call if all that they were computed from is unchanged."""
-        if not (_is_plain_linear(attn.to_k) and _is_plain_linear(attn.to_v)):
-            return _prompt_keys(attn, prompt_embeds, regions)
-        made_from = prompt_embeds, attn.to_k.weight, attn.to_v.weight
-        if not Stamp.possible(*made_from):
-            return _prompt_keys(attn, prompt_embeds, regions)
-        kept = self._kept.get(attn)
+        """This layer's keys and values: of the prompt `(batch, T, dim)` and of the regions' own prompts."""
+        own_tokens = 0 if regions.region_prompts is None else regions.region_prompts.shape[1]
+        num_tokens = prompt_embeds.shape[1] + own_tokens
+        context = self._context_of(attn, prompt_embeds, regions)
+        key, moments = self._keys_of(attn, prompt_embeds, context, num_tokens, regions)
+        return LayerKeys(key, _projected(attn, attn.to_v, context), num_tokens, moments)
+
+    def _context_of(self, attn: Attention, prompt_embeds: torch.Tensor, regions: RegionCall) -> torch.Tensor:
+        if attn.norm_cross is not None or not Stamp.possible(prompt_embeds):
+            return _prompt_context(attn, prompt_embeds, regions)
+        kept = self._context
+        if kept is None or not kept[0].holds(prompt_embeds):
+            self._context = kept = Stamp(prompt_embeds), _prompt_context(attn, prompt_embeds, regions)
+        return kept[1]
+
+    def _keys_of(
+        self, attn: Attention, prompt_embeds: torch.Tensor, context: torch.Tensor, num_tokens: int, regions: RegionCall
+    ) -> tuple[torch.Tensor, KeyMoments | None]:
+        made_from = prompt_embeds, attn.to_k.weight
+        keeps = _is_plain_linear(attn.to_k) and Stamp.possible(*made_from)
+        kept = self._keys.get(attn) if keeps else None
         if kept is not None and kept[0].holds(*made_from):
-            return kept[1]
-        keys = _prompt_keys(attn, prompt_embeds, regions)
-        self._kept[attn] = Stamp(*made_from), keys
-        return keys
+            return kept[1:]
+        key = _key(attn, context)
+        moments = None if regions.method is None else KeyMoments(key[-regions.batch :, :, :num_tokens])
+        if keeps:
+            self._keys[attn] = Stamp(*made_from), key, moments
+        return key, moments
 
 
 def _is_plain_linear(module: nn.Module) -> bool:
@@ -188,11 +207,12 @@ class RegionAttnProcessor(AttnProcessor2_0):
 
         # 1. Project to queries, keys and values
         is_cross = encoder_hidden_states is not None
-        query = _split_heads(attn, attn.to_q(hidden_states))
+        query = _projected(attn, attn.to_q, hidden_states)
         if attn.norm_q is not None:
             query = attn.norm_q(query)
         if encoder_hidden_states is None:
-            keys = _keys(attn, hidden_states)
+            value = _projected(attn, attn.to_v, hidden_states)
+            keys = LayerKeys(_key(attn, hidden_states), value, hidden_states.shape[1])
         else:
             keys = regions.kept_keys.of(attn, encoder_hidden_states, regions)
         key, value = keys.key, keys.value
@@ -218,11 +238,11 @@ class RegionAttnProcessor(AttnProcessor2_0):
         output = attn.to_out[1](attn.to_out[0](output))
         if attn.residual_connection:
             output = output + hidden_states
-        return output / attn.rescale_output_factor
+        return output if attn.rescale_output_factor == 1 else output / attn.rescale_output_factor
 
 
-def _prompt_keys(attn: Attention, prompt_embeds: torch.Tensor, regions: RegionCall) -> LayerKeys:
-    """Keys and values of a cross-attention layer: of the prompt `(batch, T, dim)` and of the regions' own prompts.
+def _prompt_context(attn: Attention, prompt_embeds: torch.Tensor, regions: RegionCall) -> torch.Tensor:
+    """What a cross-attention layer makes keys and values of: the prompt `(batch, T, dim)`, the regions' own prompts.
 
     Biased attention is fastest where the number of keys is a multiple of 8 (on a CPU with AVX-512 it is also faster
     than unbiased attention to the usual 77), so that a guided call gets fillers behind its tokens.
@@ -233,22 +253,21 @@ def _prompt_keys(attn: Attention, prompt_embeds: torch.Tensor, regions: RegionCa
         prompt_embeds = torch.cat([prompt_embeds, more], dim=1)
     if attn.norm_cross is not None:
         prompt_embeds = attn.norm_encoder_hidden_states(prompt_embeds)
-    num_tokens = prompt_embeds.shape[1]
-    if regions.method is None:
-        return _keys(attn, prompt_embeds)
-    keys = _keys(attn, F.pad(prompt_embeds, (0, 0, 0, -num_tokens % 8)))
-    moments = KeyMoments(keys.key[-regions.batch :, :, :num_tokens])
-    return replace(keys, num_tokens=num_tokens, moments=moments)
+    return prompt_embeds if regions.method is None else F.pad(prompt_embeds, (0, 0, 0, -prompt_embeds.shape[1] % 8))
 
 
-def _keys(attn: Attention, context: torch.Tensor) -> LayerKeys:
-    key, value = _split_heads(attn, attn.to_k(context)), _split_heads(attn, attn.to_v(context))
-    return LayerKeys(key if attn.norm_k is None else attn.norm_k(key), value, context.shape[1])
+def _key(attn: Attention, context: torch.Tensor) -> torch.Tensor:
+    key = _projected(attn, attn.to_k, context)
+    return key if attn.norm_k is None else attn.norm_k(key)
 
 
-def _split_heads(attn: Attention, projected: torch.Tensor) -> torch.Tensor:
-    """`(batch, tokens, heads * head_dim)` -> `(batch, heads, tokens, head_dim)`."""
-    return projected.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+def _projected(attn: Attention, projection: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """`(batch, tokens, dim)` -> `(batch, heads, tokens, head_dim)`.
+
+    As one matrix: a linear layer would make it one and undo it, which are two operations.
+    """
+    projected = projection(states.flatten(0, 1))
+    return projected.view(*states.shape[:2], attn.heads, -1).transpose(1, 2)
 
 
 def _kept_bias(

@@ -107,6 +107,26 @@ def unsuitable_xl_base(unet_config: Mapping[str, Any], text_widths: Sequence[int
     return None
 
 
+def unsuitable_channels(unet_config: Mapping[str, Any], vae_config: Mapping[str, Any]) -> str | None:
+    """The same for a UNet that reads more than noisy latents, in every architecture: that of an inpainting base."""
+    read, made = unet_config.get("in_channels", 4), vae_config.get("latent_channels", 4)
+    if read == made:
+        return None
+    return (
+        f"reads {read} channels, but the VAE makes latents of {made}. Expected a text-to-image base; an inpainting one,"
+        " which reads a mask and a picture besides, takes no noise alone: give the base that it was made from."
+    )
+
+
+def other_architecture(module: str, components: Mapping[str, Any]) -> str | None:
+    """Whose pipeline has these components, if another one's than that of `module`, as the end of a sentence."""
+    encoders = tuple(name for name in TEXT_ENCODERS if name in components)
+    found = {one.text_encoders: one for one in ARCHITECTURES}.get(encoders) if "unet" in components else None
+    if found is None or found.module == module:
+        return None
+    return f"one of {found.family}. For these models use `{found.pipeline}.from_pipe`."
+
+
 def load_text_encoders(base_model: str | os.PathLike[str]) -> dict[str, Any]:
     """Component -> CLIP text encoder of those that a base has.
 
@@ -133,6 +153,23 @@ def load_text_encoders(base_model: str | os.PathLike[str]) -> dict[str, Any]:
     if not encoders:
         raise OSError(f"base model {str(base_model)!r} has no text_encoder/config.json; expected a folder or Hub id.")
     return encoders
+
+
+def tokenizer_of(text_encoder: str) -> str:
+    """The component that makes tokens for a text encoder."""
+    return text_encoder.replace("text_encoder", "tokenizer")
+
+
+def load_tokenizers(base_model: str | os.PathLike[str]) -> dict[str, Any]:
+    """Text encoder -> its CLIP tokenizer, of those that a base has. Raises `OSError` where one cannot be read."""
+    from transformers import CLIPTokenizer
+
+    with base_model_errors(base_model):
+        return {
+            name: CLIPTokenizer.from_pretrained(str(base_model), subfolder=tokenizer_of(name))
+            for name in TEXT_ENCODERS
+            if component_file(base_model, tokenizer_of(name), "tokenizer_config.json") is not None
+        }
 
 
 def component_config(base_model: str | os.PathLike[str], component: str) -> dict[str, Any] | None:
@@ -271,4 +308,28 @@ def check_subject_fits(
                 f"subject {name!r} ({trained_on}) was trained against another {encoder_name} than that of {here}: "
                 f"the widths agree ({width}), but {distance:.0%} of the fingerprint differs ({ours[:20]}… against "
                 f"{theirs[:20]}…). Load the base that it was trained on, or train it on this one."
+            )
+
+
+def check_class_phrase_fits(subject: ResidualEmbedding, tokenizers: Mapping[str, Any], *, name: str) -> None:
+    """Raise unless every delta has one row for each token of the class phrase.
+
+    Args:
+        subject: the subject; one without a class phrase, as a `.pt` has none, fits.
+        tokenizers: text encoder -> its tokenizer.
+        name: the subject's name, for the message.
+
+    Raises:
+        ValueError: another number of tokens; says which tokenizer's, and how many rows there are.
+    """
+    from .residual_embeddings import find_token_spans
+
+    for encoder, tokenizer in tokenizers.items() if subject.class_phrase else ():
+        rows = len(subject.deltas[encoder])
+        num_tokens = len(find_token_spans(tokenizer, subject.class_phrase, subject.class_phrase)[0])
+        if num_tokens != rows:
+            raise ValueError(
+                f"subject {name!r} has {rows} rows for {encoder}, but its class phrase {subject.class_phrase!r} has "
+                f"{num_tokens} tokens with the base's {tokenizer_of(encoder)}. Expected the `class_phrase` and the "
+                "base that it was trained with."
             )

@@ -71,7 +71,9 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _add(commands, "verify", _verify, "is this file sound, and does it fit this base?")
     command.add_argument("source", metavar="SOURCE")
-    command.add_argument("--base", help="base model: a Hub id or a folder; its text encoders are loaded and compared")
+    command.add_argument(
+        "--base", help="base model, a Hub id or a folder, whose text encoders and tokenizers are compared"
+    )
 
     command = _add(
         commands,

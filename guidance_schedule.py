@@ -6,11 +6,15 @@ import numbers
 from typing import Any
 
 import torch
-from diffusers import EDMEulerScheduler
+from diffusers import EDMDPMSolverMultistepScheduler, EDMEulerScheduler
 
 from .guidance_methods import GuidanceStep
 
 __multisubject_version__ = "0.1.0"
+
+
+# Their sigmas are there, but no `alphas_cumprod`.
+_EDM_SCHEDULERS = (EDMDPMSolverMultistepScheduler, EDMEulerScheduler)
 
 
 class GuidanceSchedule:
@@ -27,7 +31,7 @@ class GuidanceSchedule:
             raise ValueError(f"`guidance_weight` is {guidance_weight}, expected a number from -1e6 to 1e6.")
         if guidance_steps is not None and guidance_steps < 0:
             raise ValueError(f"`guidance_steps` is {guidance_steps}, expected at least 0, or None to guide all steps.")
-        if not hasattr(scheduler, "alphas_cumprod") and not isinstance(scheduler, EDMEulerScheduler):
+        if not hasattr(scheduler, "alphas_cumprod") and not isinstance(scheduler, _EDM_SCHEDULERS):
             raise ValueError(
                 f"{type(scheduler).__name__} has no `alphas_cumprod`, expected one of KarrasDiffusionSchedulers."
             )

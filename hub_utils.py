@@ -18,7 +18,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
-from .base_models import BASE_MODEL_MIRRORS, check_subject_fits, load_text_encoders, trained_on_same_base
+from .base_models import (
+    BASE_MODEL_MIRRORS,
+    check_class_phrase_fits,
+    check_subject_fits,
+    load_text_encoders,
+    load_tokenizers,
+    trained_on_same_base,
+)
 from .hub_client import (
     HubOptions,
     HubRepo,
@@ -253,7 +260,8 @@ def verify_subject(
 
     Args:
         source: as for `load_subject`.
-        base: base model, a Hub id or a folder in diffusers format; its text encoders are loaded.
+        base: base model, a Hub id or a folder in diffusers format; its text encoders and tokenizers are
+            loaded.
         hub_options: as for `load_subject`.
 
     Returns:
@@ -264,9 +272,10 @@ def verify_subject(
     """
     subjects = load_subject(source, **hub_options)
     if base is not None:
-        text_encoders = load_text_encoders(base)
+        text_encoders, tokenizers = load_text_encoders(base), load_tokenizers(base)
         for name, subject in subjects.items():
             check_subject_fits(subject, text_encoders, name=name, base_model=str(base))
+            check_class_phrase_fits(subject, tokenizers, name=name)
     return subjects
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from diffusers.utils import logging
 
-from .base_models import base_model_errors
+from .base_models import base_model_errors, other_architecture
 from .call_arguments import bind_arguments, check_call, check_prompts, check_steps
 from .guidance_methods import GuidanceMethod, resolve_guidance_method
 from .layout import masks_at
@@ -326,7 +326,13 @@ class MultiSubjectMixin(PromptEncoderMixin):
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
         """As `DiffusionPipeline.from_pipe`, but in the models' own dtypes unless `dtype` asks for another: they are
-        shared, and diffusers would turn them to float32. Subjects and their weights come along."""
+        shared, and diffusers would turn them to float32. Subjects and their weights come along.
+
+        Raises:
+            ValueError: a pipeline of another architecture.
+        """
+        if problem := other_architecture(cls._file, getattr(pipeline, "components", {})):
+            raise ValueError(f"`pipeline` is a {type(pipeline).__name__}, {problem}")
         if not {"dtype", "torch_dtype"} & set(kwargs):
             kwargs["dtype"] = _KEEP_DTYPE
         new = super().from_pipe(pipeline, **kwargs)  # type: ignore[misc]

@@ -13,10 +13,10 @@ from typing import Any, Unpack, cast
 import numpy as np
 import torch
 
-from .base_models import check_subject_fits
+from .base_models import check_class_phrase_fits, check_subject_fits
 from .hub_client import HubOptions
 from .hub_utils import load_subject
-from .residual_embeddings import ParsedPrompt, ResidualEmbedding, add_residuals, find_token_spans, parse_prompt
+from .residual_embeddings import ParsedPrompt, ResidualEmbedding, add_residuals, parse_prompt
 from .shared_models import in_turn
 from .subject_file import some_of
 
@@ -271,11 +271,4 @@ class SubjectLoaderMixin:
                 f"The file of subject {name!r} does not say which words it was trained with, as no `.pt` does. Pass"
                 f" them as `class_phrase`, such as `load_subject(…, name={name!r}, class_phrase='person')`."
             )
-        for slot in self.encoder_slots:
-            rows = len(subject.deltas[slot.name])
-            span = find_token_spans(slot.tokenizer, subject.class_phrase, subject.class_phrase)[0]
-            if len(span) != rows:
-                raise ValueError(
-                    f"Subject {name!r} has {rows} rows, but its class phrase {subject.class_phrase!r} has {len(span)}"
-                    " tokens with this tokenizer. Pass the `class_phrase` that it was trained with."
-                )
+        check_class_phrase_fits(subject, {slot.name: slot.tokenizer for slot in self.encoder_slots}, name=name)

@@ -20,7 +20,9 @@ from multisubject.base_models import (
     component_config,
     component_file,
     is_xl,
+    tokenizer_of,
     unsuitable_base,
+    unsuitable_channels,
     unsuitable_xl_base,
 )
 from multisubject.generation.config_file import ConfigError
@@ -64,11 +66,13 @@ class BaseModel:
                 found = {part: component_config(name, part) for part in architecture.text_encoders}
                 widths = [None if config is None else config["hidden_size"] for config in found.values()]
                 problem = unsuitable_xl_base(unet, widths) if is_xl(unet) else unsuitable_base(unet, widths[0])
+                vae = _read_config(name, "vae")
+                problem = problem or unsuitable_channels(unet, vae)
                 if problem:
                     raise ValueError(f"its UNet {problem}")
                 embed_dims = {part: _read_config(name, part)["hidden_size"] for part in found}
-                tokenizers = {part: CLIPTokenizer.from_pretrained(name, subfolder=_tokenizer(part)) for part in found}
-                size, blocks = unet["sample_size"], _read_config(name, "vae")["block_out_channels"]
+                tokenizers = {part: CLIPTokenizer.from_pretrained(name, subfolder=tokenizer_of(part)) for part in found}
+                size, blocks = unet["sample_size"], vae["block_out_channels"]
                 scheduler = component_file(name, "scheduler", "scheduler_config.json")
                 settings = json.loads(scheduler.read_text(encoding="utf-8")) if scheduler else {}
                 levels = settings.get("num_train_timesteps")
@@ -88,11 +92,6 @@ class BaseModel:
 _EXPECTED = "the folder or Hub id of a base model of " + " or ".join(one.family for one in ARCHITECTURES)
 
 
-def _tokenizer(text_encoder: str) -> str:
-    """The component that makes tokens for a text encoder."""
-    return text_encoder.replace("text_encoder", "tokenizer")
-
-
 def _config_file(model: str, component: str) -> Path:
     path = component_file(model, component)
     if path is None:
@@ -108,7 +107,7 @@ def _version(folder: Path) -> str:
     if folder.parent.name == "snapshots":  # of the Hub's cache, whose other files may come later
         return folder.name
     digest = hashlib.sha256()
-    encoders = [name for encoder in TEXT_ENCODERS for name in (encoder, _tokenizer(encoder))]  # as each base has them
+    encoders = [name for encoder in TEXT_ENCODERS for name in (encoder, tokenizer_of(encoder))]  # as each base has them
     parts = (folder / part for part in ("unet", "vae", *encoders, "scheduler"))
     for file in (folder / "model_index.json", *(file for part in parts for file in sorted(part.glob("*")))):
         if file.is_file():

@@ -13,6 +13,8 @@ from conftest import assert_equal_up_to_rounding
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     LMSDiscreteScheduler,
@@ -181,22 +183,26 @@ def test_cones2_pulls_more_the_noisier_the_step(unet, scheduler):
 
 
 @pytest.mark.parametrize("method", ["cones2", "multisubject"])
-def test_prompt_is_projected_once_for_all_steps(unet, scheduler, monkeypatch, method):
-    layers = [module for name, module in unet.named_modules() if name.endswith("attn2.to_k")]
+def test_keys_of_the_prompt_are_made_once_for_all_steps(unet, scheduler, monkeypatch, method):
+    layers = {
+        kind: [module for name, module in unet.named_modules() if name.endswith(f"attn2.{kind}")]
+        for kind in ("to_k", "to_v")
+    }
     calls: list[nn.Linear] = []
     forward = nn.Linear.forward
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: (calls.append(self), forward(self, x))[1])
 
-    def projections() -> int:
-        return sum(any(called is layer for layer in layers) for called in calls)
+    def projections(kind: str) -> float:
+        return sum(any(called is layer for layer in layers[kind]) for called in calls) / len(layers[kind])
 
     sample, prompt_embeds = inputs(2)
     with guided(unet, two_regions(), scheduler, guidance_method=method):
         for timestep in (900, 500):
             call(unet, sample, prompt_embeds, timestep)
-        assert projections() == len(layers)
+        assert projections("to_k") == 1
+        assert projections("to_v") == 2  # not kept, for the memory
         call(unet, sample, prompt_embeds.clone(), 500)
-        assert projections() == 2 * len(layers)
+        assert projections("to_k") == 2
 
 
 @pytest.mark.parametrize("late", ["hook", "forward"])
@@ -546,6 +552,21 @@ def test_noise_level_is_the_schedulers_at_fractional_timesteps(unet, scheduler, 
             assert float(step.progress) == pytest.approx(index / 7)
         call(unet, *inputs(), scheduler.timesteps[2])  # again, without new timesteps
         assert float(layers[-1].step.progress) == pytest.approx(2 / 7)
+
+
+@pytest.mark.parametrize("scheduler_class", [EDMEulerScheduler, EDMDPMSolverMultistepScheduler])
+def test_noise_level_is_that_of_edms_schedulers(unet, scheduler_class):
+    """Whose timesteps are no training steps."""
+    scheduler = scheduler_class()
+    scheduler.set_timesteps(5)
+    steps = []
+    sample, prompt_embeds = inputs()
+    with guided(unet, two_regions(), scheduler, guidance_method=lambda layer: steps.append(layer.step)):
+        for index, timestep in enumerate(scheduler.timesteps):
+            output = call(unet, scheduler.scale_model_input(sample, timestep), prompt_embeds, timestep)
+            assert steps[-1].sigma == scheduler.sigmas[index]
+            assert float(steps[-1].progress) == pytest.approx(index / 5)
+            sample = scheduler.step(output, timestep, sample, return_dict=False)[0]
 
 
 def test_zero_terminal_snr_is_finite(unet, scheduler):

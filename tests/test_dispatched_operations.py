@@ -1,7 +1,7 @@
 """How many operations a step asks of the processor: on a GPU each costs time, whatever it computes.
 
-A guided step of the default method asks for fewer than a plain one: keys and values of the prompt are kept from step to
-step, and that is more than the bias adds.
+A guided step of the default method asks for fewer than a plain one: keys of the prompt are kept from step to step, a
+projection is one matrix product and no reshapes around it, and that is more than the bias adds.
 """
 
 from __future__ import annotations

@@ -109,6 +109,20 @@ def test_what_is_no_base_of_the_family_is_refused(base, tmp_path):
         read("flow", lambda folder: (folder / "unet").rename(folder / "transformer"))
 
 
+@pytest.mark.parametrize("folder", ["xl_base_path", "base_path"])
+def test_an_inpainting_base_is_refused(folder, request, tmp_path, shop, capsys):
+    inpainting = Path(shutil.copytree(request.getfixturevalue(folder), tmp_path / "inpainting"))
+    file = inpainting / "unet" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"in_channels": 9}))
+    with pytest.raises(
+        ConfigError, match=r"'.*inpainting' cannot be used: its UNet reads 9 channels, .* of 4\. .* give"
+    ):
+        BaseModel.read(str(inpainting))
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--generation_config", "config.json", "--pretrained_model_name", str(inpainting)])
+    assert exit_info.value.code == 2 and "reads 9 channels" in capsys.readouterr().err
+
+
 def test_a_subject_is_compared_with_every_text_encoder(base, base_path, shop):
     check(base)
     first, second = f"width {EMBED_DIM} for text_encoder", f"width {EMBED_DIM_2} for text_encoder_2"

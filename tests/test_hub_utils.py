@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -819,6 +820,24 @@ def test_verify_compares_with_a_base(tmp_path, capsys, make_text_encoder):
     assert "has 16 numbers per token" in capsys.readouterr().err
 
 
+def test_verify_counts_the_tokens_of_every_tokenizer(tmp_path, capsys, xl_subject, xl_base_path, tokenizer):
+    base = shutil.copytree(xl_base_path, tmp_path / "base")
+    other = type(tokenizer).from_pretrained(tokenizer.name_or_path)
+    other.add_tokens("do")  # so that `dog` is `do` and `g`
+    other.save_pretrained(base / "tokenizer_2")
+    assert cli.main(["verify", str(xl_subject), "--base", str(base)]) == 1
+    said = "1 rows for text_encoder_2, but its class phrase 'dog' has 2 tokens with the base's tokenizer_2."
+    assert said in capsys.readouterr().err
+
+
+def test_verify_counts_no_tokens_of_a_file_without_words(tmp_path, base_path):
+    from multisubject.generation.base_model import BaseModel
+
+    width = BaseModel.read(base_path).embed_dims["text_encoder"]
+    torch.save(torch.ones(3, width), tmp_path / "rex.pt")
+    assert cli.main(["verify", str(tmp_path / "rex.pt"), "--base", base_path]) == 0
+
+
 @pytest.fixture
 def xl_subject(tmp_path, xl_pipe):
     """The file of a subject of the tiny `xl` base."""
@@ -859,6 +878,10 @@ def test_verify_compares_with_every_text_encoder_of_a_base(tmp_path, capsys, xl_
     mark = rex.metadata["text_encoder_fingerprint"]
     stranger = dataclasses.replace(rex, metadata={"text_encoder_2_fingerprint": mark})
     assert "against another text_encoder_2 than" in refusal(save_subject(stranger, xl_subject), xl_base_path)
+    words = save_subject(dataclasses.replace(rex, class_phrase="red dog"), xl_subject)
+    assert "1 rows for text_encoder, but its class phrase 'red dog' has 2 tokens with the base's tokenizer." in (
+        refusal(words, xl_base_path)
+    )
     flux = tmp_path / "flux"
     (flux / "text_encoder_2").mkdir(parents=True)
     (flux / "text_encoder_2" / "config.json").write_text('{"model_type": "t5"}')

@@ -557,7 +557,7 @@ def test_load_list_and_unload(pipe, tmp_path):
     ("found", "message"),
     [
         ({"width": EMBED_DIM + 1}, rf"{EMBED_DIM + 1}.*{EMBED_DIM}"),
-        ({"class_phrase": "red dog"}, "1 rows, but its class phrase 'red dog' has 2 tokens"),
+        ({"class_phrase": "red dog"}, "1 rows for text_encoder, but its class phrase 'red dog' has 2 tokens"),
     ],
 )
 def test_subject_that_does_not_fit_raises(pipe, tmp_path, found, message):
@@ -1246,6 +1246,15 @@ def test_a_saved_pipeline_names_the_class_that_loads_it(sd1_pipe, xl_pipe, tmp_p
         saved.save_pretrained(folder)
         with pytest.raises(ValueError, match=rf"holds a {folder.name}, which .* cannot load: use {folder.name}\."):
             type(other).from_pretrained(folder)
+
+
+@pytest.mark.parametrize("is_plain", [False, True])
+def test_from_pipe_names_the_class_for_another_architecture(sd1_pipe, xl_pipe, is_plain):
+    for ours, other in ((sd1_pipe, xl_pipe), (xl_pipe, sd1_pipe)):
+        right, pipe = type(ours).__name__, plain(ours) if is_plain else ours
+        said = rf"`pipeline` is a {type(pipe).__name__}, one of Stable Diffusion .*use `{right}\.from_pipe`\."
+        with pytest.raises(ValueError, match=said):
+            type(other).from_pipe(pipe)
 
 
 def test_saved_subjects_that_do_not_fit_are_left_out_aloud(pipe, tokenizer, tmp_path, monkeypatch):

@@ -920,11 +920,11 @@ def test_a_vae_that_cannot_be_used_is_named(tiny_base: dict[str, str], other_vae
         (
             "model_index.json",
             {"_class_name": "StableDiffusionXLInpaintPipeline"},
-            "is for StableDiffusionXLInpaintPipeline; .*StableDiffusionXLPipeline or MultiSubjectXLPipeline",
+            "is for StableDiffusionXLInpaintPipeline; .*one of StableDiffusionXLPipeline, .*MultiSubjectXLPipeline",
         ),
         ("model_index.json", {"_class_name": "StableDiffusionXLPAGPipeline"}, "is for StableDiffusionXLPAGPipeline"),
         ("model_index.json", {"_class_name": ["mine", "PipelineOfMine"]}, "is for PipelineOfMine"),
-        ("unet/config.json", {"in_channels": 9}, "UNet of 9 input and 4 latent channels; expected a text-to-image"),
+        ("unet/config.json", {"in_channels": 9}, "UNet that reads 9 channels, .* of 4. Expected a text-to-image"),
         ("unet/config.json", {"cross_attention_dim": 48}, r"embeddings of width 48, but text encoders of 32 \+ 48"),
         ("tokenizer_2/added_tokens.json", {"<cat>": 4000}, "two tokenizers of different words"),
         ("scheduler/scheduler_config.json", {"sigma_data": 0.5}, "EDMEulerScheduler, which adds noise in another way"),
@@ -965,6 +965,14 @@ def test_a_saved_pipeline_of_ours_is_a_base(kind: str, tiny_base: dict[str, str]
     request.getfixturevalue(f"{kind}_pipe").save_pretrained(tmp_path)
     assert load(str(tmp_path)).fingerprints == load(tiny_base[kind]).fingerprints
     assert load(str(tmp_path)).is_xl == (kind == "xl")
+
+
+def test_a_base_of_xl_that_was_saved_for_image_to_image_is_a_base(tiny_base: dict[str, str], tmp_path: Path) -> None:
+    from diffusers import StableDiffusionXLImg2ImgPipeline
+
+    StableDiffusionXLImg2ImgPipeline.from_pretrained(tiny_base["xl"]).save_pretrained(tmp_path / "base")
+    models = load(str(tmp_path / "base"))
+    assert models.is_xl and models.fingerprints == load(tiny_base["xl"]).fingerprints
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------
@@ -1348,15 +1356,17 @@ def test_errors_of_one_of_several_subjects_name_it(config: TrainConfig, tmp_path
         train(replace(config, concepts_list=str(tmp_path / "list.json"), name=None))
 
 
+@both_architectures
 def test_class_pictures_are_not_as_rough_as_validation_pictures(
-    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: TrainConfig, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps, seeds = [], []
+    steps, scales, seeds = [], [], []
 
     def generate(
         models: Any, embeds: torch.Tensor, negative: Any, flags: TrainConfig, *, seed: int, **_: Any
     ) -> list[Image.Image]:
         steps.append(flags.validation_inference_steps)
+        scales.append(flags.validation_guidance_scale)
         seeds.append(seed)
         return [Image.new("RGB", (32, 32))] * len(embeds)
 
@@ -1369,9 +1379,12 @@ def test_class_pictures_are_not_as_rough_as_validation_pictures(
         class_data_dir=str(tmp_path / "classes"),
         num_class_images=2,
         max_train_steps=1,
+        validation_guidance_scale=2.0,
     )
     learn(prior)
     assert steps == [CLASS_STEPS, CLASS_STEPS, 1]
+    own = {"sd2": 7.5, "xl": 5.0}[kind]
+    assert scales == [own, own, 2.0]
     assert len(set(seeds)) == 3  # two equal class pictures would be one
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"--class_data_dir: .* cannot be made"):

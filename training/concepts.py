@@ -44,8 +44,8 @@ VALIDATION_PROMPTS = (
     "a photo of a {} in the snow",
     "a photo of a {} at night",
 )
-CLASS_STEPS, CLASS_GUIDANCE_SCALE = 25, 7.5
-"""How class pictures are drawn: not like validation pictures, which somebody may want quick and rough."""
+CLASS_STEPS = 25
+"""Steps of class pictures, which are not drawn like validation pictures: those somebody may want quick and rough."""
 
 
 @dataclass(frozen=True)
@@ -312,7 +312,9 @@ def with_class_pictures(concept: Concept, models: Models) -> Concept:
     drawn = {folder / f"class-{number:04}.png": config.seed + 1 + number for number in range(config.num_class_images)}
     wanted = config.num_class_images - sum(is_picture(path) for path in folder.iterdir())
     missing = [path for path in drawn if not path.exists()][: max(0, wanted)]
-    drawing = replace(config, validation_inference_steps=CLASS_STEPS, validation_guidance_scale=CLASS_GUIDANCE_SCALE)
+    drawing = replace(
+        config, validation_inference_steps=CLASS_STEPS, validation_guidance_scale=models.default_guidance_scale
+    )
     with ProgressBar("class pictures", len(missing), "picture", silent=not missing) as bar:
         for path in missing:
             (image,) = generate(

@@ -3,6 +3,7 @@ differently is in here."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from diffusers import (
     DDPMScheduler,
     DiffusionPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -24,7 +26,7 @@ from PIL import Image
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from multisubject.base_models import base_model_errors, fingerprint_text_encoder
+from multisubject.base_models import base_model_errors, fingerprint_text_encoder, tokenizer_of, unsuitable_channels
 from multisubject.generation.console import quiet_loading
 from multisubject.pipeline_multisubject import MultiSubjectPipeline
 from multisubject.pipeline_multisubject_xl import MultiSubjectXLPipeline
@@ -32,7 +34,9 @@ from multisubject.tiny_world import EMBEDDED_BASE, EMBEDDED_BASE_XL
 from multisubject.training.config import TrainConfig
 
 # Classes that a base of Stable Diffusion XL may be saved as. Others have another UNet, or another use for it.
-XL_PIPELINES = (StableDiffusionXLPipeline.__name__, MultiSubjectXLPipeline.__name__)
+XL_PIPELINES = tuple(
+    kind.__name__ for kind in (StableDiffusionXLPipeline, StableDiffusionXLImg2ImgPipeline, MultiSubjectXLPipeline)
+)
 
 
 class TextEncoders(nn.Module):
@@ -115,6 +119,12 @@ class Models:
         return _reads_sizes(self.unet_config)
 
     @property
+    def default_guidance_scale(self) -> float:
+        """Classifier-free guidance that pictures of this architecture get where nobody asks for another."""
+        pipeline = StableDiffusionXLPipeline if self.is_xl else StableDiffusionPipeline
+        return inspect.signature(pipeline.__call__).parameters["guidance_scale"].default
+
+    @property
     def downscale(self) -> int:
         """Picture pixels per latent."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
@@ -178,7 +188,7 @@ def load_encoders(config: TrainConfig, accelerator: Accelerator) -> Models:
     _check_channels(config, source, unet_config, pipe.vae)
     names = ["text_encoder", *(["text_encoder_2"] if is_xl else [])]
     encoders = {name: getattr(pipe, name) for name in names}
-    tokenizers = {name: getattr(pipe, name.replace("text_encoder", "tokenizer")) for name in names}
+    tokenizers = {name: getattr(pipe, tokenizer_of(name)) for name in names}
     widths = {name: int(encoder.config.hidden_size) for name, encoder in encoders.items()}
     if is_xl:
         _check_xl(source, pipe, unet_config, widths)
@@ -238,23 +248,21 @@ def _check_xl_index(source: str, index: Mapping[str, Any]) -> None:
     if _saved_as(index) not in XL_PIPELINES:
         raise ValueError(
             f"--pretrained_model_name_or_path: {source!r} is for {_saved_as(index)}; of Stable Diffusion XL, expected "
-            f"a text-to-image base, saved as {' or '.join(XL_PIPELINES)}."
+            f"a text-to-image base, saved as one of {', '.join(XL_PIPELINES)}."
         )
 
 
 def _check_channels(config: TrainConfig, source: str, unet_config: Mapping[str, Any], vae: AutoencoderKL) -> None:
-    read, made = unet_config["in_channels"], vae.config.latent_channels
-    if read == made:
+    problem = unsuitable_channels(unet_config, vae.config)
+    if problem is None:
         return
+    read, made = unet_config["in_channels"], vae.config.latent_channels
     if config.pretrained_vae_model_name_or_path is not None and read == unet_config["out_channels"]:
         raise ValueError(
             f"--pretrained_vae_model_name_or_path: {config.pretrained_vae_model_name_or_path!r} makes latents of "
             f"{made} channels, the UNet of {source!r} reads {read}; expected a VAE of the base's family."
         )
-    raise ValueError(
-        f"--pretrained_model_name_or_path: {source!r} has a UNet of {read} input and {made} latent channels; expected "
-        "a text-to-image base, not an inpainting one."
-    )
+    raise ValueError(f"--pretrained_model_name_or_path: {source!r} has a UNet that {problem}")
 
 
 def _check_xl(source: str, pipe: Any, unet_config: Mapping[str, Any], widths: Mapping[str, int]) -> None:

@@ -15,7 +15,6 @@ from multisubject.generation.making import pipeline_class
 from multisubject.tiny_world.scenes import World
 
 ROOT = Path(__file__).resolve().parents[1]
-
 """The repository, which holds the bases and their subjects."""
 
 

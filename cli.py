@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .base_models import ARCHITECTURES, SD
+from .command_line import CommandParser
 from .hub_client import PushOptions
 from .hub_utils import (
     convert_subject,
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="multisubject",
         description=_DESCRIPTION,
         epilog=_EPILOG,

@@ -21,11 +21,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from transformers import HfArgumentParser
-
 import multisubject
 from multisubject.evaluation.arguments import EvaluateArguments, EvaluationError, read_pairs
-from multisubject.generation.arguments import parse_arguments
+from multisubject.generation.arguments import DataclassParser, parse_arguments
 from multisubject.generation.console import quiet_imports
 from multisubject.pictures import png_bytes
 from multisubject.subject_file import write_atomically
@@ -82,8 +80,8 @@ def _error(error: Exception) -> int:
     return 2
 
 
-def _parser() -> HfArgumentParser:
-    return HfArgumentParser(
+def _parser() -> DataclassParser:
+    return DataclassParser(
         EvaluateArguments,
         prog="multisubject-evaluate",
         description="Scores for folders of generated pictures: prompt (CLIP-T), subjects (CLIP-I, DINO), each subject "

@@ -20,9 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from transformers import HfArgumentParser
-
-from multisubject.generation.arguments import GenerateArguments, parse_arguments
+from multisubject.generation.arguments import DataclassParser, GenerateArguments, parse_arguments
 from multisubject.generation.config_file import ConfigError, ConfigFile, read_config
 from multisubject.generation.console import is_main_process, quiet_imports
 from multisubject.tiny_world import EMBEDDED_BASE
@@ -94,8 +92,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(f"contact sheet: {save_contact_sheet(pictures)}")
 
 
-def _parser() -> HfArgumentParser:
-    return HfArgumentParser(
+def _parser() -> DataclassParser:
+    return DataclassParser(
         GenerateArguments,
         prog="multisubject-generate",
         usage="%(prog)s [--help] --generation_config FILE [--option VALUE …]",

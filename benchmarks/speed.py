@@ -33,6 +33,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from multisubject.command_line import CommandParser
 from multisubject.guidance_methods import GUIDANCE_METHODS
 from multisubject.pipeline_multisubject import MultiSubjectPipeline
 from multisubject.pipeline_multisubject_xl import MultiSubjectXLPipeline
@@ -187,7 +188,7 @@ def compare(name: str, plain: Any, method: str, args: argparse.Namespace) -> boo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = CommandParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--model",
         choices=("embedded", "sd15", "both", "sdxl", "sdxl-tiny"),

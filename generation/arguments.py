@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
+from multisubject.command_line import CommandParser
 from multisubject.generation.config_file import MOST_SEED
 
 # Stable Diffusion XL learned from pictures of 1024: of four times that it makes repetitions, and a zero too many fills
@@ -108,11 +108,15 @@ def check_device(device: str) -> None:
         raise ValueError(f"--device is {device!r}; expected cpu or what this machine has. {error}") from error
 
 
-def parse_arguments(parser: HfArgumentParser, argv: Sequence[str] | None) -> Any:
-    """The dataclass that the parser was made for. Wrong arguments end the program with status 2 and one message."""
+class DataclassParser(HfArgumentParser):
+    """A command line that a dataclass describes."""
+
+    error = CommandParser.error
+
+
+def parse_arguments(parser: DataclassParser, argv: Sequence[str] | None) -> Any:
+    """The dataclass that the parser was made for. Wrong arguments end the program with status 2 and a message."""
     try:
         return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
     except ValueError as error:
-        parser.print_usage(sys.stderr)
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        parser.error(str(error))

@@ -15,8 +15,8 @@ from typing import Any, Literal, NoReturn
 import yaml
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import HfArgumentParser
 
+from multisubject.generation.arguments import DataclassParser
 from multisubject.generation.config_file import MOST_SEED
 from multisubject.subject_file import check_class_phrase, check_subject_name
 
@@ -247,16 +247,18 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
         from_file = _file_arguments(Path(options.config)) if options.config else []
         config, *_ = parser.parse_args_into_dataclasses(from_file + arguments, look_for_args_file=False)
     except (OSError, ValueError) as error:
-        HfArgumentParser.error(parser, str(error))
+        DataclassParser.error(parser, str(error))
     return config
 
 
-class _Parser(HfArgumentParser):
+class _Parser(DataclassParser):
+    """One that says what is wrong to the code: a command line is not all that it reads."""
+
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
 
-def _parser() -> HfArgumentParser:
+def _parser() -> DataclassParser:
     parser = _Parser(
         TrainConfig, description="Teach Stable Diffusion a subject from a few pictures.", allow_abbrev=False
     )

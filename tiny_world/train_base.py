@@ -10,8 +10,8 @@ Every stage resumes where it stopped (Ctrl-C saves), shows its progress, and use
 processes: `torchrun --nproc_per_node 2 tiny_world/train_base.py vae`. To train a shipped model further without its
 checkpoints: the stages with `--start_from tiny_world/base`. Settings live in `recipe.yaml` beside this file.
 
-The base of Stable Diffusion XL's kind has a recipe of its own. It shares scenes and autoencoder with the other base, and
-starts from its text encoder and UNet:
+The base of Stable Diffusion XL's kind has a recipe of its own. It shares scenes and autoencoder with the other base,
+and starts from its text encoder and UNet:
 
     xl="--recipe tiny_world/recipe_xl.yaml --runs runs/base_xl --scenes runs/base --start_from tiny_world/base"
     python tiny_world/train_base.py vae $xl      # encodes the scenes, trains nothing

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,6 +107,9 @@ class Stamp:
         )
 
 
+_KeysAndMoments = tuple[torch.Tensor, KeyMoments | None]
+
+
 class PromptKeys:
     """Keeps every layer's keys of the prompt while the UNet is called with the same prompt embeddings, step after step.
 
@@ -118,14 +121,14 @@ class PromptKeys:
 
     def __init__(self) -> None:
         self._context: tuple[Stamp, torch.Tensor] | None = None
-        self._keys: dict[Attention, tuple[Stamp, torch.Tensor, KeyMoments | None]] = {}
+        self._keys: dict[Attention, tuple[Stamp, _KeysAndMoments]] = {}
 
     def of(self, attn: Attention, prompt_embeds: torch.Tensor, regions: RegionCall) -> LayerKeys:
         """This layer's keys and values: of the prompt `(batch, T, dim)` and of the regions' own prompts."""
         own_tokens = 0 if regions.region_prompts is None else regions.region_prompts.shape[1]
         num_tokens = prompt_embeds.shape[1] + own_tokens
         context = self._context_of(attn, prompt_embeds, regions)
-        key, moments = self._keys_of(attn, prompt_embeds, context, num_tokens, regions)
+        key, moments = self._keys_of(attn, prompt_embeds, lambda: _prompt_keys(attn, context, num_tokens, regions))
         return LayerKeys(key, _projected(attn, attn.to_v, context), num_tokens, moments)
 
     def _context_of(self, attn: Attention, prompt_embeds: torch.Tensor, regions: RegionCall) -> torch.Tensor:
@@ -137,18 +140,17 @@ class PromptKeys:
         return kept[1]
 
     def _keys_of(
-        self, attn: Attention, prompt_embeds: torch.Tensor, context: torch.Tensor, num_tokens: int, regions: RegionCall
-    ) -> tuple[torch.Tensor, KeyMoments | None]:
+        self, attn: Attention, prompt_embeds: torch.Tensor, make: Callable[[], _KeysAndMoments]
+    ) -> _KeysAndMoments:
+        if not _is_plain_linear(attn.to_k):
+            return make()
         made_from = prompt_embeds, attn.to_k.weight
-        keeps = _is_plain_linear(attn.to_k) and Stamp.possible(*made_from)
-        kept = self._keys.get(attn) if keeps else None
-        if kept is not None and kept[0].holds(*made_from):
-            return kept[1:]
-        key = _key(attn, context)
-        moments = None if regions.method is None else KeyMoments(key[-regions.batch :, :, :num_tokens])
-        if keeps:
-            self._keys[attn] = Stamp(*made_from), key, moments
-        return key, moments
+        if not Stamp.possible(*made_from):
+            return make()
+        kept = self._keys.get(attn)
+        if kept is None or not kept[0].holds(*made_from):
+            self._keys[attn] = kept = Stamp(*made_from), make()
+        return kept[1]
 
 
 def _is_plain_linear(module: nn.Module) -> bool:
@@ -254,6 +256,11 @@ def _prompt_context(attn: Attention, prompt_embeds: torch.Tensor, regions: Regio
     if attn.norm_cross is not None:
         prompt_embeds = attn.norm_encoder_hidden_states(prompt_embeds)
     return prompt_embeds if regions.method is None else F.pad(prompt_embeds, (0, 0, 0, -prompt_embeds.shape[1] % 8))
+
+
+def _prompt_keys(attn: Attention, context: torch.Tensor, num_tokens: int, regions: RegionCall) -> _KeysAndMoments:
+    key = _key(attn, context)
+    return key, None if regions.method is None else KeyMoments(key[-regions.batch :, :, :num_tokens])
 
 
 def _key(attn: Attention, context: torch.Tensor) -> torch.Tensor:

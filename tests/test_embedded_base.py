@@ -1,5 +1,6 @@
-"""What the shipped model must do: be small, load with plain diffusers, draw what words say, follow a layout."""
+"""What the shipped models must do: be small, load with plain diffusers, draw what words say, follow a layout."""
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -9,11 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from multisubject.tiny_world import EMBEDDED_BASE, picture_size
+from multisubject.tiny_world import EMBEDDED_BASE, EMBEDDED_BASE_XL, picture_size
 
 ROOT = Path(__file__).parents[1]
-CONFIG = ROOT / "configs" / "guidance_conf_two.json"
 SIZE = picture_size(EMBEDDED_BASE)
+BASES = {"sd": EMBEDDED_BASE, "xl": EMBEDDED_BASE_XL}
+CONFIGS = {"sd": ROOT / "configs" / "guidance_conf_two.json", "xl": ROOT / "configs" / "guidance_conf_two_xl.json"}
 
 
 @pytest.fixture(scope="module")
@@ -23,16 +25,25 @@ def judge():
     return Judge.load()
 
 
-def test_base_is_small_and_holds_no_pickles(base_path):
-    files = [file for file in Path(base_path).rglob("*") if file.is_file()]
-    assert sum(file.stat().st_size for file in files) < 40 * 2**20
+@pytest.mark.parametrize("kind", BASES)
+def test_base_is_small_and_holds_no_pickles(kind):
+    files = [file for file in BASES[kind].rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 20e6
     assert {file.suffix for file in files} <= {".json", ".safetensors", ".txt", ".md"}
 
 
-def test_plain_diffusers_draws_what_the_prompt_says(base_path, judge):
-    from diffusers import StableDiffusionPipeline
+def test_bases_draw_one_size_with_one_autoencoder():
+    assert picture_size(EMBEDDED_BASE_XL) == SIZE
+    weights = [(base / "vae" / "diffusion_pytorch_model.safetensors").read_bytes() for base in BASES.values()]
+    assert weights[0] == weights[1]
 
-    pipe = StableDiffusionPipeline.from_pretrained(base_path)
+
+@pytest.mark.parametrize("kind", BASES)
+def test_plain_diffusers_draws_what_the_prompt_says(kind, judge):
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    pipeline = {"sd": StableDiffusionPipeline, "xl": StableDiffusionXLPipeline}[kind]
+    pipe = pipeline.from_pretrained(BASES[kind])
     pipe.set_progress_bar_config(disable=True)
     asked = [("red", "ball"), ("blue", "mug"), ("green", "guitar"), ("yellow", "dog"), ("purple", "person")] * 2
     prompts = [f"a photo of a {colour} plain {category} on the beach" for colour, category in asked]
@@ -46,7 +57,8 @@ def test_plain_diffusers_draws_what_the_prompt_says(base_path, judge):
     assert sum(coloured) >= 6
 
 
-def test_seed_config_puts_the_right_subject_in_the_right_region(tmp_path, judge):
+@pytest.mark.parametrize("kind", BASES)
+def test_seed_config_puts_the_right_subject_in_the_right_region(kind, tmp_path, judge):
     from PIL import Image
 
     from multisubject.generate_images import main
@@ -56,7 +68,8 @@ def test_seed_config_puts_the_right_subject_in_the_right_region(tmp_path, judge)
     pictures = 12
     main(
         [
-            *("--generation_config", str(CONFIG), "--output_dir", str(tmp_path), "--num_images", str(pictures)),
+            *("--pretrained_model_name", str(BASES[kind]), "--generation_config", str(CONFIGS[kind])),
+            *("--output_dir", str(tmp_path), "--num_images", str(pictures)),
             *("--num_inference_steps", "25", "--guidance_scale", "5"),
         ]
     )
@@ -112,3 +125,28 @@ def test_inpainting_follows_subjects_and_layout(base_path, judge):
         ).images  # fmt: skip
     dogs = [verdict.category == "dog" for verdict in judge.classify(pictures, [box] * 6)]
     assert sum(dogs) >= 4
+
+
+def test_both_text_encoders_of_xl_carry_a_subject(judge):
+    """The residual of either one alone makes another picture than the class word, and nearer to the subject."""
+    from multisubject.pipeline_multisubject_xl import MultiSubjectXLPipeline
+
+    pipe = MultiSubjectXLPipeline.from_pretrained(EMBEDDED_BASE_XL)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_subject(str(ROOT / "embeddings" / "xl" / "petrucci.safetensors"), name="petrucci")
+    whole = pipe.subjects["petrucci"]
+
+    def looks(deltas):
+        pipe.subjects["petrucci"] = dataclasses.replace(whole, deltas=deltas)
+        generators = [torch.Generator().manual_seed(seed) for seed in range(6)]
+        pictures = pipe(
+            ["a photo of a <petrucci> on the grass"] * 6,
+            num_inference_steps=20, guidance_scale=5.0, generator=generators,
+        ).images  # fmt: skip
+        found = [max(objects, key=lambda item: item.score, default=None) for objects in judge.detect(pictures)]
+        return sum(item is not None and item.verdict.colour == "blue" for item in found)
+
+    nothing = {name: torch.zeros_like(delta) for name, delta in whole.deltas.items()}
+    bare, both = looks(nothing), looks(whole.deltas)
+    alone = [looks({**nothing, name: delta}) for name, delta in whole.deltas.items()]
+    assert both >= 5 and min(alone) > bare, (bare, both, alone)

@@ -421,10 +421,14 @@ def export(job: Job, output: Path) -> None:
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipeline.to(torch.float16).save_pretrained(partial)
-    for name in encoders:
-        # transformers 5 takes the dtype of the files when none is asked for, diffusers float32: agree on float32.
+    for name in ("vae", "unet", *encoders):
         config = partial / name / "config.json"
-        config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
+        settings = json.loads(config.read_text())
+        settings.pop("_name_or_path", None)  # of this machine
+        if name in encoders:
+            # transformers 5 takes the dtype of the files when none is asked for, diffusers float32: agree on float32.
+            settings["dtype"] = "float32"
+        config.write_text(json.dumps(settings, indent=2) + "\n")
     for tokenizer in tokenizer_names:
         for name in ("vocab.json", "merges.txt"):
             shutil.copy(job.runs / "tokenizer" / name, partial / tokenizer / name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,8 @@ class PlacedPrompt:
         texts: the prompt with its subjects found, as each text encoder reads it.
         regions: of the layout, all masks of one size.
         places: for each region the words and tokens of the prompt that it places, as each text encoder reads them;
-            those of a `prompt_2` that does not say them are left out.
+            those of a `prompt_2` that does not say them are left out. None for a region that holds words of its own
+            and names no others.
     """
 
     texts: Sequence[ParsedPrompt]
@@ -39,7 +40,7 @@ class PlacedPrompt:
     def is_alike(self) -> bool:
         """Whether all text encoders have the regions' words, and the subjects, at the same tokens."""
         return all(text.mentions == self.texts[0].mentions for text in self.texts) and all(
-            of_region == [of_region[0]] * len(self.texts) for of_region in self.places
+            of_region == [of_region[0]] * len(self.texts) for of_region in self.places if of_region
         )
 
     def spans(self) -> list[list[range]]:
@@ -72,7 +73,7 @@ def place_prompt(
     places = [_find_places(texts, region) for region in regions]
     # A layout that says `petrucci` where the prompt says so without brackets means the subject, not the word.
     mentioned = {mention.subject for mention in texts[0].mentions}
-    for region in regions:
+    for region in (region for region in regions if region.is_named):
         for name in subjects.keys() - mentioned:
             word = region.subject.strip().casefold()
             if word == name.casefold() != subjects[name].class_phrase.casefold():
@@ -86,6 +87,8 @@ def place_prompt(
 def _find_places(texts: Sequence[ParsedPrompt], region: Region) -> list[Place]:
     """Where the prompt says what a region places; a `prompt_2` of other words may say it, too."""
     first, *others = texts
+    if not region.is_named:
+        return []
     places = [first.find(region.subject, region.occurrence)]
     for text in others:
         if text.text == first.text:
@@ -160,12 +163,33 @@ def make_conditioning(
     for row, of_prompt in enumerate(placed):
         for column, (region, spans) in enumerate(zip(of_prompt.regions, of_prompt.spans(), strict=True)):
             masks[row, column] = torch.from_numpy(region.mask)
-            weights[row, column] = region.weight
+            weights[row, column] = region.weight * region.strength
             for span in spans:
                 tokens[row, column, span.start : span.stop] = True
         of_encoders = [_token_kinds(length, num_tokens) for length in lengths[row]]
         kinds[row] = torch.stack(of_encoders).amin(dim=0)  # where one encoder has a word, it counts
-    return RegionConditioning(masks, tokens, weights, kinds)
+    return RegionConditioning(masks, tokens, weights, kinds, **_held(placed, most))
+
+
+def _held(placed: Sequence[PlacedPrompt], most: int) -> dict[str, Any]:
+    """What else regions hold, as fields of `RegionConditioning`; those that no region has are left out."""
+
+    def rows(value: Callable[[Region], Any], otherwise: Any) -> tuple[tuple[Any, ...], ...]:
+        return tuple(
+            (*map(value, of_prompt.regions), *[otherwise] * (most - len(of_prompt.regions))) for of_prompt in placed
+        )
+
+    regions = [region for of_prompt in placed for region in of_prompt.regions]
+    held: dict[str, Any] = {}
+    if any((region.begin, region.end) != (0, 1) for region in regions):
+        held["times"] = rows(lambda region: (region.begin, region.end), (0.0, 1.0))
+    if any(region.is_background for region in regions):
+        held["background"] = torch.tensor(rows(lambda region: region.is_background, False))
+    if any(region.lora for region in regions):
+        held["loras"] = rows(lambda region: region.lora, None)
+    if any(region.ip_adapter_image is not None for region in regions):
+        held["ip_adapter_images"] = rows(lambda region: region.ip_adapter_image, None)
+    return held
 
 
 def wants_region_prompts(method: GuidanceMethod, placed: Sequence[PlacedPrompt], encodes_words: bool = True) -> bool:
@@ -196,7 +220,7 @@ def region_texts(placed: Sequence[PlacedPrompt]) -> list[ParsedPrompt]:
     for of_prompt in placed:
         text = of_prompt.texts[0]
         limit = text.tokenizer.model_max_length - 1 - _region_start(text)  # the last token is the end of the text
-        for words, span in (of_region[0] for of_region in of_prompt.places):
+        for words, span in (of_region[0] for of_region in of_prompt.places if of_region):
             if len(span) > limit:
                 raise ValueError(
                     f"a phrase of the layout has {len(span)} tokens, expected at most {limit}: it is also encoded by"
@@ -222,8 +246,10 @@ def make_region_prompts(placed: Sequence[PlacedPrompt], encoded: torch.Tensor) -
     rows = iter(encoded)
     for row, of_prompt in enumerate(placed):
         start = _region_start(of_prompt.texts[0])
-        for column, (place, *_) in enumerate(of_prompt.places):
-            stop = start + len(place.span)
+        for column, of_region in enumerate(of_prompt.places):
+            if not of_region:
+                continue
+            stop = start + len(of_region[0].span)
             embeds[row, column] = next(rows)
             tokens[row, column, start:stop] = True
             kinds[row, column] = _token_kinds(stop + 1, shape[2])

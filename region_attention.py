@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -66,6 +66,14 @@ class RegionConditioning:
         token_kinds: `(B, T)` int64 of `TokenKind`.
         prompts: the regions' own prompts. `regional_prompts` and `attention_couple` need them; `multisubject` and
             `dense_diffusion` take a region's words from there, or else leave them as they are in the prompt.
+        words: what regions hold as `prompt`: more keys of cross-attention, each seen by its region alone. A method that
+            uses `prompts` has them there.
+        negatives: the negative prompts of those regions that hold one, the picture's own included: in unconditional
+            samples their places see these instead. Rows of other regions have no tokens.
+        background: `(B, R)` bool, regions that are what no other one covers; None: none is.
+        times: for each image and region the fractions of the steps between which it guides; empty: always.
+        loras: for each image and region the LoRAs that act there -> scale, or None; empty: none.
+        ip_adapter_images: for each image and region its reference pictures, or None; empty: none.
     """
 
     masks: torch.Tensor
@@ -73,22 +81,24 @@ class RegionConditioning:
     weights: torch.Tensor
     token_kinds: torch.Tensor
     prompts: RegionPrompts | None = None
+    words: RegionPrompts | None = None
+    negatives: RegionPrompts | None = None
+    background: torch.Tensor | None = None
+    times: Sequence[Sequence[tuple[float, float]]] = ()
+    loras: Sequence[Sequence[Mapping[str, float] | None]] = ()
+    ip_adapter_images: Sequence[Sequence[Any]] = ()
 
     def repeated(self, times: int) -> RegionConditioning:
         """The same with each image's rows `times` in a row."""
-        masks, tokens, weights, kinds = (
-            tensor.repeat_interleave(times, dim=0)
-            for tensor in (self.masks, self.tokens, self.weights, self.token_kinds)
-        )
-        prompts = self.prompts
-        if prompts is not None:
-            prompts = RegionPrompts(
-                *(
-                    tensor.repeat_interleave(times, dim=0)
-                    for tensor in (prompts.embeds, prompts.tokens, prompts.token_kinds)
-                )
-            )
-        return RegionConditioning(masks, tokens, weights, kinds, prompts)
+
+        def repeat(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return value.repeat_interleave(times, dim=0)
+            if isinstance(value, RegionPrompts):
+                return RegionPrompts(repeat(value.embeds), repeat(value.tokens), repeat(value.token_kinds))
+            return value if value is None else tuple(row for row in value for _ in range(times))
+
+        return RegionConditioning(**{part.name: repeat(getattr(self, part.name)) for part in fields(self)})
 
 
 @contextmanager

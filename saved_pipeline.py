@@ -42,6 +42,7 @@ PIPELINE_SIBLINGS = (
     "prompt_encoder",
     "recurrence",
     "region_attention",
+    "region_contents",
     "residual_embeddings",
     "saved_pipeline",
     "shared_models",

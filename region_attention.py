@@ -97,7 +97,7 @@ def region_attention(
     hook = _RegionHook(
         context,
         regions,
-        num_levels=len(unet.config.block_out_channels) if hasattr(unet, "config") else None,
+        has_attention=_levels_with_attention(unet.config) if hasattr(unet, "config") else None,
         layers=list(layers.values()),
         schedule=GuidanceSchedule(scheduler, guidance_weight, guidance_steps),
         resize_masks=resize_masks,
@@ -195,7 +195,7 @@ class _RegionHook:
         context: object,
         regions: RegionConditioning | None,
         *,
-        num_levels: int | None,
+        has_attention: list[bool] | None,
         layers: list[Any],
         schedule: GuidanceSchedule,
         resize_masks: Callable[[torch.Tensor, tuple[int, int]], torch.Tensor],
@@ -214,7 +214,7 @@ class _RegionHook:
             )
         has_prompts = regions is not None and regions.prompts is not None
         self.own_words = has_prompts and getattr(method, "uses_own_words", False)
-        self.regions, self.num_levels, self.layers, self.schedule = regions, num_levels, layers, schedule
+        self.regions, self.has_attention, self.layers, self.schedule = regions, has_attention, layers, schedule
         self.resize_masks, self.method, self.weight_negative = resize_masks, method, weight_negative
         self.recorder, self.calls = recorder, calls
         self.regions_of_prompts = regions
@@ -342,7 +342,7 @@ class _RegionHook:
         self, sample: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor
     ) -> RegionCall | None:
         height, width = sample.shape[-2:]
-        sizes = {h * w: (h, w) for h, w in _level_sizes(height, width, self.num_levels)}
+        sizes = {h * w: (h, w) for h, w in _level_sizes(height, width, self.has_attention)}
         if self.recorder is not None:
             self.recorder.start_call()
         if self.regions is None or not self.schedule.is_guided(timestep):
@@ -393,11 +393,22 @@ class _MapsOfShape:
     frames: dict[tuple[Any, ...], torch.Tensor]
 
 
-def _level_sizes(height: int, width: int, num_levels: int | None) -> list[tuple[int, int]]:
-    """Sizes of a UNet's levels for a sample of this size: each halves the one before, odd sizes rounded up. Without
-    `num_levels` down to a single cell."""
+def _levels_with_attention(config: Any) -> list[bool]:
+    """For each of a UNet's levels whether its blocks attend; SDXL's first, where maps would be largest, does not."""
+    kinds = zip(config.down_block_types, reversed(config.up_block_types), strict=True)
+    *levels, _ = ("Attn" in down or "Attn" in up for down, up in kinds)
+    return [*levels, True]  # the block in the middle is of the last one
+
+
+def _level_sizes(height: int, width: int, has_attention: list[bool] | None) -> list[tuple[int, int]]:
+    """Sizes of a UNet's levels that attend, for a sample of this size: each level halves the one before, odd sizes
+    rounded up. Without `has_attention` all, down to a single cell."""
     sizes = [(height, width)]
-    while sizes[-1] != (1, 1) and len(sizes) != num_levels:
+    while sizes[-1] != (1, 1) if has_attention is None else len(sizes) < len(has_attention):
         height, width = (height + 1) // 2, (width + 1) // 2
         sizes.append((height, width))
-    return sizes
+    return (
+        sizes
+        if has_attention is None
+        else [size for size, attends in zip(sizes, has_attention, strict=True) if attends]
+    )

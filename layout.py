@@ -23,30 +23,52 @@ import torch
 from PIL import Image
 
 from .layout_images import COLOR_KEYS, MIN_PEAK, read_color_map, read_mask
+from .region_contents import CONTENT_KEYS, HELD_KEYS, digest_contents, name_of_contents, read_contents, read_number
 
 __multisubject_version__ = "0.1.0"
 
 Box = tuple[float, float, float, float]
 
 DEFAULT_WEIGHT = 2.5
+BACKGROUND = "background"
+"""The address of what no other region covers."""
 _REGION_KEYS = (*COLOR_KEYS, "box", "mask")
 
 
 @dataclass(frozen=True, eq=False)
 class Region:
-    """Where one subject stands.
+    """Where one subject stands, and what else its place holds.
 
     Args:
-        subject: a subject's name or a phrase of the prompt, without angle brackets.
+        subject: a subject's name or a phrase of the prompt, without angle brackets; where the region names neither,
+            what to call it.
         mask: `(height, width)` float32 in [0, 1], with priorities resolved; its peak is at least 1/255.
         weight: how strongly the subject's tokens are pulled inside the region.
         occurrence: 1-based, which of several equal phrases of the prompt; None where there is only one.
+        is_named: whether `subject` names words of the prompt; a region that holds something need not.
+        is_background: whether it is what no other region covers.
+        prompt: words of its own, seen by this region alone; subjects as `<name>`.
+        negative_prompt: what not to show here, beside what the picture's own says.
+        lora: names of LoRAs that act here -> scale.
+        ip_adapter_image: reference pictures: a PIL image or array, embeddings (torch tensor), a list of these, or a
+            dict of them by adapter.
+        begin, end: fractions of the steps between which the region guides, from 0 to 1.
+        strength: factor of the weight; more than 0.
     """
 
     subject: str
     mask: np.ndarray
     weight: float = DEFAULT_WEIGHT
     occurrence: int | None = None
+    is_named: bool = True
+    is_background: bool = False
+    prompt: str | None = None
+    negative_prompt: str | None = None
+    lora: Mapping[str, float] | None = None
+    ip_adapter_image: Any = None
+    begin: float = 0.0
+    end: float = 1.0
+    strength: float = 1.0
 
 
 def is_whole(value: Any, at_least: int) -> bool:
@@ -57,11 +79,12 @@ def is_whole(value: Any, at_least: int) -> bool:
 def region_names(regions: Sequence[Region]) -> list[str]:
     """One name per region: its subject, with the occurrence where several regions share one (`dog 1`, `dog 2`)."""
     subjects = [region.subject for region in regions]
-    names = []
+    names: list[str] = []
     for subject, region in zip(subjects, regions, strict=True):
-        taken = {other.occurrence for other in regions if other.subject == subject}
-        number = region.occurrence or next(count for count in itertools.count(1) if count not in taken)
-        names.append(subject if subjects.count(subject) == 1 else f"{subject} {number}")
+        taken = {f"{other.subject} {other.occurrence}" for other in regions if other.occurrence} | {*names}
+        numbered = (f"{subject} {count}" for count in itertools.count(1))
+        name = f"{subject} {region.occurrence}" if region.occurrence else next(n for n in numbered if n not in taken)
+        names.append(subject if subjects.count(subject) == 1 else name)
     return names
 
 
@@ -76,7 +99,10 @@ def parse_layout(
             - a list of dicts with `subject` (or `phrase`) and `box` or `mask`, and as needed `occurrence`, `weight`,
               `priority` (default 0: where regions overlap, the higher one takes the place and equal ones share it) and
               `feather` (width of a soft edge: the standard deviation of a Gaussian blur as a fraction of the shorter
-              side),
+              side). A region may hold `prompt`, `negative_prompt`, `lora` and `ip_adapter_image` of its own, and then
+              needs no `subject`; `begin` and `end` are the fractions of the steps between which it guides (0 and 1),
+              `strength` is a factor of its weight (1; 0 switches the region off). `{"subject": "background"}` without
+              box and mask is what no other region covers,
             - a colour map, with `color_context`,
             - None: no regions.
             Masks and colour maps are PIL images, paths, or arrays (NumPy or torch). A mask is boolean, 0/1, 8- or
@@ -90,6 +116,7 @@ def parse_layout(
 
     Returns:
         One region for each `(subject, occurrence)`, in the order of the layout: parts with the same address are joined.
+        What is switched off is left out.
 
     Raises:
         TypeError: a value of the wrong type.
@@ -118,7 +145,20 @@ def parse_layout(
             "colour-map image with color_context."
         )
     claims = [_read_entry(entry, place, (height, width)) for place, entry in entries.items()]
-    return _merge(_resolve_priorities(claims))
+    return _merge(_resolve_priorities([claim for claim in claims if claim.region.strength]))
+
+
+def as_layout(regions: Iterable[Region]) -> list[dict[str, Any]]:
+    """The list layout that `parse_layout` makes these regions of."""
+    entries = []
+    for region in regions:
+        entry = {key: getattr(region, key) for key in (*CONTENT_KEYS, "weight", "occurrence")}
+        if region.is_named or region.is_background:
+            entry["subject"] = region.subject
+        if not region.is_background:
+            entry["mask"] = region.mask
+        entries.append(entry)
+    return entries
 
 
 def layout_checksum(regions: Iterable[Region]) -> str:
@@ -127,6 +167,7 @@ def layout_checksum(regions: Iterable[Region]) -> str:
     for region in regions:
         checksum.update(json.dumps([region.subject, region.occurrence, region.weight]).encode())
         checksum.update(region.mask.tobytes())
+        checksum.update(digest_contents(region))
     return checksum.hexdigest()
 
 
@@ -185,15 +226,22 @@ def _read_entry(entry: Any, place: str, size: tuple[int, int]) -> _Claim:
     if unknown := [key for key in entry if key not in _REGION_KEYS]:
         raise ValueError(f"{place} has the unknown key {unknown[0]!r}; expected {', '.join(_REGION_KEYS)}.")
     subject = _read_subject(entry, place)
-    place = place if repr(subject) in place else f"{place} ({subject!r})"
-    if (entry.get("box") is None) == (entry.get("mask") is None):
+    place = place if subject is None or repr(subject) in place else f"{place} ({subject!r})"
+    contents = read_contents(entry, place)
+    has_place = entry.get("box") is not None, entry.get("mask") is not None
+    is_background = subject is not None and subject.casefold() == BACKGROUND and has_place == (False, False)
+    if not is_background and has_place not in ((True, False), (False, True)):
         raise ValueError(f"{place} needs exactly one of `box` and `mask`.")
+    if is_background:
+        return _read_background(entry, place, size, contents)
     occurrence = entry.get("occurrence")
     if occurrence is not None and not is_whole(occurrence, at_least=1):
         raise ValueError(f"{place}: occurrence is {occurrence!r}, expected 1 for the first such phrase, 2, 3, …")
-    weight = _read_number(entry.get("weight", DEFAULT_WEIGHT), f"{place}: weight", low=0)
-    priority = _read_number(entry.get("priority", 0), f"{place}: priority")
-    feather = _read_number(entry.get("feather", 0), f"{place}: feather", low=0, high=0.5)
+    if occurrence is not None and subject is None:
+        raise ValueError(f"{place}: occurrence is {occurrence!r} without a `subject` or `phrase` that it counts.")
+    weight = read_number(entry.get("weight", DEFAULT_WEIGHT), f"{place}: weight", low=0)
+    priority = read_number(entry.get("priority", 0), f"{place}: priority")
+    feather = read_number(entry.get("feather", 0), f"{place}: feather", low=0, high=0.5)
 
     if entry.get("box") is not None:
         mask = _box_mask(_read_box(entry["box"], place, size), size)
@@ -201,14 +249,41 @@ def _read_entry(entry: Any, place: str, size: tuple[int, int]) -> _Claim:
         mask = _resize(read_mask(entry["mask"], place), size)
     if feather:
         mask = _blur(mask, max(feather * min(size), 0.1))  # a blur of a tenth of a pixel changes nothing
-    region = Region(subject, mask, weight, None if occurrence is None else int(occurrence))
+    name = subject or name_of_contents(contents)
+    occurrence = None if occurrence is None else int(occurrence)
+    region = Region(name, mask, weight, occurrence, is_named=subject is not None, **contents)
     return _Claim(region, priority, place)
 
 
-def _read_subject(entry: Mapping[str, Any], place: str) -> str:
+def _read_background(
+    entry: Mapping[str, Any], place: str, size: tuple[int, int], contents: Mapping[str, Any]
+) -> _Claim:
+    """What no other region covers: the whole picture, behind everything else."""
+    if meaningless := [key for key in ("occurrence", "priority", "feather") if entry.get(key) is not None]:
+        raise ValueError(
+            f"{place} has `{meaningless[0]}`, which the background cannot: expected none, or a `box` or `mask` that"
+            " makes it a region of its own."
+        )
+    if not any(key in contents for key in HELD_KEYS):
+        raise ValueError(
+            f"{place} holds nothing: expected {', '.join(HELD_KEYS[:-1])} or {HELD_KEYS[-1]}, or a `box` or `mask`"
+            " if words of the prompt are meant."
+        )
+    weight = read_number(entry.get("weight", DEFAULT_WEIGHT), f"{place}: weight", low=0)
+    mask = np.ones(size, np.float32)
+    region = Region(BACKGROUND, mask, weight, is_named=False, is_background=True, **contents)
+    return _Claim(region, -math.inf, place)
+
+
+def _read_subject(entry: Mapping[str, Any], place: str) -> str | None:
     given = [entry[key] for key in ("subject", "phrase") if entry.get(key) is not None]
-    if len(given) != 1:
-        raise ValueError(f"{place} needs exactly one of `subject` and `phrase`.")
+    if len(given) > 1 or (not given and all(entry.get(key) is None for key in HELD_KEYS)):
+        raise ValueError(
+            f"{place} needs exactly one of `subject` and `phrase`, or neither if it holds something by itself:"
+            f" {', '.join(HELD_KEYS)}."
+        )
+    if not given:
+        return None
     if not isinstance(given[0], str):
         raise TypeError(f"{place}: subject is {given[0]!r}, expected a subject's name or words of the prompt.")
     subject = given[0].strip()
@@ -217,14 +292,6 @@ def _read_subject(entry: Mapping[str, Any], place: str) -> str:
     if not subject:
         raise ValueError(f"{place}: subject is {given[0]!r}, expected a subject's name or words of the prompt.")
     return subject
-
-
-def _read_number(value: Any, place: str, *, low: float = -math.inf, high: float = math.inf) -> float:
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not abs(value) <= sys.float_info.max or not low <= value <= high:
-        limits = f" from {low:g} to {high:g}" if math.isfinite(high) else f" of at least {low:g}" if low == 0 else ""
-        raise ValueError(f"{place} is {value!r}, expected a finite number{limits}.")
-    return float(value)
 
 
 # --- Boxes ---------------------------------------------------------------------------------------------------------
@@ -311,6 +378,11 @@ def _resolve_priorities(claims: Sequence[_Claim]) -> list[Region]:
         higher = [other for other in claims if other.priority > claim.priority]
         if higher:
             mask = np.clip(region.mask - sum(other.region.mask for other in higher), 0, 1)
+            if mask.max() < MIN_PEAK and region.is_background:
+                raise ValueError(
+                    f"{claim.place} has no place: the other regions cover the whole picture. Make them smaller, or"
+                    " leave it out."
+                )
             if mask.max() < MIN_PEAK:
                 raise ValueError(
                     f"{claim.place} is covered entirely by regions of higher priority: "
@@ -324,9 +396,10 @@ def _resolve_priorities(claims: Sequence[_Claim]) -> list[Region]:
 
 def _merge(regions: Sequence[Region]) -> tuple[Region, ...]:
     """Join the parts of one subject, since its tokens belong to all of them at once."""
-    merged: dict[tuple[str, int | None], Region] = {}
-    for region in regions:
-        address = (region.subject.casefold(), region.occurrence)
+    merged: dict[tuple[str, int | None] | int, Region] = {}
+    for number, region in enumerate(regions):
+        # What names no words of the prompt, or is the background, stands for itself.
+        address = (region.subject.casefold(), region.occurrence) if region.is_named else number
         first = merged.get(address)
         if first is None:
             merged[address] = region
@@ -337,5 +410,17 @@ def _merge(regions: Sequence[Region]) -> tuple[Region, ...]:
                 "expected one weight for a subject. Give them the same, or an `occurrence` each if the prompt names it "
                 "several times."
             )
+        for key in CONTENT_KEYS:
+            if digest_contents(_only(first, key)) != digest_contents(_only(region, key)):
+                raise ValueError(
+                    f"subject {region.subject!r} has regions with different `{key}`, expected the same in all parts of"
+                    " a subject. Write it in each of them, or give each an `occurrence` if the prompt names it several"
+                    " times."
+                )
         merged[address] = replace(first, mask=np.minimum(first.mask + region.mask, 1))
     return tuple(merged.values())
+
+
+def _only(region: Region, key: str) -> Region:
+    """A region with one of its contents alone."""
+    return Region(region.subject, region.mask, **{key: getattr(region, key)})

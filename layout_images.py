@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
+from .region_contents import CONTENT_KEYS
+
 __multisubject_version__ = "0.1.0"
 
 # What may be said of a colour of a map, and of any other region beside its box or mask.
-COLOR_KEYS = ("subject", "phrase", "occurrence", "weight", "priority", "feather")
+COLOR_KEYS = ("subject", "phrase", "occurrence", "weight", "priority", "feather", *CONTENT_KEYS)
 # A claim weaker than one step of an 8-bit mask is none.
 MIN_PEAK = 1 / 255
 # Colour maps. A colour is recognised within this RGB distance (of 441), which covers the noise of a JPEG, or within a

@@ -23,9 +23,9 @@ from .guidance_methods import GuidanceMethod, resolve_guidance_method
 from .layout import masks_at
 from .placed_prompts import (
     check_prompt_embeds,
+    check_served,
     make_recorder,
     recorded_tokens,
-    wants_region_prompts,
 )
 from .prompt_encoder import EMBEDS, PromptEncoderMixin
 from .recurrence import recurrent_steps
@@ -143,17 +143,19 @@ class MultiSubjectMixin(PromptEncoderMixin):
                 check_prompt_embeds(prompt_embeds, placed)
                 num_tokens = prompt_embeds.shape[1]
             if guidance_steps != 0:
+                check_served(placed, guidance_function)
                 conditioning = self.prepare_regions(placed, num_tokens)
-            if conditioning is not None and wants_region_prompts(guidance_function, placed, prompt_embeds is None):
-                embeds, region_prompts = self.encode_with_regions(placed, **self._encoding_of_call(asked, device))
-                conditioning = replace(conditioning, prompts=region_prompts)
-                if prompt_embeds is None:
+            if conditioning is not None:
+                encoding = self._encoding_of_call(asked, device)
+                embeds, held = self.encode_with_regions(placed, guidance_function, **encoding)
+                conditioning = replace(conditioning, **held)
+                if embeds and prompt_embeds is None:
                     asked |= dict.fromkeys(name for slot in self.encoder_slots for name in slot.prompts) | embeds
             if conditioning is not None:
                 conditioning = conditioning.repeated(num_images)
             if output_attention_maps:
                 recorded = [recorded_tokens(of_prompt) for of_prompt in placed]
-                recorder = make_recorder(recorded, num_tokens, num_images, conditioning)
+                recorder = make_recorder(recorded, num_tokens, num_images, conditioning, guidance_function)
 
             # 4. Encode the prompts with their subjects, denoise and decode
             guidance = region_attention(
@@ -258,11 +260,14 @@ class MultiSubjectMixin(PromptEncoderMixin):
             prompts = {slot.prompt: asked.get(slot.prompt) for slot in slots}
             placed = self.place(prompts, layout, color_context, height, width)
             num_tokens = slots[0].tokenizer.model_max_length
-            conditioning = self.prepare_regions(placed, num_tokens) if guidance_steps != 0 else None
-            if conditioning is not None and wants_region_prompts(guidance_function, placed):
-                embeds, region_prompts = self.encode_with_regions(placed, prompt=prompt, **encoding)
-                conditioning = replace(conditioning, prompts=region_prompts)
-            else:
+            conditioning, embeds = None, dict[str, Any]()
+            if guidance_steps != 0:
+                check_served(placed, guidance_function)
+                conditioning = self.prepare_regions(placed, num_tokens)
+            if conditioning is not None:
+                embeds, held = self.encode_with_regions(placed, guidance_function, prompt=prompt, **encoding)
+                conditioning = replace(conditioning, **held)
+            if not embeds:
                 embeds = dict(zip(EMBEDS, self.encode_prompt(prompt, **encoding), strict=False))
         if conditioning is not None and torch.equal(embeds["prompt_embeds"], embeds["negative_prompt_embeds"]):
             raise ValueError(

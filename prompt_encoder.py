@@ -9,15 +9,19 @@ from typing import Any
 import torch
 
 from .call_arguments import bind_arguments, check_prompts
-from .placed_prompts import (
-    PlacedPrompt,
-    make_conditioning,
+from .guidance_methods import GuidanceMethod
+from .placed_prompts import PlacedPrompt, make_conditioning, per_prompt, place_prompt
+from .region_conditioning import RegionConditioning
+from .region_texts import (
+    RegionText,
+    make_negatives,
     make_region_prompts,
-    per_prompt,
-    place_prompt,
+    make_words,
+    negative_texts,
     region_texts,
+    wants_region_prompts,
+    words_texts,
 )
-from .region_attention import RegionConditioning, RegionPrompts
 from .residual_embeddings import ParsedPrompt
 from .subject_loader import EncoderSlot, SubjectLoaderMixin
 
@@ -56,23 +60,76 @@ class PromptEncoderMixin(SubjectLoaderMixin):
         return self._encode_prompts(self._encoding(args, kwargs))[0]
 
     def encode_with_regions(
-        self, placed: Sequence[PlacedPrompt], **encoding: Any
-    ) -> tuple[dict[str, Any], RegionPrompts]:
-        """The prompts, and each region's own prompt, through every text encoder at once.
+        self, placed: Sequence[PlacedPrompt], method: GuidanceMethod, **encoding: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The prompts, and the regions' own texts, through every text encoder at once.
 
         Args:
             placed: the prompts with their regions, at least one.
+            method: the guidance method.
             encoding: the arguments of `encode_prompt`. With `prompt_embeds`, only the regions are encoded.
 
         Returns:
-            What `encode_prompt` gives, by the names under which a call takes it, and the regions' own prompts.
+            What `encode_prompt` gives, by the names under which a call takes it, and what `RegionConditioning` has of
+            the regions' own texts, by its names. Both are empty if the regions need none.
         """
         with self._reading():
-            values, encoded = self._encode_prompts(self._encoding((), encoding), region_texts(placed))
-            return dict(zip(EMBEDS, values, strict=False)), make_region_prompts(placed, encoded)
+            asked = self._encoding((), encoding)
+            # 1. See what there is to encode
+            prompts = []
+            if wants_region_prompts(method, placed, asked["prompt_embeds"] is None):
+                prompts = region_texts(placed, method)
+            words = [] if getattr(method, "uses_region_prompts", False) else words_texts(placed)
+            negatives = self._negative_texts(placed, asked) if asked["do_classifier_free_guidance"] else []
+            if not (prompts or words or negatives):
+                return {}, {}
+
+            # 2. Encode it with the prompts, and lay it out by region
+            batch, held = len(placed), dict[str, Any]()
+            if negatives:
+                held["negatives"] = make_negatives(negatives, self._encode_negatives(asked, negatives), batch)
+            values, encoded = self._encode_prompts(asked, [*prompts, *words])
+        if prompts:
+            most = max(len(of_prompt.places) for of_prompt in placed)
+            held["prompts"] = make_region_prompts(prompts, encoded[: len(prompts)], (batch, most))
+        if words:
+            held["words"] = make_words(words, encoded[len(prompts) :], batch)
+        return dict(zip(EMBEDS, values, strict=False)), held
+
+    def _negative_texts(self, placed: Sequence[PlacedPrompt], asked: Mapping[str, Any]) -> list[RegionText]:
+        if all(region.negative_prompt is None for of_prompt in placed for region in of_prompt.regions):
+            return []
+        if asked["negative_prompt_embeds"] is not None:
+            raise ValueError(
+                "`layout` has a region with a `negative_prompt`, which continues the picture's own; expected that as"
+                " words, but `negative_prompt_embeds` came. Pass `negative_prompt`, or none."
+            )
+        slots = self.encoder_slots
+        columns = []
+        for slot in slots:
+            text = asked[slot.negative_prompt] or asked["negative_prompt"] or ""
+            if asked["negative_prompt"] is None and self.config.get("force_zeros_for_empty_prompt"):  # type: ignore[attr-defined]
+                text = ""  # the picture's own is zeros then
+            columns.append([text] * len(placed) if isinstance(text, str) else text)
+
+        def read(texts: Sequence[str]) -> list[ParsedPrompt]:
+            return [self.parse_prompts(text, slot, None)[0] for text, slot in zip(texts, slots, strict=True)]
+
+        return negative_texts(placed, list(zip(*columns, strict=True)), read)
+
+    def _encode_negatives(self, asked: Mapping[str, Any], texts: Sequence[RegionText]) -> torch.Tensor:
+        """`(texts, tokens, dim)`, as diffusers encodes negative prompts, whatever `clip_skip` is."""
+        alone = _positive_alone(asked) | {"clip_skip": None}
+        for number, slot in enumerate(self.encoder_slots):
+            alone[slot.prompt] = [text.texts[number].text for text in texts]
+        return self._with_subjects(self._encode(**alone)[0], texts)
+
+    def _with_subjects(self, embeds: torch.Tensor, texts: Sequence[RegionText]) -> torch.Tensor:
+        numbers = range(len(self.encoder_slots))
+        return self.add_subjects(embeds, [[text.texts[number] for text in texts] for number in numbers])
 
     def _encode_prompts(
-        self, asked: dict[str, Any], more: Sequence[ParsedPrompt] = ()
+        self, asked: dict[str, Any], more: Sequence[RegionText] = ()
     ) -> tuple[tuple[torch.Tensor | None, ...], Any]:
         """What `encode_prompt` returns, and the embeddings of `more` texts that are encoded on the way."""
         slots, prompt_embeds = self.encoder_slots, asked["prompt_embeds"]
@@ -95,17 +152,16 @@ class PromptEncoderMixin(SubjectLoaderMixin):
             # 2. Encode what else is wanted, and the prompts with it
             encoded = None
             if more:
-                together = asked | {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-                together |= dict.fromkeys(name for name in EMBEDS if name in asked)
-                for slot in slots:
+                together = _positive_alone(asked)
+                for number, slot in enumerate(slots):
                     own = asked[slot.prompt] if prompt_embeds is None else []
                     if own == "" and slot is not slots[0]:
                         own = None  # as diffusers takes it: the first encoder's prompt
                     own = [own] if isinstance(own, str) else own
-                    together[slot.prompt] = None if own is None else [*own, *(text.text for text in more)]
+                    together[slot.prompt] = None if own is None else [*own, *(text.texts[number].text for text in more)]
                 embeds, _, *pooled = self._encode(**together)
                 count = len(positive[0])
-                encoded = self.add_subjects(embeds[count:], [more] * len(slots))
+                encoded = self._with_subjects(embeds[count:], more)
                 if count:
                     of_prompts = zip(("prompt_embeds", "pooled_prompt_embeds"), (embeds, *pooled), strict=False)
                     asked |= {name: rows[:count] for name, rows in of_prompts if asked[name] is None}
@@ -179,9 +235,21 @@ class PromptEncoderMixin(SubjectLoaderMixin):
             return [
                 PlacedPrompt(of_prompt)
                 if of_layout is None and layout is not None  # one of several prompts may have none
-                else place_prompt(of_prompt, of_layout, context, height=height, width=width, subjects=self.subjects)
+                else place_prompt(
+                    of_prompt,
+                    of_layout,
+                    context,
+                    height=height,
+                    width=width,
+                    subjects=self.subjects,
+                    read=self._read_words,
+                )
                 for of_prompt, of_layout, context in zip(texts, layouts, contexts, strict=True)
             ]
+
+    def _read_words(self, text: str) -> list[ParsedPrompt]:
+        """A region's own words as each text encoder reads them."""
+        return [parsed for slot in self.encoder_slots for parsed in self.parse_prompts(text, slot, None)]
 
     def prepare_regions(self, placed: Sequence[PlacedPrompt], num_tokens: int) -> RegionConditioning | None:
         """What `region_attention` needs of prompts and their layouts, but for the regions' own prompts; None if no
@@ -192,9 +260,10 @@ class PromptEncoderMixin(SubjectLoaderMixin):
             num_tokens: length of the prompt embeddings.
         """
         with self._reading():
-            return make_conditioning(
-                placed, [[len(self._tokens(text)) for text in of_prompt.texts] for of_prompt in placed], num_tokens
-            )
+            return make_conditioning(placed, num_tokens)
 
-    def _tokens(self, text: ParsedPrompt) -> list[int]:
-        return text.tokenizer(self.maybe_convert_prompt(text.text, text.tokenizer)).input_ids  # type: ignore[attr-defined]
+
+def _positive_alone(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `encode_prompt` for prompts alone, one row each."""
+    alone = {**asked, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    return alone | dict.fromkeys(name for name in EMBEDS if name in asked)

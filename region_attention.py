@@ -20,10 +20,12 @@ from typing import Any
 import torch
 
 from .attention_processors import AttentionRecorder, PromptKeys, RegionAttnProcessor, RegionCall, Stamp
-from .guidance_methods import HIDDEN, GuidanceMethod, RegionMaps, TokenKind, resolve_guidance_method
+from .guidance_methods import GuidanceMethod, RegionMaps, resolve_guidance_method
 from .guidance_schedule import GuidanceSchedule, check_number
+from .region_conditioning import RegionConditioning, RegionPrompts, make_maps
 from .shared_models import inside, runs_in, state_of
 
+__all__ = ["ExpectedCalls", "RegionConditioning", "RegionPrompts", "region_attention"]
 __multisubject_version__ = "0.1.0"
 
 # Processors that compute plain softmax attention, so that replacing them for the time of a call loses nothing.
@@ -38,57 +40,6 @@ REPLACEABLE_PROCESSORS = frozenset(
         "XFormersAttnProcessor",
     }
 )
-
-
-@dataclass(frozen=True, eq=False)
-class RegionPrompts:
-    """Each region's own prompt, encoded, for B images with up to R regions and L tokens each.
-
-    Args:
-        embeds: `(B, R, L, dim)`; rows of absent regions are ignored.
-        tokens: `(B, R, L)` bool, the tokens that name the region's subject.
-        token_kinds: `(B, R, L)` int64 of `TokenKind`.
-    """
-
-    embeds: torch.Tensor
-    tokens: torch.Tensor
-    token_kinds: torch.Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class RegionConditioning:
-    """Regions and the tokens that they place, for a batch of B images with up to R regions and T tokens each.
-
-    Args:
-        masks: `(B, R, H, W)` float32 in [0, 1], at any resolution; rows of absent regions are zero.
-        tokens: `(B, R, T)` bool, the tokens that name each region's subject; rows of absent regions are False.
-        weights: `(B, R)` float32, pull of each region's tokens inside it.
-        token_kinds: `(B, T)` int64 of `TokenKind`.
-        prompts: the regions' own prompts. `regional_prompts` and `attention_couple` need them; `multisubject` and
-            `dense_diffusion` take a region's words from there, or else leave them as they are in the prompt.
-    """
-
-    masks: torch.Tensor
-    tokens: torch.Tensor
-    weights: torch.Tensor
-    token_kinds: torch.Tensor
-    prompts: RegionPrompts | None = None
-
-    def repeated(self, times: int) -> RegionConditioning:
-        """The same with each image's rows `times` in a row."""
-        masks, tokens, weights, kinds = (
-            tensor.repeat_interleave(times, dim=0)
-            for tensor in (self.masks, self.tokens, self.weights, self.token_kinds)
-        )
-        prompts = self.prompts
-        if prompts is not None:
-            prompts = RegionPrompts(
-                *(
-                    tensor.repeat_interleave(times, dim=0)
-                    for tensor in (prompts.embeds, prompts.tokens, prompts.token_kinds)
-                )
-            )
-        return RegionConditioning(masks, tokens, weights, kinds, prompts)
 
 
 @contextmanager
@@ -146,7 +97,7 @@ def region_attention(
     hook = _RegionHook(
         context,
         regions,
-        num_levels=len(unet.config.block_out_channels) if hasattr(unet, "config") else None,
+        has_attention=_levels_with_attention(unet.config) if hasattr(unet, "config") else None,
         layers=list(layers.values()),
         schedule=GuidanceSchedule(scheduler, guidance_weight, guidance_steps),
         resize_masks=resize_masks,
@@ -244,7 +195,7 @@ class _RegionHook:
         context: object,
         regions: RegionConditioning | None,
         *,
-        num_levels: int | None,
+        has_attention: list[bool] | None,
         layers: list[Any],
         schedule: GuidanceSchedule,
         resize_masks: Callable[[torch.Tensor, tuple[int, int]], torch.Tensor],
@@ -256,23 +207,23 @@ class _RegionHook:
         check_number("weight_negative", weight_negative)
         if not -torch.finfo(torch.float32).max <= weight_negative <= 0:
             raise ValueError(f"`weight_negative` is {weight_negative}, expected a finite number that is at most 0.")
-        self.appended = getattr(method, "uses_region_prompts", False)
-        if regions is not None and regions.prompts is None and self.appended:
+        if regions is not None and regions.prompts is None and getattr(method, "uses_region_prompts", False):
             raise ValueError(
                 f"The guidance method {getattr(method, '__name__', method)!r} uses the regions' own prompts, but"
                 " `regions.prompts` is None. Pass `RegionPrompts`, or choose another method."
             )
         has_prompts = regions is not None and regions.prompts is not None
         self.own_words = has_prompts and getattr(method, "uses_own_words", False)
-        self.regions, self.num_levels, self.layers, self.schedule = regions, num_levels, layers, schedule
+        self.regions, self.has_attention, self.layers, self.schedule = regions, has_attention, layers, schedule
         self.resize_masks, self.method, self.weight_negative = resize_masks, method, weight_negative
         self.recorder, self.calls = recorder, calls
         self.regions_of_prompts = regions
+        self.guiding: RegionConditioning | None = regions
+        self.guiding_now: tuple[tuple[bool, ...], ...] | None = None
         self.repeats_of: Stamp | None = None
         self.own_words_kept: tuple[Stamp, torch.Tensor] | None = None
         self.kept_keys = PromptKeys()
-        self.frames: dict[tuple[Any, ...], torch.Tensor] = {}
-        self.maps_by_shape: dict[tuple[torch.Size, torch.device], dict[int, RegionMaps]] = {}
+        self.maps_by_shape: dict[tuple[torch.Size, torch.device], _MapsOfShape] = {}
         self.context = context
         self.heard, self.called_by_others = False, False
 
@@ -336,8 +287,7 @@ class _RegionHook:
                 )
             self.repeats_of = None if prompt_embeds.is_inference() else Stamp(prompt_embeds)
             if len(self.regions.masks) != repeats * len(self.regions_of_prompts.masks):
-                self.regions = self.regions_of_prompts.repeated(repeats)
-                self.maps_by_shape.clear()
+                self._take(self.regions_of_prompts.repeated(repeats))
 
     def _with_own_words(self, prompt_embeds: torch.Tensor) -> torch.Tensor:
         """`(batch, T, dim)` with the words of every region as they are in its own prompt, conditional samples only."""
@@ -349,13 +299,36 @@ class _RegionHook:
         return kept[1]
 
     def _replaced(self, prompt_embeds: torch.Tensor) -> torch.Tensor:
-        assert self.regions is not None and self.regions.prompts is not None
-        prompts, tokens = self.regions.prompts, self.regions.tokens
+        assert self.guiding is not None and self.guiding.prompts is not None
+        prompts, tokens = self.guiding.prompts, self.guiding.tokens
         prompt_embeds = prompt_embeds.clone()
         for region in range(tokens.shape[1]):
-            own = prompts.embeds[:, region][prompts.tokens[:, region]]  # row by row, as many as the prompt has
+            named = prompts.tokens[:, region] & tokens[:, region].any(dim=1, keepdim=True)  # none of an absent region
+            own = prompts.embeds[:, region][named]  # row by row, as many as the prompt has
             prompt_embeds[-len(tokens) :][tokens[:, region]] = own.to(prompt_embeds)
         return prompt_embeds
+
+    def _take(self, regions: RegionConditioning) -> None:
+        """Guide by other regions than before: nothing is kept of what was made of those."""
+        self.regions = self.guiding = regions
+        self.guiding_now = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self.maps_by_shape.clear()
+        self.own_words_kept = None
+
+    def _choose_guiding(self, timestep: torch.Tensor) -> bool:
+        """Take the regions that guide at this step, the others as absent; False if none does."""
+        assert self.regions is not None
+        if not self.regions.times:
+            return True
+        now = self.regions.guiding(self.schedule.progress(timestep))
+        if now != self.guiding_now:
+            assert now is not None
+            self.guiding, self.guiding_now = self.regions.restricted(now), now
+            self._forget()
+        return any(any(row) for row in now or ())
 
     def _check_length(self, prompt_embeds: torch.Tensor) -> None:
         assert self.regions is not None
@@ -369,7 +342,7 @@ class _RegionHook:
         self, sample: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor
     ) -> RegionCall | None:
         height, width = sample.shape[-2:]
-        sizes = {h * w: (h, w) for h, w in _level_sizes(height, width, self.num_levels)}
+        sizes = {h * w: (h, w) for h, w in _level_sizes(height, width, self.has_attention)}
         if self.recorder is not None:
             self.recorder.start_call()
         if self.regions is None or not self.schedule.is_guided(timestep):
@@ -384,60 +357,58 @@ class _RegionHook:
                 f"The UNet was called with a batch of {sample.shape[0]}, expected {batch} (one sample per image of"
                 f" `regions`) or {2 * batch} (with classifier-free guidance)."
             )
-        key = (sample.shape[-2:], sample.device)
+        if not self._choose_guiding(timestep):
+            return None if self.recorder is None else RegionCall(batch, sizes, recorder=self.recorder)
+        assert self.guiding is not None
+        device, regions = sample.device, self.guiding
+        key = (sample.shape[-2:], device)
         if key not in self.maps_by_shape:
-            with torch.autocast(sample.device.type, enabled=False):
-                self.maps_by_shape[key] = {h * w: self._maps_at((h, w), sample.device) for h, w in sizes.values()}
-        prompts = self.regions.prompts if self.appended else None
-        more = None if prompts is None else prompts.embeds.flatten(1, 2).to(sample.device)
-        maps, step = self.maps_by_shape[key], self.schedule.step(timestep)
+            with torch.autocast(device.type, enabled=False):
+                options = {"resize_masks": self.resize_masks, "weight_negative": self.weight_negative}
+                maps = {
+                    h * w: make_maps(regions, self.method, (h, w), device, **options)  # type: ignore[arg-type]
+                    for h, w in sizes.values()
+                }
+            self.maps_by_shape[key] = _MapsOfShape(maps, {})
+        of_shape, own, negatives = self.maps_by_shape[key], regions.appended(self.method), regions.negatives
         return RegionCall(
-            batch, sizes, self.method, maps, step, more, self.recorder, self.kept_keys, frames=self.frames
+            batch,
+            sizes,
+            self.method,
+            of_shape.maps,
+            self.schedule.step(timestep),
+            None if own is None else own.embeds.flatten(1, 2).to(device),
+            None if negatives is None or len(sample) == batch else negatives.embeds.flatten(1, 2).to(device),
+            recorder=self.recorder,
+            kept_keys=self.kept_keys,
+            frames=of_shape.frames,
         )
 
-    def _maps_at(self, size: tuple[int, int], device: torch.device) -> RegionMaps:
-        regions = self.regions
-        assert regions is not None
-        masks = self.resize_masks(regions.masks.flatten(0, 1).to(device), size)
-        masks = masks.flatten(1).unflatten(0, regions.tokens.shape[:2])  # [B, R, Q]
-        tokens, kinds = regions.tokens.to(device), regions.token_kinds.to(device)
-        owners = torch.full(tokens.shape[2:], -1, device=device)
-        if self.appended:
-            assert regions.prompts is not None
-            num_regions, length = regions.prompts.tokens.shape[1:]
-            numbers = torch.arange(num_regions, device=device)
-            own = numbers.repeat_interleave(length)  # [R * L]
-            own_tokens = regions.prompts.tokens.to(device).flatten(1)[:, None] & (own == numbers[:, None])
-            tokens = torch.cat([tokens, own_tokens], dim=2)
-            kinds = torch.cat([kinds, regions.prompts.token_kinds.to(device).flatten(1)], dim=1)
-            owners = torch.cat([owners, own])
 
-        inside = masks >= masks.amax(dim=-1, keepdim=True) / 2
-        weights = torch.where(inside, regions.weights.to(device)[..., None] * masks, self.weight_negative)
-        signed_weights = torch.full(
-            (len(masks), masks.shape[2], tokens.shape[2]), -torch.inf, dtype=torch.float32, device=device
-        )
-        for region in range(masks.shape[1]):  # one by one: all at once would need R times the memory
-            of_region = torch.where(tokens[:, region, None, :], weights[:, region, :, None], -torch.inf)
-            signed_weights = torch.maximum(signed_weights, of_region)
-        signed_weights = signed_weights.where(tokens.any(dim=1)[:, None, :], 0)
-        inside = inside & (masks > 0)
-        anywhere = inside.any(dim=1)[:, :, None]  # [B, Q, 1]
-        inside_weights = signed_weights.where(anywhere, 0)
-        summary = (kinds >= TokenKind.END) & (owners < 0)  # [B, K]
-        hidden_summary = HIDDEN * (anywhere & summary[:, None, :])
-        covered = regions.masks.amax(dim=1).mean(dim=(1, 2)).to(device)  # [B], the same at every resolution
-        least = HIDDEN * (covered <= 2 / 3) - 2.0
-        held_back_summary = hidden_summary.maximum(least[:, None, None])
-        biases = (maps[:, None] for maps in (signed_weights, inside_weights, hidden_summary, held_back_summary))
-        return RegionMaps(masks, inside, tokens, kinds, owners, *biases)
+@dataclass(frozen=True, eq=False)
+class _MapsOfShape:
+    """Of one shape of samples: the regions' maps by number of queries, and what layers keep that depends on them."""
+
+    maps: dict[int, RegionMaps]
+    frames: dict[tuple[Any, ...], torch.Tensor]
 
 
-def _level_sizes(height: int, width: int, num_levels: int | None) -> list[tuple[int, int]]:
-    """Sizes of a UNet's levels for a sample of this size: each halves the one before, odd sizes rounded up. Without
-    `num_levels` down to a single cell."""
+def _levels_with_attention(config: Any) -> list[bool]:
+    """For each of a UNet's levels whether its blocks attend; SDXL's first, where maps would be largest, does not."""
+    kinds = zip(config.down_block_types, reversed(config.up_block_types), strict=True)
+    *levels, _ = ("Attn" in down or "Attn" in up for down, up in kinds)
+    return [*levels, True]  # the block in the middle is of the last one
+
+
+def _level_sizes(height: int, width: int, has_attention: list[bool] | None) -> list[tuple[int, int]]:
+    """Sizes of a UNet's levels that attend, for a sample of this size: each level halves the one before, odd sizes
+    rounded up. Without `has_attention` all, down to a single cell."""
     sizes = [(height, width)]
-    while sizes[-1] != (1, 1) and len(sizes) != num_levels:
+    while sizes[-1] != (1, 1) if has_attention is None else len(sizes) < len(has_attention):
         height, width = (height + 1) // 2, (width + 1) // 2
         sizes.append((height, width))
-    return sizes
+    return (
+        sizes
+        if has_attention is None
+        else [size for size, attends in zip(sizes, has_attention, strict=True) if attends]
+    )

@@ -89,6 +89,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "cones2, first steps twice": {"guidance_method": "cones2", "second_visits": 0.2},
     "multisubject": {"guidance_method": "multisubject"},
     "multisubject, first steps twice": {"guidance_method": "multisubject", "second_visits": 0.2},
+    # Objects that only their regions' own words describe, in a prompt of the setting alone or that counts them
+    "multisubject, own words": {"own_words": ""},
+    "multisubject, own words counted": {"own_words": " and a"},
     # What each ingredient brings
     "cones2_padding_hidden": {"guidance_method": "cones2_padding_hidden"},
     "cones2 + own words": {"guidance_method": uses_own_words(lambda layer: cones2(layer))},
@@ -206,6 +209,13 @@ def draw_task(cell: str, rng: random.Random, world: World, seed: int) -> Task:
     return Task(f"a photo of {' and '.join(said)} {setting}", setting, targets, rest == "masks", seed)
 
 
+def with_own_words(task: Task) -> list[dict[str, Any]]:
+    """The task's layout with what stands there in the regions' own words, which the prompt then need not have."""
+    said = [f"a <{t.subject}>" if t.subject else f"{article(t.words)} {t.words}" for t in task.targets]
+    places = ({"mask": place} if task.masks else {"box": place} for place in task.layout.values())
+    return [{"prompt": words, **place} for words, place in zip(said, places, strict=True)]
+
+
 def scaled(box: Box, factor: float) -> Box:
     """The box about its centre, cut at the picture's edge."""
     x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
@@ -267,6 +277,11 @@ def draw_pictures(
 ) -> tuple[list[Image.Image], float, int, float]:
     """One picture per task in one batch; also its seconds, its UNet calls and its peak memory in MiB."""
     calls, steps, settings = 0, options.num_inference_steps, dict(settings)
+    prompts = [task.prompt for task in tasks]
+    layouts: list[Any] = [task.layout for task in tasks]
+    if (count_word := settings.pop("own_words", None)) is not None:
+        prompts = [f"a photo {task.setting}{count_word * len(task.targets)}" for task in tasks]
+        layouts = [with_own_words(task) for task in tasks]
     if revisits := round(settings.pop("second_visits", 0) * steps):
         steps -= revisits
         settings.update(recurrence=2, recurrence_steps=revisits)
@@ -279,8 +294,8 @@ def draw_pictures(
     def draw() -> None:
         nonlocal output
         output = pipe(
-            [task.prompt for task in tasks],
-            layout=[task.layout for task in tasks],
+            prompts,
+            layout=layouts,
             num_inference_steps=steps,
             guidance_scale=options.guidance_scale,
             generator=[torch.Generator().manual_seed(task.seed) for task in tasks],

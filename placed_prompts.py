@@ -12,6 +12,7 @@ from .attention_processors import AttentionRecorder
 from .guidance_methods import GuidanceMethod, TokenKind
 from .layout import Region, parse_layout, region_names
 from .region_attention import RegionConditioning, RegionPrompts
+from .region_loras import Scales
 from .residual_embeddings import Mention, ParsedPrompt, Place, ResidualEmbedding
 
 __multisubject_version__ = "0.1.0"
@@ -254,6 +255,41 @@ def make_region_prompts(placed: Sequence[PlacedPrompt], encoded: torch.Tensor) -
             tokens[row, column, start:stop] = True
             kinds[row, column] = _token_kinds(stop + 1, shape[2])
     return RegionPrompts(embeds, tokens, kinds)
+
+
+def text_loras(
+    placed: Sequence[PlacedPrompt], encoder: int, num_tokens: int, prompts: bool, own_prompts: bool
+) -> tuple[Scales, torch.Tensor]:
+    """Which tokens of the encoded texts are of the regions that hold LoRAs.
+
+    Args:
+        placed: one per prompt.
+        encoder: number of the text encoder, whose own prompt counts.
+        num_tokens: of each text.
+        prompts, own_prompts: whether the prompts, and after them each region's own one, are among the texts.
+
+    Returns:
+        For each text the LoRAs of its regions, and `(texts, R, num_tokens)` float32: 1 at the tokens of each region.
+    """
+    rows: list[tuple[list[Mapping[str, float] | None], list[list[range]]]] = []
+    if prompts:
+        for of_prompt in placed:
+            same = of_prompt.texts[encoder].text == of_prompt.texts[0].text
+            here = slice(0, 1) if same else slice(1, None)  # where the encoder reads them
+            read = [[place.span for place in of_region[here]] for of_region in of_prompt.places]
+            rows.append(([region.lora for region in of_prompt.regions], read))
+    if own_prompts:
+        for of_prompt in placed:
+            for region, of_region in zip(of_prompt.regions, of_prompt.places, strict=True):
+                if of_region:
+                    rows.append(([region.lora], [[range(num_tokens)]]))
+    most = max((len(held) for held, _ in rows), default=0)
+    shares = torch.zeros(len(rows), most, num_tokens)
+    for row, (_, of_regions) in enumerate(rows):
+        for column, of_region in enumerate(of_regions):
+            for span in of_region:
+                shares[row, column, span.start : span.stop] = 1
+    return [[*held, *[None] * (most - len(held))] for held, _ in rows], shares
 
 
 def _region_start(text: ParsedPrompt) -> int:

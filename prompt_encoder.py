@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from .placed_prompts import (
     per_prompt,
     place_prompt,
     region_texts,
+    text_loras,
 )
 from .region_attention import RegionConditioning, RegionPrompts
+from .region_loras import LoraCall, Scales, joined_scales, lora_names, placed_loras
 from .residual_embeddings import ParsedPrompt
 from .subject_loader import EncoderSlot, SubjectLoaderMixin
 
@@ -56,25 +59,30 @@ class PromptEncoderMixin(SubjectLoaderMixin):
         return self._encode_prompts(self._encoding(args, kwargs))[0]
 
     def encode_with_regions(
-        self, placed: Sequence[PlacedPrompt], **encoding: Any
-    ) -> tuple[dict[str, Any], RegionPrompts]:
-        """The prompts, and each region's own prompt, through every text encoder at once.
+        self, placed: Sequence[PlacedPrompt], *, own_prompts: bool = True, **encoding: Any
+    ) -> tuple[dict[str, Any], RegionPrompts | None]:
+        """The prompts, and each region's own prompt, through every text encoder at once, with the regions' LoRAs on
+        their words.
 
         Args:
             placed: the prompts with their regions, at least one.
+            own_prompts: False: the prompts alone.
             encoding: the arguments of `encode_prompt`. With `prompt_embeds`, only the regions are encoded.
 
         Returns:
             What `encode_prompt` gives, by the names under which a call takes it, and the regions' own prompts.
         """
         with self._reading():
-            values, encoded = self._encode_prompts(self._encoding((), encoding), region_texts(placed))
-            return dict(zip(EMBEDS, values, strict=False)), make_region_prompts(placed, encoded)
+            texts = region_texts(placed) if own_prompts else []
+            values, encoded = self._encode_prompts(self._encoding((), encoding), texts, placed)
+            region_prompts = make_region_prompts(placed, encoded) if own_prompts else None
+            return dict(zip(EMBEDS, values, strict=False)), region_prompts
 
     def _encode_prompts(
-        self, asked: dict[str, Any], more: Sequence[ParsedPrompt] = ()
+        self, asked: dict[str, Any], more: Sequence[ParsedPrompt] = (), placed: Sequence[PlacedPrompt] = ()
     ) -> tuple[tuple[torch.Tensor | None, ...], Any]:
-        """What `encode_prompt` returns, and the embeddings of `more` texts that are encoded on the way."""
+        """What `encode_prompt` returns, and the embeddings of `more` texts that are encoded on the way: those of the
+        regions of the `placed` prompts, whose LoRAs act on what they are of."""
         slots, prompt_embeds = self.encoder_slots, asked["prompt_embeds"]
         check_prompts(asked, slots)
         num_images = asked["num_images_per_prompt"]
@@ -94,7 +102,8 @@ class PromptEncoderMixin(SubjectLoaderMixin):
 
             # 2. Encode what else is wanted, and the prompts with it
             encoded = None
-            if more:
+            loras = [[region.lora for region in of_prompt.regions] for of_prompt in placed]
+            if more or (lora_names(loras) and prompt_embeds is None):
                 together = asked | {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
                 together |= dict.fromkeys(name for name in EMBEDS if name in asked)
                 for slot in slots:
@@ -103,18 +112,41 @@ class PromptEncoderMixin(SubjectLoaderMixin):
                         own = None  # as diffusers takes it: the first encoder's prompt
                     own = [own] if isinstance(own, str) else own
                     together[slot.prompt] = None if own is None else [*own, *(text.text for text in more)]
-                embeds, _, *pooled = self._encode(**together)
                 count = len(positive[0])
+                with self._loras_of_words(loras, placed, bool(count), bool(more), asked["lora_scale"]):
+                    embeds, _, *pooled = self._encode(**together)
                 encoded = self.add_subjects(embeds[count:], [more] * len(slots))
                 if count:
                     of_prompts = zip(("prompt_embeds", "pooled_prompt_embeds"), (embeds, *pooled), strict=False)
                     asked |= {name: rows[:count] for name, rows in of_prompts if asked[name] is None}
 
             # 3. Encode the rest, and add the subjects
-            embeds, negative_embeds, *pooled = self._encode(**asked)
+            with self._loras_of_words(loras, (), False, False, None):  # none acts on the negative prompt
+                embeds, negative_embeds, *pooled = self._encode(**asked)
             if negative_embeds is not None:
                 negative_embeds = self.add_subjects(negative_embeds, negative, num_images)
             return (self.add_subjects(embeds, positive, num_images), negative_embeds, *pooled), encoded
+
+    @contextmanager
+    def _loras_of_words(
+        self, loras: Scales, placed: Sequence[PlacedPrompt], prompts: bool, own_prompts: bool, scale: float | None
+    ) -> Iterator[None]:
+        """Within the context, the LoRAs of regions act on the regions' words alone.
+
+        Args:
+            loras: of all regions; none of them acts elsewhere.
+            placed: whose prompts, if `prompts`, and whose regions' own prompts, if `own_prompts`, are encoded.
+            scale: the call's, for LoRAs that are not active.
+        """
+        names = lora_names(loras)
+        with ExitStack() as contexts:
+            for number, slot in enumerate(self.encoder_slots if names else ()):
+                encoder = getattr(self, slot.name)
+                switch = contexts.enter_context(placed_loras(encoder, names))
+                held, shares = text_loras(placed, number, slot.tokenizer.model_max_length, prompts, own_prompts)
+                factors = joined_scales(held, shares.to(encoder.device)) if held else {}
+                switch.set(LoraCall(names, len(held), factors, scale=1.0 if scale is None else scale))
+            yield
 
     def _read(
         self, given: Mapping[str, Any], asked: dict[str, Any], slot: EncoderSlot, by_name: Sequence[bool] | None

@@ -14,15 +14,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 
-from .attention_processors import AttentionRecorder, PromptKeys, RegionAttnProcessor, RegionCall, Stamp
+from .attention_processors import (
+    AttentionRecorder,
+    PromptKeys,
+    RegionAttnProcessor,
+    RegionCall,
+    RegionIPAttnProcessor,
+    Stamp,
+    region_processor,
+)
 from .guidance_methods import HIDDEN, GuidanceMethod, RegionMaps, TokenKind, resolve_guidance_method
 from .guidance_schedule import GuidanceSchedule, check_number
-from .shared_models import inside, runs_in, state_of
+from .region_ip_adapters import PictureCall, RegionPictures, keeps_pictures
+from .region_loras import RegionLoras, Scales, placed_loras
+from .shared_models import LoraSwitch, inside, runs_in, state_of
 
 __multisubject_version__ = "0.1.0"
 
@@ -38,6 +48,8 @@ REPLACEABLE_PROCESSORS = frozenset(
         "XFormersAttnProcessor",
     }
 )
+
+_OURS = (RegionAttnProcessor.__name__, RegionIPAttnProcessor.__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +85,8 @@ class RegionConditioning:
         background: `(B, R)` bool, regions that are what no other one covers; None: none is.
         times: for each image and region the fractions of the steps between which it guides; empty: always.
         loras: for each image and region the LoRAs that act there -> scale, or None; empty: none.
-        ip_adapter_images: for each image and region its reference pictures, or None; empty: none.
+        ip_adapter_images: for each image and region its reference pictures, or None; empty: none. What a UNet is called
+            with has their embeddings, see `encode_pictures`.
     """
 
     masks: torch.Tensor
@@ -85,7 +98,7 @@ class RegionConditioning:
     negatives: RegionPrompts | None = None
     background: torch.Tensor | None = None
     times: Sequence[Sequence[tuple[float, float]]] = ()
-    loras: Sequence[Sequence[Mapping[str, float] | None]] = ()
+    loras: Scales = ()
     ip_adapter_images: Sequence[Sequence[Any]] = ()
 
     def repeated(self, times: int) -> RegionConditioning:
@@ -137,8 +150,8 @@ def region_attention(
             call has one conditional sample for each image of `regions`.
 
     Raises:
-        ValueError: an attention processor of the UNet would be lost (IP-Adapter, custom ones), a bad argument, or a
-            batch that does not fit the regions.
+        ValueError: a custom attention processor of the UNet would be lost, a LoRA cannot act in a region, a bad
+            argument, or a batch that does not fit the regions.
         RuntimeError: another thread or task guides the UNet with this scheduler; at the end, if only others have called
             the UNet: none of these calls was guided.
     """
@@ -173,10 +186,11 @@ def region_attention(
                 state.processors = [(layer, layer.get_processor()) for layer in layers.values()]
             state.contexts.append((context, scheduler))
             for layer in layers.values():
-                layer.set_processor(RegionAttnProcessor())
+                layer.set_processor(region_processor(layer.get_processor()))
         # Prepended: of nested contexts the innermost speaks first, and the outer ones then keep silent.
         handle = unet.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
-        with inside(context):
+        names = () if hook.loras is None else hook.loras.names
+        with inside(context), placed_loras(unet, names) as hook.lora_switch:
             yield
     finally:
         with state_of(unet) as state:
@@ -203,12 +217,7 @@ def _check_scheduler(scheduler: Any, contexts: Sequence[tuple[object, Any]]) -> 
 def _check_processors(processors: Mapping[str, Any]) -> None:
     for name, processor in processors.items():
         kind = type(processor).__name__
-        if "IPAdapter" in kind:
-            raise ValueError(
-                f"The UNet has an IP-Adapter ({kind} at {name}), which region guidance would switch off. Call"
-                " `pipe.unload_ip_adapter()` first, or call the pipeline without `layout` and attention maps."
-            )
-        if kind not in REPLACEABLE_PROCESSORS:
+        if kind not in REPLACEABLE_PROCESSORS and not keeps_pictures(processor):
             raise ValueError(
                 f"The UNet's attention processor {kind} at {name} is not one of {sorted(REPLACEABLE_PROCESSORS)}, so"
                 " region guidance would lose what it does. Call `unet.set_default_attn_processor()` first."
@@ -266,7 +275,7 @@ class _RegionHook:
         check_number("weight_negative", weight_negative)
         if not -torch.finfo(torch.float32).max <= weight_negative <= 0:
             raise ValueError(f"`weight_negative` is {weight_negative}, expected a finite number that is at most 0.")
-        self.appended = getattr(method, "uses_region_prompts", False)
+        self.appended = getattr(method, "uses_region_prompts", False) and schedule.guidance_steps != 0
         if regions is not None and regions.prompts is None and self.appended:
             raise ValueError(
                 f"The guidance method {getattr(method, '__name__', method)!r} uses the regions' own prompts, but"
@@ -283,8 +292,19 @@ class _RegionHook:
         self.kept_keys = PromptKeys()
         self.frames: dict[tuple[Any, ...], torch.Tensor] = {}
         self.maps_by_shape: dict[tuple[torch.Size, torch.device], dict[int, RegionMaps]] = {}
+        self.loras: RegionLoras | None = None
+        self.lora_switch: LoraSwitch | None = None
+        self.pictures: RegionPictures | None = None
+        self._hold(regions)
         self.context = context
         self.heard, self.called_by_others = False, False
+
+    def _hold(self, regions: RegionConditioning | None) -> None:
+        """Make ready what regions hold beside words."""
+        if regions is not None and regions.loras:
+            self.loras = RegionLoras(regions.loras, regions.masks, regions.tokens, self.resize_masks)
+        if regions is not None and regions.ip_adapter_images:
+            self.pictures = RegionPictures(regions.ip_adapter_images, regions.masks)
 
     def check_it_was_heard(self) -> None:
         """Raise if only others have called the UNet."""
@@ -307,7 +327,13 @@ class _RegionHook:
         sample = args[0] if args else kwargs["sample"]
         timestep = torch.as_tensor(args[1] if len(args) > 1 else kwargs["timestep"])
         prompt_embeds = args[2] if len(args) > 2 else kwargs["encoder_hidden_states"]
-        call_kwargs["regions"] = call = self._region_call(sample, timestep.reshape(-1)[0], prompt_embeds)
+        pictures = None
+        if self.pictures is not None:
+            added, pictures = self.pictures.add_to(kwargs.get("added_cond_kwargs"), sample, self._sizes(sample))
+            kwargs = {**kwargs, "added_cond_kwargs": added}
+        call = self._region_call(sample, timestep.reshape(-1)[0], prompt_embeds, pictures)
+        call_kwargs["regions"] = call
+        self._tell_loras(call, sample, call_kwargs.get("scale", 1.0))
         if call is not None and call.maps is not None:
             self._check_length(prompt_embeds)
             if self.own_words:
@@ -318,10 +344,25 @@ class _RegionHook:
                     kwargs = {**kwargs, "encoder_hidden_states": prompt_embeds}
         return args, {**kwargs, "cross_attention_kwargs": call_kwargs}
 
+    def _sizes(self, sample: torch.Tensor) -> dict[int, tuple[int, int]]:
+        # Number of queries of a layer -> its size
+        height, width = sample.shape[-2:]
+        return {h * w: (h, w) for h, w in _level_sizes(height, width, self.num_levels)}
+
+    def _tell_loras(self, call: RegionCall | None, sample: torch.Tensor, scale: float) -> None:
+        assert self.lora_switch is not None
+        if self.loras is None:
+            self.lora_switch.set(None)
+            return
+        owners = None if call is None or call.maps is None else next(iter(call.maps.values())).owners
+        sizes = self._sizes(sample).values()
+        where = self.loras.call(sizes, len(sample), sample.device, owners)
+        self.lora_switch.set(replace(where, scale=scale, waiting={}))
+
     def _check_call(self, calls: ExpectedCalls, sample: torch.Tensor, prompt_embeds: torch.Tensor) -> None:
         """Raise if this call is not one that can be guided, and adapt to its number of pictures per prompt."""
         assert self.regions is not None and self.regions_of_prompts is not None
-        if any(type(layer.processor).__name__ != RegionAttnProcessor.__name__ for layer in self.layers):
+        if any(type(layer.processor).__name__ not in _OURS for layer in self.layers):
             raise ValueError(
                 "The UNet's attention processors were replaced while it is guided. Use no pipeline and no setting that"
                 " does so (PAG, SAG, Attend-and-Excite, attention slicing), or set it before."
@@ -348,6 +389,7 @@ class _RegionHook:
             if len(self.regions.masks) != repeats * len(self.regions_of_prompts.masks):
                 self.regions = self.regions_of_prompts.repeated(repeats)
                 self.maps_by_shape.clear()
+                self._hold(self.regions)
 
     def _with_own_words(self, prompt_embeds: torch.Tensor) -> torch.Tensor:
         """`(batch, T, dim)` with the words of every region as they are in its own prompt, conditional samples only."""
@@ -376,15 +418,20 @@ class _RegionHook:
             )
 
     def _region_call(
-        self, sample: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        pictures: PictureCall | None,
     ) -> RegionCall | None:
-        height, width = sample.shape[-2:]
-        sizes = {h * w: (h, w) for h, w in _level_sizes(height, width, self.num_levels)}
+        sizes = self._sizes(sample)
         if self.recorder is not None:
             self.recorder.start_call()
         if self.regions is None or not self.schedule.is_guided(timestep):
-            recorder = self.recorder
-            return None if recorder is None else RegionCall(recorder.batch, sizes, recorder=recorder)
+            if self.recorder is None and pictures is None:
+                return None
+            batch = len(sample) if self.recorder is None else self.recorder.batch
+            return RegionCall(batch, sizes, recorder=self.recorder, pictures=pictures)
 
         if self.calls is not None:
             self._check_call(self.calls, sample, prompt_embeds)
@@ -402,7 +449,7 @@ class _RegionHook:
         more = None if prompts is None else prompts.embeds.flatten(1, 2).to(sample.device)
         maps, step = self.maps_by_shape[key], self.schedule.step(timestep)
         return RegionCall(
-            batch, sizes, self.method, maps, step, more, self.recorder, self.kept_keys, frames=self.frames
+            batch, sizes, self.method, maps, step, more, self.recorder, pictures, self.kept_keys, frames=self.frames
         )
 
     def _maps_at(self, size: tuple[int, int], device: torch.device) -> RegionMaps:

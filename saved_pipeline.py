@@ -43,6 +43,8 @@ PIPELINE_SIBLINGS = (
     "recurrence",
     "region_attention",
     "region_contents",
+    "region_ip_adapters",
+    "region_loras",
     "residual_embeddings",
     "saved_pipeline",
     "shared_models",

@@ -286,8 +286,8 @@ def text_loras(
     most = max((len(held) for held, _ in rows), default=0)
     shares = torch.zeros(len(rows), most, num_tokens)
     for row, (_, of_regions) in enumerate(rows):
-        for column, of_region in enumerate(of_regions):
-            for span in of_region:
+        for column, tokens in enumerate(of_regions):
+            for span in tokens:
                 shares[row, column, span.start : span.stop] = 1
     return [[*held, *[None] * (most - len(held))] for held, _ in rows], shares
 

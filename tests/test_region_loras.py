@@ -431,6 +431,30 @@ def test_other_threads_go_their_own_way(tokenizer):
         assert not torch.equal(call(), expected)
 
 
+def test_a_compiled_unet_is_one_graph(tokenizer):
+    """Also where it was compiled before, without regions."""
+    pipe = make_pipe(tokenizer, "sd1", targets=SPATIAL)
+    layouts = [regions("a", "b"), regions({"a": 0.5}, {"b": 2.0})]
+    expected = [sample(pipe, layout=layout, num_inference_steps=3) for layout in layouts]
+    graphs = []
+
+    def backend(graph: Any, example_inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    plain = sample(pipe, num_inference_steps=3)
+    pipe.unet = torch.compile(pipe.unet, backend=backend, fullgraph=True)
+    try:
+        assert_equal_up_to_rounding(sample(pipe, num_inference_steps=3), plain, RUN)
+        count = len(graphs)
+        for layout, picture in zip(layouts, expected, strict=True):
+            assert_equal_up_to_rounding(sample(pipe, layout=layout, num_inference_steps=3), picture, RUN)
+        assert len(graphs) == count + 1  # none anew from step to step
+        assert_equal_up_to_rounding(sample(pipe, num_inference_steps=3), plain, RUN)
+    finally:
+        torch._dynamo.reset()
+
+
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 

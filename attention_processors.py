@@ -27,13 +27,14 @@ class AttentionRecorder:
     Args:
         tokens: `(B, S, K)` bool: for each image, S groups of tokens of its prompt and of its regions' own prompts.
         num_tokens: how many of the K are the prompt's (None: all). A map is the mean over a group's tokens there; what
-            their copies in the regions' own prompts receive is added to it.
+            regions' own words for the same receive, on average, is added to it.
     """
 
     def __init__(self, tokens: torch.Tensor, num_tokens: int | None = None):
         self.batch = tokens.shape[0]
-        counts = tokens[..., :num_tokens].sum(dim=-1, keepdim=True).clamp(min=1)
-        self._token_weights = tokens.float() / counts
+        num_tokens = tokens.shape[-1] if num_tokens is None else num_tokens
+        parts = tokens.float().split([num_tokens, tokens.shape[-1] - num_tokens], dim=-1)
+        self._token_weights = torch.cat([part / part.sum(dim=-1, keepdim=True).clamp(min=1) for part in parts], dim=-1)
         self._calls: list[dict[tuple[int, int], list[torch.Tensor]]] = []
 
     def start_call(self) -> None:
@@ -166,7 +167,8 @@ class RegionCall:
         batch: number of conditional samples, the last ones of the UNet's batch.
         sizes: number of queries of a layer -> its `(h, w)`.
         method, maps, step: the guidance, with maps by number of queries; None and empty at an unguided call.
-        region_prompts: `(B, R * L, dim)`, more tokens for cross-attention, if the method wants them.
+        region_prompts: `(B, N, dim)`, more tokens for cross-attention, of the regions' own prompts.
+        region_negatives: `(B, M, dim)`, the same for the unconditional samples.
         recorder: collects attention maps, if wanted.
         pictures: where the regions' reference pictures are, if they hold any.
         kept_keys: what earlier calls computed from the prompt alone.
@@ -180,6 +182,7 @@ class RegionCall:
     maps: Mapping[int, RegionMaps] | None = None
     step: GuidanceStep | None = None
     region_prompts: torch.Tensor | None = None
+    region_negatives: torch.Tensor | None = None
     recorder: AttentionRecorder | None = None
     pictures: PictureCall | None = None
     kept_keys: PromptKeys = field(default_factory=PromptKeys)
@@ -301,9 +304,15 @@ def _prompt_context(attn: Attention, prompt_embeds: torch.Tensor, regions: Regio
     Biased attention is fastest where the number of keys is a multiple of 8 (on a CPU with AVX-512 it is also faster
     than unbiased attention to the usual 77), so that a guided call gets fillers behind its tokens.
     """
-    if regions.region_prompts is not None:  # tokens of the conditional samples alone, zeros for the others
-        more = regions.region_prompts.to(prompt_embeds.dtype)
-        more = F.pad(more, (0, 0, 0, 0, len(prompt_embeds) - len(more), 0))
+    own, negatives = regions.region_prompts, regions.region_negatives
+    if own is not None or negatives is not None:  # each half of the batch has its own, or zeros that it does not see
+        rest = len(prompt_embeds) - regions.batch
+        length = max(0 if part is None else part.shape[1] for part in (own, negatives))
+        more = prompt_embeds.new_zeros(len(prompt_embeds), length, prompt_embeds.shape[2])
+        if own is not None:
+            more[rest:, : own.shape[1]] = own
+        if negatives is not None:
+            more[:rest, : negatives.shape[1]] = negatives
         prompt_embeds = torch.cat([prompt_embeds, more], dim=1)
     if attn.norm_cross is not None:
         prompt_embeds = attn.norm_encoder_hidden_states(prompt_embeds)
@@ -380,6 +389,8 @@ def _region_bias(
     limit = min(torch.finfo(query.dtype).max, torch.finfo(torch.float32).max) / 2
     bias = bias.float().clamp(-limit, limit)
     if is_cross:
+        if layer.maps.unseen is not None:  # whatever the method says of them
+            bias = bias.masked_fill(layer.maps.unseen, -torch.inf)
         return _framed(bias, query, keys, regions)
     bias = bias.to(query.dtype)
     if getattr(regions.method, "guides_all_self_attention", False):
@@ -406,8 +417,15 @@ def _framed(bias: torch.Tensor, query: torch.Tensor, keys: LayerKeys, regions: R
 
 
 def _make_frame(shape: tuple[int, ...], query: torch.Tensor, keys: LayerKeys, regions: RegionCall) -> torch.Tensor:
-    """Zero in the unconditional half, but -inf at the regions' own tokens and at fillers."""
+    """-inf at fillers and at what is another half's; in the unconditional half else zero, or as the regions' negative
+    prompts have it."""
     own_tokens = 0 if regions.region_prompts is None else regions.region_prompts.shape[1]
     frame = query.new_full(shape, -torch.inf)
-    frame[: -regions.batch, ..., : keys.num_tokens - own_tokens] = 0
+    unconditional = frame[: -regions.batch]
+    if regions.region_negatives is None or regions.maps is None:
+        unconditional[..., : keys.num_tokens - own_tokens] = 0
+    else:
+        unseen = regions.maps[query.shape[2]].unseen_negatives
+        assert unseen is not None
+        unconditional[..., : unseen.shape[-1]].masked_fill_(~unseen, 0)
     return frame

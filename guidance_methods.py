@@ -7,7 +7,7 @@ yours works wherever a name does.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -32,15 +32,16 @@ class TokenKind(IntEnum):
 class RegionMaps:
     """Regions and tokens at one attention layer with Q = h * w queries, row by row, for B images with up to R regions.
 
-    The K keys of cross-attention are the T tokens of the prompt and, for a method that `uses_region_prompts`, the
-    tokens of each region's own prompt after them.
+    The K keys of cross-attention are the T tokens of the prompt and after them the regions' own: of what they hold as
+    `prompt` or, for a method that `uses_region_prompts`, of each region's own prompt.
 
     Args:
         masks: `(B, R, Q)` float32 in [0, 1]; rows of absent regions are zero.
         inside: `(B, R, Q)` bool, where a mask reaches half of its peak at this resolution.
         tokens: `(B, R, K)` bool, the tokens that name each region's subject, in the prompt and in its own prompt.
         token_kinds: `(B, K)` int64 of `TokenKind`.
-        owners: `(K,)` int64, the region whose own prompt a token is of; -1 for the prompt that all share.
+        owners: `(B, K)` int64, the region whose own prompt a token is of; -1 for the prompt that all share, -2 where no
+            token stands.
         signed_weights: `(B, 1, Q, K)` float32. At a region's tokens: `weight * mask` inside the region and
             `weight_negative` outside; 0 at every other token. For tokens of several regions the strongest one counts.
         inside_weights: `signed_weights` with 0 at places that lie in no region.
@@ -49,6 +50,13 @@ class RegionMaps:
         held_back_summary: `hidden_summary` with -2 in place of `HIDDEN` in pictures with less than a third outside all
             regions. The setting is painted there, and by what regions hear of the prompt as a whole: with little room
             outside them and the summary hidden, it gets lost.
+        unseen: `(B, 1, Q, K)` bool, words of a region's own that other places do not see whatever the method says;
+            None: there are none.
+        unseen_negatives: `(B, 1, Q, T + M)` bool, of the unconditional samples' keys, the last M of which are of the
+            regions' negative prompts, those that a place does not see; None: no region has one.
+
+    The background (`layout.BACKGROUND`) counts as a region in `masks`, `inside` and `signed_weights`, and as outside
+    all regions in the others.
     """
 
     masks: torch.Tensor
@@ -60,10 +68,13 @@ class RegionMaps:
     inside_weights: torch.Tensor
     hidden_summary: torch.Tensor
     held_back_summary: torch.Tensor
+    unseen: torch.Tensor | None = None
+    unseen_negatives: torch.Tensor | None = None
 
     def inside_owner(self) -> torch.Tensor:
         """`(B, Q, K)` bool: the query lies in the region whose own prompt the key is of; False for shared keys."""
-        owned = torch.arange(self.inside.shape[1], device=self.owners.device)[:, None] == self.owners  # [R, K]
+        numbers = torch.arange(self.inside.shape[1], device=self.owners.device)
+        owned = numbers[:, None] == self.owners[:, None]  # [B, R, K]
         return self.inside.transpose(1, 2).float() @ owned.float() > 0
 
     def apart(self) -> torch.Tensor:
@@ -179,9 +190,44 @@ def same_in_every_layer(method: GuidanceMethod) -> GuidanceMethod:
     return method
 
 
+ALWAYS_SERVED = frozenset({"prompt", "negative_prompt", "lora", "ip_adapter_image", "begin", "end"})
+"""Keys of a region that work with any method: its own words are keys like others and hidden elsewhere by themselves,
+negatives are of the unconditional samples, and a region that does not guide yet or any more is absent."""
+
+
+def serves(*keys: str) -> Callable[[GuidanceMethod], GuidanceMethod]:
+    """Decorator: which more keys of a region the method makes use of.
+
+    Args:
+        keys: `strength`, whose factor it must let act as `signed_weights` have it; `background`, a region that is all
+            of what lies outside the others.
+    """
+
+    def declare(method: GuidanceMethod) -> GuidanceMethod:
+        method.serves = ALWAYS_SERVED | {*keys}  # type: ignore[attr-defined]
+        return method
+
+    return declare
+
+
+def unserved(method: GuidanceMethod, keys: Sequence[str]) -> str | None:
+    """What speaks against a region with these keys under a guidance method, as the end of a sentence, or None."""
+    served = getattr(method, "serves", ALWAYS_SERVED)
+    for key in keys:
+        if key not in served:
+            names = [name for name, known in GUIDANCE_METHODS.items() if key in getattr(known, "serves", ())]
+            said = "is the background" if key == "background" else f"has `{key}`"
+            return (
+                f"{said}, which guidance_method {getattr(method, '__name__', method)!r} cannot serve. Leave it out, or"
+                f" use one of {sorted(names)}."
+            )
+    return None
+
+
 # --- Cones 2 and masks -----------------------------------------------------------------------------------------------
 
 
+@serves("background")
 @same_in_every_layer
 def masked(layer: AttentionLayer) -> torch.Tensor | None:
     """Tokens of a subject cannot be attended to outside their region; inside, nothing pulls."""
@@ -190,6 +236,7 @@ def masked(layer: AttentionLayer) -> torch.Tensor | None:
     return layer.maps.signed_weights.clamp(max=0)
 
 
+@serves("strength", "background")
 def cones2(layer: AttentionLayer) -> torch.Tensor | None:
     """Cones 2 (Liu et al. 2023, arXiv:2305.19327): `strength * signed_weights * std(logits)`.
 
@@ -200,6 +247,7 @@ def cones2(layer: AttentionLayer) -> torch.Tensor | None:
     return layer.step.strength * layer.logit_std() * layer.maps.signed_weights
 
 
+@serves("strength", "background")
 def cones2_padding_hidden(layer: AttentionLayer) -> torch.Tensor | None:
     """`cones2`; besides, the tokens after the last word (end of text, padding) cannot be attended to inside a region.
 
@@ -214,6 +262,7 @@ def cones2_padding_hidden(layer: AttentionLayer) -> torch.Tensor | None:
 # --- the field's methods ---------------------------------------------------------------------------------------------
 
 
+@serves("background")
 @uses_own_words
 def dense_diffusion(layer: AttentionLayer) -> torch.Tensor | None:
     """DenseDiffusion (Kim et al. 2023, arXiv:2308.12964, equations 3 to 6) with its published settings.
@@ -234,6 +283,7 @@ def dense_diffusion(layer: AttentionLayer) -> torch.Tensor | None:
     return strength[:, None, :, None] * (torch.where(belongs[:, None], largest, smallest) - products)
 
 
+@serves("background")
 @same_in_every_layer
 @uses_region_prompts
 def regional_prompts(layer: AttentionLayer) -> torch.Tensor | None:
@@ -246,10 +296,11 @@ def regional_prompts(layer: AttentionLayer) -> torch.Tensor | None:
         return None
     maps = layer.maps
     in_regions = maps.inside.any(dim=1)[:, :, None]
-    visible = torch.where(maps.owners < 0, ~in_regions, maps.inside_owner())
+    visible = torch.where((maps.owners == -1)[:, None], ~in_regions, maps.inside_owner())
     return HIDDEN * (~visible)[:, None]
 
 
+@serves("background")
 @same_in_every_layer
 @uses_region_prompts
 def attention_couple(layer: AttentionLayer) -> torch.Tensor | None:
@@ -260,7 +311,7 @@ def attention_couple(layer: AttentionLayer) -> torch.Tensor | None:
     if not layer.is_cross:
         return None
     maps = layer.maps
-    shared = maps.owners < 0
+    shared = (maps.owners == -1)[:, None]
     in_regions = maps.inside.any(dim=1)[:, :, None]
     hidden = HIDDEN * (~shared & ~maps.inside_owner())
     return (hidden + torch.where(shared & in_regions, _LOG_BASE_WEIGHT, 0.0))[:, None]
@@ -269,6 +320,7 @@ def attention_couple(layer: AttentionLayer) -> torch.Tensor | None:
 _LOG_BASE_WEIGHT = -0.8473  # ln(0.3 / 0.7)
 
 
+@serves()
 @same_in_every_layer
 @guides_all_self_attention
 def bounded_attention(layer: AttentionLayer) -> torch.Tensor | None:
@@ -290,6 +342,7 @@ def bounded_attention(layer: AttentionLayer) -> torch.Tensor | None:
 # --- ours ------------------------------------------------------------------------------------------------------------
 
 
+@serves("strength", "background")
 @same_in_every_layer
 @uses_own_words
 def multisubject(layer: AttentionLayer) -> torch.Tensor | None:

@@ -55,15 +55,26 @@ class GuidanceSchedule:
         steps = getattr(self.scheduler, "num_inference_steps", None)
         if self.guidance_steps is None or (steps is not None and self.guidance_steps >= steps):
             return True
-        if hasattr(self.scheduler, "step_index"):
-            return _step_index(self.scheduler) < self.guidance_steps
+        return self._steps_taken(timestep)[0] < self.guidance_steps
+
+    def progress(self, timestep: torch.Tensor) -> float:
+        """Share of the run's steps that lie behind at a call that `is_guided` has seen; on the host, as that one."""
+        taken, of_run = self._steps_taken(timestep)
+        return taken / max(of_run, 1)
+
+    def _steps_taken(self, timestep: torch.Tensor) -> tuple[int, int]:
+        """How many steps lie behind, and how many the run has."""
+        scheduler = self.scheduler
+        if hasattr(scheduler, "step_index"):
+            first = getattr(scheduler, "begin_index", None) or 0  # image-to-image begins later
+            return _step_index(scheduler), scheduler.num_inference_steps - first // scheduler.order
         # DDIM, DDPM and PNDM look their coefficients up by the timestep's value and so read it from the device anyway.
         if self.last_timestep is None or timestep > self.last_timestep:  # time runs backwards: a new run
             self.first_timestep = timestep
         self.last_timestep = timestep
-        timesteps = self.scheduler.timesteps.to(timestep.device)
-        taken = timesteps[(timesteps > timestep) & (timesteps <= self.first_timestep)]
-        return taken.unique().numel() < self.guidance_steps
+        timesteps = scheduler.timesteps.to(timestep.device)
+        timesteps = timesteps[timesteps <= self.first_timestep].unique()
+        return int((timesteps > timestep).sum()), len(timesteps)
 
     def step(self, timestep: torch.Tensor) -> GuidanceStep:
         """What a guidance method is told of a guided call."""

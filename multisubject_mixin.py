@@ -23,9 +23,9 @@ from .guidance_methods import GuidanceMethod, resolve_guidance_method
 from .layout import masks_at
 from .placed_prompts import (
     check_prompt_embeds,
+    check_served,
     make_recorder,
     recorded_tokens,
-    wants_region_prompts,
 )
 from .prompt_encoder import EMBEDS, PromptEncoderMixin
 from .recurrence import recurrent_steps
@@ -139,25 +139,25 @@ class MultiSubjectMixin(PromptEncoderMixin):
 
             # 3. Turn layouts and token spans into what the UNet needs
             device = self._execution_device
-            recorder = None
+            recorder, method = None, None if guidance_steps == 0 else guidance_function
             num_tokens = self.encoder_slots[0].tokenizer.model_max_length if placed else 0
             if prompt_embeds is not None:
                 check_prompt_embeds(prompt_embeds, placed)
                 num_tokens = prompt_embeds.shape[1]
-            conditioning = self._held_by(self.prepare_regions(placed, num_tokens), self, device, guidance_steps)
-            is_guided = conditioning is not None and guidance_steps != 0
-            own_prompts = is_guided and wants_region_prompts(guidance_function, placed, prompt_embeds is None)
-            if conditioning is not None and (own_prompts or (conditioning.loras and prompt_embeds is None)):
+            if method is not None:
+                check_served(placed, method)
+            conditioning = self._held_by(self.prepare_regions(placed, num_tokens), self, device, method)
+            if conditioning is not None:
                 encoding = self._encoding_of_call(asked, device)
-                embeds, region_prompts = self.encode_with_regions(placed, own_prompts=own_prompts, **encoding)
-                conditioning = replace(conditioning, prompts=region_prompts)
-                if prompt_embeds is None:
+                embeds, held = self.encode_with_regions(placed, method, **encoding)
+                conditioning = replace(conditioning, **held)
+                if embeds and prompt_embeds is None:
                     asked |= dict.fromkeys(name for slot in self.encoder_slots for name in slot.prompts) | embeds
             if conditioning is not None:
                 conditioning = conditioning.repeated(num_images)
             if output_attention_maps:
                 recorded = [recorded_tokens(of_prompt) for of_prompt in placed]
-                recorder = make_recorder(recorded, num_tokens, num_images, conditioning)
+                recorder = make_recorder(recorded, num_tokens, num_images, conditioning, guidance_function)
 
             # 4. Encode the prompts with their subjects, denoise and decode
             guidance = region_attention(
@@ -262,16 +262,15 @@ class MultiSubjectMixin(PromptEncoderMixin):
             prompts = {slot.prompt: asked.get(slot.prompt) for slot in slots}
             placed = self.place(prompts, layout, color_context, height, width)
             num_tokens = slots[0].tokenizer.model_max_length
+            embeds, method = dict[str, Any](), None if guidance_steps == 0 else guidance_function
+            if method is not None:
+                check_served(placed, method)
             regions = self.prepare_regions(placed, num_tokens)
-            conditioning = self._held_by(regions, pipeline, self._execution_device, guidance_steps)
-            is_guided = conditioning is not None and guidance_steps != 0
-            own_prompts = is_guided and wants_region_prompts(guidance_function, placed)
-            if conditioning is not None and (own_prompts or conditioning.loras):
-                embeds, region_prompts = self.encode_with_regions(
-                    placed, own_prompts=own_prompts, prompt=prompt, **encoding
-                )
-                conditioning = replace(conditioning, prompts=region_prompts)
-            else:
+            conditioning = self._held_by(regions, pipeline, self._execution_device, method)
+            if conditioning is not None:
+                embeds, held = self.encode_with_regions(placed, method, prompt=prompt, **encoding)
+                conditioning = replace(conditioning, **held)
+            if not embeds:
                 embeds = dict(zip(EMBEDS, self.encode_prompt(prompt, **encoding), strict=False))
         if conditioning is not None and torch.equal(embeds["prompt_embeds"], embeds["negative_prompt_embeds"]):
             raise ValueError(
@@ -298,7 +297,7 @@ class MultiSubjectMixin(PromptEncoderMixin):
             yield embeds
 
     def _held_by(
-        self, regions: RegionConditioning | None, pipeline: Any, device: torch.device, guidance_steps: int | None
+        self, regions: RegionConditioning | None, pipeline: Any, device: torch.device, method: GuidanceMethod | None
     ) -> RegionConditioning | None:
         """Regions whose LoRAs are known to be loaded, with the embeddings of their pictures; None if nothing is left to
         do: without guided steps regions act by what they hold alone.
@@ -307,9 +306,9 @@ class MultiSubjectMixin(PromptEncoderMixin):
             regions: of the prompts.
             pipeline: the one whose UNet is called.
             device: where to encode.
-            guidance_steps: as in a call.
+            method: the guidance method; None: no step is guided.
         """
-        if regions is None or (guidance_steps == 0 and not regions.loras and not regions.ip_adapter_images):
+        if regions is None or (method is None and not regions.loras and not regions.ip_adapter_images):
             return None
         encoders = [getattr(self, slot.name) for slot in self.encoder_slots]
         check_loras([pipeline.unet, *encoders], lora_names(regions.loras))

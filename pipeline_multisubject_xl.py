@@ -43,9 +43,11 @@ try:
     from .prompt_encoder import ENCODING_DEFAULTS
     from .recurrence import __multisubject_version__ as _
     from .region_attention import __multisubject_version__ as _
+    from .region_conditioning import __multisubject_version__ as _
     from .region_contents import __multisubject_version__ as _
     from .region_ip_adapters import __multisubject_version__ as _
     from .region_loras import __multisubject_version__ as _
+    from .region_texts import __multisubject_version__ as _
     from .residual_embeddings import __multisubject_version__ as _
     from .saved_pipeline import __multisubject_version__ as _
     from .shared_models import __multisubject_version__ as _
@@ -62,9 +64,9 @@ except ImportError as error:
 _SIBLINGS = (
     "attention_processors", "base_models", "call_arguments", "guidance_methods", "guidance_schedule", "hub_client",
     "hub_utils", "layout", "layout_images", "model_card", "multisubject_mixin", "pictures", "placed_prompts",
-    "prompt_encoder", "recurrence", "region_attention", "region_contents", "region_ip_adapters",
-    "region_loras", "residual_embeddings", "saved_pipeline", "shared_models", "subject_file", "subject_loader",
-    "subject_pickle",
+    "prompt_encoder", "recurrence", "region_attention", "region_conditioning", "region_contents",
+    "region_ip_adapters", "region_loras", "region_texts",
+    "residual_embeddings", "saved_pipeline", "shared_models", "subject_file", "subject_loader", "subject_pickle",
 )  # fmt: skip
 _versions = {
     name: getattr(sys.modules[f"{__name__.rpartition('.')[0]}.{name}"], "__multisubject_version__", None)

@@ -9,16 +9,12 @@ from typing import Any
 import torch
 
 from .attention_processors import AttentionRecorder
-from .guidance_methods import GuidanceMethod, TokenKind
+from .guidance_methods import GuidanceMethod, TokenKind, unserved
 from .layout import Region, parse_layout, region_names
-from .region_attention import RegionConditioning, RegionPrompts
-from .region_loras import Scales
-from .residual_embeddings import Mention, ParsedPrompt, Place, ResidualEmbedding
+from .region_conditioning import RegionConditioning
+from .residual_embeddings import ParsedPrompt, Place, ResidualEmbedding
 
 __multisubject_version__ = "0.1.0"
-
-# What a region's own prompt says before its subject: the opening that image captions and training templates share.
-REGION_PROMPT = "a photo of"
 
 
 @dataclass(frozen=True)
@@ -31,11 +27,13 @@ class PlacedPrompt:
         places: for each region the words and tokens of the prompt that it places, as each text encoder reads them;
             those of a `prompt_2` that does not say them are left out. None for a region that holds words of its own
             and names no others.
+        words: for each region what it holds as `prompt`, as each text encoder reads it, or None.
     """
 
     texts: Sequence[ParsedPrompt]
     regions: Sequence[Region] = ()
     places: Sequence[Sequence[Place]] = ()
+    words: Sequence[Sequence[ParsedPrompt] | None] = ()
 
     @property
     def is_alike(self) -> bool:
@@ -57,6 +55,7 @@ def place_prompt(
     height: int,
     width: int,
     subjects: Mapping[str, ResidualEmbedding],
+    read: Callable[[str], Sequence[ParsedPrompt]],
 ) -> PlacedPrompt:
     """Find in a prompt what its layout places.
 
@@ -65,30 +64,45 @@ def place_prompt(
         layout, color_context: as for `parse_layout`; no layout: no regions.
         height, width: of the picture, in pixels.
         subjects: the loaded ones.
+        read: a text in which `<name>` alone means a subject, as each text encoder reads it.
 
     Raises:
         ValueError: the layout is wrong; what it places is missing in the prompt, ambiguous or cut off; it places a
             loaded subject that the prompt has as a plain word.
     """
     regions = parse_layout(layout, height=height, width=width, color_context=color_context)
-    places = [_find_places(texts, region) for region in regions]
+    words = [None if region.prompt is None else _read_words(region, region.prompt, read) for region in regions]
+    places = [_find_places(texts, region, own) for region, own in zip(regions, words, strict=True)]
     # A layout that says `petrucci` where the prompt says so without brackets means the subject, not the word.
-    mentioned = {mention.subject for mention in texts[0].mentions}
-    for region in (region for region in regions if region.is_named):
-        for name in subjects.keys() - mentioned:
+    for region, own in zip(regions, words, strict=True):
+        mentioned = {mention.subject for text in (texts[0], *(own or ())[:1]) for mention in text.mentions}
+        for name in subjects.keys() - mentioned if region.is_named else ():
             word = region.subject.strip().casefold()
             if word == name.casefold() != subjects[name].class_phrase.casefold():
                 raise ValueError(
                     f"`layout` places the subject {region.subject!r}, but the prompt {texts[0].text!r} has it as a"
                     f" plain word, which draws no subject. Write `<{name}>` there, or load it under another name."
                 )
-    return PlacedPrompt(texts, regions, places)
+    return PlacedPrompt(texts, regions, places, words)
 
 
-def _find_places(texts: Sequence[ParsedPrompt], region: Region) -> list[Place]:
-    """Where the prompt says what a region places; a `prompt_2` of other words may say it, too."""
+def _read_words(region: Region, prompt: str, read: Callable[[str], Sequence[ParsedPrompt]]) -> Sequence[ParsedPrompt]:
+    try:
+        return read(prompt)
+    except ValueError as error:
+        raise ValueError(f"the `prompt` of region {shown(region)}: {error}") from None
+
+
+def shown(region: Region) -> str:
+    """What to call a region in a message."""
+    return repr(region.subject if len(region.subject) <= 40 else f"{region.subject[:39]}…")
+
+
+def _find_places(texts: Sequence[ParsedPrompt], region: Region, words: Sequence[ParsedPrompt] | None) -> list[Place]:
+    """Where the prompt says what a region places; a `prompt_2` of other words may say it, too. Nowhere, if the region
+    has words of its own that say it."""
     first, *others = texts
-    if not region.is_named:
+    if not region.is_named or (words and not first.find_all(region.subject) and words[0].find_all(region.subject)):
         return []
     places = [first.find(region.subject, region.occurrence)]
     for text in others:
@@ -98,6 +112,23 @@ def _find_places(texts: Sequence[ParsedPrompt], region: Region) -> list[Place]:
             found = text.find_all(region.subject)
             places += found if region.occurrence is None else found[region.occurrence - 1 : region.occurrence]
     return places
+
+
+def check_served(placed: Sequence[PlacedPrompt], method: GuidanceMethod) -> None:
+    """Raise `ValueError` for what a region holds and a guidance method cannot serve."""
+    for region in (region for of_prompt in placed for region in of_prompt.regions):
+        keys = {
+            "prompt": region.prompt is not None,
+            "negative_prompt": region.negative_prompt is not None,
+            "lora": region.lora is not None,
+            "ip_adapter_image": region.ip_adapter_image is not None,
+            "begin": region.begin > 0,
+            "end": region.end < 1,
+            "strength": region.strength != 1,
+            "background": region.is_background,
+        }
+        if problem := unserved(method, [key for key, is_used in keys.items() if is_used]):
+            raise ValueError(f"`layout`: region {shown(region)} {problem}")
 
 
 def per_prompt(value: Any, prompt: str | list[str] | None, argument: str) -> list[Any]:
@@ -143,14 +174,11 @@ def check_prompt_embeds(prompt_embeds: torch.Tensor, placed: Sequence[PlacedProm
 # --- what the UNet needs of them -------------------------------------------------------------------------------------
 
 
-def make_conditioning(
-    placed: Sequence[PlacedPrompt], lengths: Sequence[Sequence[int]], num_tokens: int
-) -> RegionConditioning | None:
+def make_conditioning(placed: Sequence[PlacedPrompt], num_tokens: int) -> RegionConditioning | None:
     """Masks, tokens and weights of the prompts' regions; None if no prompt has any.
 
     Args:
         placed: one per prompt.
-        lengths: for each prompt its number of tokens, start and end included, in every text encoder.
         num_tokens: length of the prompt embeddings.
     """
     batch, most = len(placed), max((len(of_prompt.regions) for of_prompt in placed), default=0)
@@ -167,7 +195,7 @@ def make_conditioning(
             weights[row, column] = region.weight * region.strength
             for span in spans:
                 tokens[row, column, span.start : span.stop] = True
-        of_encoders = [_token_kinds(length, num_tokens) for length in lengths[row]]
+        of_encoders = [token_kinds(text.num_tokens, num_tokens) for text in of_prompt.texts]
         kinds[row] = torch.stack(of_encoders).amin(dim=0)  # where one encoder has a word, it counts
     return RegionConditioning(masks, tokens, weights, kinds, **_held(placed, most))
 
@@ -193,121 +221,13 @@ def _held(placed: Sequence[PlacedPrompt], most: int) -> dict[str, Any]:
     return held
 
 
-def wants_region_prompts(method: GuidanceMethod, placed: Sequence[PlacedPrompt], encodes_words: bool = True) -> bool:
-    """Whether a guidance method needs each region's own prompt.
-
-    Args:
-        method: the guidance method.
-        placed: the prompts.
-        encodes_words: False: what a method can take from the prompt embeddings, it shall.
-    """
-    if getattr(method, "uses_region_prompts", False):
-        return True
-    # With a `prompt_2` of its own, a word has no one place that its own embedding could take.
-    encodes_words = encodes_words and all(of_prompt.is_alike for of_prompt in placed)
-    return encodes_words and getattr(method, "uses_own_words", False)
-
-
-def region_texts(placed: Sequence[PlacedPrompt]) -> list[ParsedPrompt]:
-    """Each region's own prompt, `a photo of` what stands there, with the subjects that the region places.
-
-    In the whole prompt a causal text encoder lets every word hear of the words before it: of two dogs, the second one's
-    embedding knows the first one's colour. Here each is by itself.
-
-    Raises:
-        ValueError: a phrase is too long to be encoded this way.
-    """
-    texts = []
-    for of_prompt in placed:
-        text = of_prompt.texts[0]
-        limit = text.tokenizer.model_max_length - 1 - _region_start(text)  # the last token is the end of the text
-        for words, span in (of_region[0] for of_region in of_prompt.places if of_region):
-            if len(span) > limit:
-                raise ValueError(
-                    f"a phrase of the layout has {len(span)} tokens, expected at most {limit}: it is also encoded by"
-                    f" itself, as {REGION_PROMPT!r} and the phrase. Shorten it, or use guidance_method='cones2', which"
-                    " encodes the prompt alone."
-                )
-            shift = _region_start(text) - span.start
-            mentions = [
-                Mention(mention.subject, mention.phrase, _shifted(mention.span, shift))
-                for mention in text.mentions
-                if mention.span.start in span and mention.span.stop <= span.stop
-            ]
-            texts.append(ParsedPrompt(f"{REGION_PROMPT} {words}", tuple(mentions), text.tokenizer))
-    return texts
-
-
-def make_region_prompts(placed: Sequence[PlacedPrompt], encoded: torch.Tensor) -> RegionPrompts:
-    """The embeddings `(regions, tokens, dim)` of `region_texts`, laid out by prompt and region."""
-    shape = (len(placed), max(len(of_prompt.places) for of_prompt in placed), encoded.shape[1])
-    embeds = encoded.new_zeros(*shape, encoded.shape[2])
-    tokens = torch.zeros(shape, dtype=torch.bool)
-    kinds = torch.full(shape, int(TokenKind.PADDING))
-    rows = iter(encoded)
-    for row, of_prompt in enumerate(placed):
-        start = _region_start(of_prompt.texts[0])
-        for column, of_region in enumerate(of_prompt.places):
-            if not of_region:
-                continue
-            stop = start + len(of_region[0].span)
-            embeds[row, column] = next(rows)
-            tokens[row, column, start:stop] = True
-            kinds[row, column] = _token_kinds(stop + 1, shape[2])
-    return RegionPrompts(embeds, tokens, kinds)
-
-
-def text_loras(
-    placed: Sequence[PlacedPrompt], encoder: int, num_tokens: int, prompts: bool, own_prompts: bool
-) -> tuple[Scales, torch.Tensor]:
-    """Which tokens of the encoded texts are of the regions that hold LoRAs.
-
-    Args:
-        placed: one per prompt.
-        encoder: number of the text encoder, whose own prompt counts.
-        num_tokens: of each text.
-        prompts, own_prompts: whether the prompts, and after them each region's own one, are among the texts.
-
-    Returns:
-        For each text the LoRAs of its regions, and `(texts, R, num_tokens)` float32: 1 at the tokens of each region.
-    """
-    rows: list[tuple[list[Mapping[str, float] | None], list[list[range]]]] = []
-    if prompts:
-        for of_prompt in placed:
-            same = of_prompt.texts[encoder].text == of_prompt.texts[0].text
-            here = slice(0, 1) if same else slice(1, None)  # where the encoder reads them
-            read = [[place.span for place in of_region[here]] for of_region in of_prompt.places]
-            rows.append(([region.lora for region in of_prompt.regions], read))
-    if own_prompts:
-        for of_prompt in placed:
-            for region, of_region in zip(of_prompt.regions, of_prompt.places, strict=True):
-                if of_region:
-                    rows.append(([region.lora], [[range(num_tokens)]]))
-    most = max((len(held) for held, _ in rows), default=0)
-    shares = torch.zeros(len(rows), most, num_tokens)
-    for row, (_, of_regions) in enumerate(rows):
-        for column, tokens in enumerate(of_regions):
-            for span in tokens:
-                shares[row, column, span.start : span.stop] = 1
-    return [[*held, *[None] * (most - len(held))] for held, _ in rows], shares
-
-
-def _region_start(text: ParsedPrompt) -> int:
-    """Index of the first token behind `REGION_PROMPT`."""
-    return len(text.tokenizer(REGION_PROMPT).input_ids) - 1  # the end of the text is not part of it
-
-
-def _token_kinds(length: int, num_tokens: int) -> torch.Tensor:
+def token_kinds(length: int, num_tokens: int) -> torch.Tensor:
     """`(num_tokens,)` int64 of `TokenKind` for a prompt of `length` tokens, start and end of text included."""
     length = min(length, num_tokens)
     kinds = torch.full((num_tokens,), int(TokenKind.PADDING))
     kinds[:length] = TokenKind.WORD
     kinds[0], kinds[length - 1] = TokenKind.START, TokenKind.END
     return kinds
-
-
-def _shifted(span: range, by: int) -> range:
-    return range(span.start + by, span.stop + by)
 
 
 # --- attention maps --------------------------------------------------------------------------------------------------
@@ -329,6 +249,7 @@ def make_recorder(
     num_tokens: int,
     num_images: int,
     conditioning: RegionConditioning | None,
+    method: GuidanceMethod | None = None,
 ) -> AttentionRecorder:
     """A recorder of the tokens that `recorded_tokens` names, for `num_images` pictures of each prompt.
 
@@ -337,6 +258,7 @@ def make_recorder(
         num_tokens: length of the prompt embeddings.
         num_images: pictures per prompt.
         conditioning: of all these pictures.
+        method: the guidance method, which says which words are among the keys.
 
     Raises:
         ValueError: there is nothing to record.
@@ -352,9 +274,10 @@ def make_recorder(
             for span in group:
                 tokens[row, column, span.start : span.stop] = True
     tokens = tokens.repeat_interleave(num_images, dim=0)
-    if conditioning is not None and conditioning.prompts is not None:
-        # A group that names a region is also what its own prompt names.
-        same = (tokens[:, :, None] == conditioning.tokens[:, None]).all(dim=-1)  # [B, groups, R]
-        own = same[..., None] & conditioning.prompts.tokens[:, None]  # [B, groups, R, L]
-        tokens = torch.cat([tokens, own.flatten(2)], dim=2)
+    appended = None if conditioning is None else conditioning.appended(method)
+    if appended is not None:
+        # The first groups are the regions; what is recorded of one is also what its own words say.
+        words = (appended.tokens & (appended.token_kinds == TokenKind.WORD)).flatten(1)  # [B, N * L]
+        numbers = torch.arange(tokens.shape[1])[:, None]
+        tokens = torch.cat([tokens, words[:, None] & (appended.owners_of_keys()[:, None] == numbers)], dim=2)
     return AttentionRecorder(tokens, num_tokens)

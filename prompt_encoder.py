@@ -10,17 +10,21 @@ from typing import Any
 import torch
 
 from .call_arguments import bind_arguments, check_prompts
-from .placed_prompts import (
-    PlacedPrompt,
-    make_conditioning,
+from .guidance_methods import GuidanceMethod
+from .placed_prompts import PlacedPrompt, make_conditioning, per_prompt, place_prompt
+from .region_conditioning import RegionConditioning
+from .region_loras import LoraCall, joined_scales, lora_names, placed_loras
+from .region_texts import (
+    RegionText,
+    make_negatives,
     make_region_prompts,
-    per_prompt,
-    place_prompt,
+    make_words,
+    negative_texts,
     region_texts,
     text_loras,
+    wants_region_prompts,
+    words_texts,
 )
-from .region_attention import RegionConditioning, RegionPrompts
-from .region_loras import LoraCall, Scales, joined_scales, lora_names, placed_loras
 from .residual_embeddings import ParsedPrompt
 from .subject_loader import EncoderSlot, SubjectLoaderMixin
 
@@ -59,27 +63,82 @@ class PromptEncoderMixin(SubjectLoaderMixin):
         return self._encode_prompts(self._encoding(args, kwargs))[0]
 
     def encode_with_regions(
-        self, placed: Sequence[PlacedPrompt], *, own_prompts: bool = True, **encoding: Any
-    ) -> tuple[dict[str, Any], RegionPrompts | None]:
-        """The prompts, and each region's own prompt, through every text encoder at once, with the regions' LoRAs on
-        their words.
+        self, placed: Sequence[PlacedPrompt], method: GuidanceMethod | None, **encoding: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The prompts, and the regions' own texts, through every text encoder at once, with the regions' LoRAs on their
+        words.
 
         Args:
             placed: the prompts with their regions, at least one.
-            own_prompts: False: the prompts alone.
+            method: the guidance method; None: no step is guided, which leaves the prompts.
             encoding: the arguments of `encode_prompt`. With `prompt_embeds`, only the regions are encoded.
 
         Returns:
-            What `encode_prompt` gives, by the names under which a call takes it, and the regions' own prompts.
+            What `encode_prompt` gives, by the names under which a call takes it, and what `RegionConditioning` has of
+            the regions' own texts, by its names. Both are empty if the regions need none.
         """
         with self._reading():
-            texts = region_texts(placed) if own_prompts else []
-            values, encoded = self._encode_prompts(self._encoding((), encoding), texts, placed)
-            region_prompts = make_region_prompts(placed, encoded) if own_prompts else None
-            return dict(zip(EMBEDS, values, strict=False)), region_prompts
+            asked = self._encoding((), encoding)
+            # 1. See what there is to encode
+            prompts, words, negatives = list[RegionText](), list[RegionText](), list[RegionText]()
+            if method is not None:
+                if wants_region_prompts(method, placed, asked["prompt_embeds"] is None):
+                    prompts = region_texts(placed, method)
+                words = [] if getattr(method, "uses_region_prompts", False) else words_texts(placed)
+                negatives = self._negative_texts(placed, asked) if asked["do_classifier_free_guidance"] else []
+            has_loras = asked["prompt_embeds"] is None and bool(_names_of_loras(placed))
+            if not (prompts or words or negatives or has_loras):
+                return {}, {}
+
+            # 2. Encode it with the prompts, and lay it out by region
+            batch, held = len(placed), dict[str, Any]()
+            if negatives:
+                held["negatives"] = make_negatives(negatives, self._encode_negatives(asked, negatives, placed), batch)
+            values, encoded = self._encode_prompts(asked, [*prompts, *words], placed)
+        if prompts:
+            most = max(len(of_prompt.places) for of_prompt in placed)
+            held["prompts"] = make_region_prompts(prompts, encoded[: len(prompts)], (batch, most))
+        if words:
+            held["words"] = make_words(words, encoded[len(prompts) :], batch)
+        return dict(zip(EMBEDS, values, strict=False)), held
+
+    def _negative_texts(self, placed: Sequence[PlacedPrompt], asked: Mapping[str, Any]) -> list[RegionText]:
+        if all(region.negative_prompt is None for of_prompt in placed for region in of_prompt.regions):
+            return []
+        if asked["negative_prompt_embeds"] is not None:
+            raise ValueError(
+                "`layout` has a region with a `negative_prompt`, which continues the picture's own; expected that as"
+                " words, but `negative_prompt_embeds` came. Pass `negative_prompt`, or none."
+            )
+        slots = self.encoder_slots
+        columns = []
+        for slot in slots:
+            text = asked[slot.negative_prompt] or asked["negative_prompt"] or ""
+            if asked["negative_prompt"] is None and self.config.get("force_zeros_for_empty_prompt"):  # type: ignore[attr-defined]
+                text = ""  # the picture's own is zeros then
+            columns.append([text] * len(placed) if isinstance(text, str) else text)
+
+        def read(texts: Sequence[str]) -> list[ParsedPrompt]:
+            return [self.parse_prompts(text, slot, None)[0] for text, slot in zip(texts, slots, strict=True)]
+
+        return negative_texts(placed, list(zip(*columns, strict=True)), read)
+
+    def _encode_negatives(
+        self, asked: Mapping[str, Any], texts: Sequence[RegionText], placed: Sequence[PlacedPrompt]
+    ) -> torch.Tensor:
+        """`(texts, tokens, dim)`, as diffusers encodes negative prompts, whatever `clip_skip` is."""
+        alone = _positive_alone(asked) | {"clip_skip": None}
+        for number, slot in enumerate(self.encoder_slots):
+            alone[slot.prompt] = [text.texts[number].text for text in texts]
+        with self._loras_of_words(placed, False, (), None):
+            return self._with_subjects(self._encode(**alone)[0], texts)
+
+    def _with_subjects(self, embeds: torch.Tensor, texts: Sequence[RegionText]) -> torch.Tensor:
+        numbers = range(len(self.encoder_slots))
+        return self.add_subjects(embeds, [[text.texts[number] for text in texts] for number in numbers])
 
     def _encode_prompts(
-        self, asked: dict[str, Any], more: Sequence[ParsedPrompt] = (), placed: Sequence[PlacedPrompt] = ()
+        self, asked: dict[str, Any], more: Sequence[RegionText] = (), placed: Sequence[PlacedPrompt] = ()
     ) -> tuple[tuple[torch.Tensor | None, ...], Any]:
         """What `encode_prompt` returns, and the embeddings of `more` texts that are encoded on the way: those of the
         regions of the `placed` prompts, whose LoRAs act on what they are of."""
@@ -102,26 +161,24 @@ class PromptEncoderMixin(SubjectLoaderMixin):
 
             # 2. Encode what else is wanted, and the prompts with it
             encoded = None
-            loras = [[region.lora for region in of_prompt.regions] for of_prompt in placed]
-            if more or (lora_names(loras) and prompt_embeds is None):
-                together = asked | {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-                together |= dict.fromkeys(name for name in EMBEDS if name in asked)
-                for slot in slots:
+            if more or (_names_of_loras(placed) and prompt_embeds is None):
+                together = _positive_alone(asked)
+                for number, slot in enumerate(slots):
                     own = asked[slot.prompt] if prompt_embeds is None else []
                     if own == "" and slot is not slots[0]:
                         own = None  # as diffusers takes it: the first encoder's prompt
                     own = [own] if isinstance(own, str) else own
-                    together[slot.prompt] = None if own is None else [*own, *(text.text for text in more)]
+                    together[slot.prompt] = None if own is None else [*own, *(text.texts[number].text for text in more)]
                 count = len(positive[0])
-                with self._loras_of_words(loras, placed, bool(count), bool(more), asked["lora_scale"]):
+                with self._loras_of_words(placed, bool(count), more, asked["lora_scale"]):
                     embeds, _, *pooled = self._encode(**together)
-                encoded = self.add_subjects(embeds[count:], [more] * len(slots))
+                encoded = self._with_subjects(embeds[count:], more)
                 if count:
                     of_prompts = zip(("prompt_embeds", "pooled_prompt_embeds"), (embeds, *pooled), strict=False)
                     asked |= {name: rows[:count] for name, rows in of_prompts if asked[name] is None}
 
             # 3. Encode the rest, and add the subjects
-            with self._loras_of_words(loras, (), False, False, None):  # none acts on the negative prompt
+            with self._loras_of_words(placed, False, (), None):  # none acts on the negative prompt
                 embeds, negative_embeds, *pooled = self._encode(**asked)
             if negative_embeds is not None:
                 negative_embeds = self.add_subjects(negative_embeds, negative, num_images)
@@ -129,21 +186,22 @@ class PromptEncoderMixin(SubjectLoaderMixin):
 
     @contextmanager
     def _loras_of_words(
-        self, loras: Scales, placed: Sequence[PlacedPrompt], prompts: bool, own_prompts: bool, scale: float | None
+        self, placed: Sequence[PlacedPrompt], prompts: bool, more: Sequence[RegionText], scale: float | None
     ) -> Iterator[None]:
         """Within the context, the LoRAs of regions act on the regions' words alone.
 
         Args:
-            loras: of all regions; none of them acts elsewhere.
-            placed: whose prompts, if `prompts`, and whose regions' own prompts, if `own_prompts`, are encoded.
+            placed: the prompts with all regions; their LoRAs act nowhere else.
+            prompts: whether the prompts are encoded.
+            more: the regions' own texts that are encoded, behind them.
             scale: the call's, for LoRAs that are not active.
         """
-        names = lora_names(loras)
+        names = _names_of_loras(placed)
         with ExitStack() as contexts:
             for number, slot in enumerate(self.encoder_slots if names else ()):
                 encoder = getattr(self, slot.name)
                 switch = contexts.enter_context(placed_loras(encoder, names))
-                held, shares = text_loras(placed, number, slot.tokenizer.model_max_length, prompts, own_prompts)
+                held, shares = text_loras(placed, number, slot.tokenizer.model_max_length, prompts, more)
                 factors = joined_scales(held, shares.to(encoder.device)) if held else {}
                 switch.set(LoraCall(names, len(held), factors, scale=1.0 if scale is None else scale))
             yield
@@ -211,9 +269,21 @@ class PromptEncoderMixin(SubjectLoaderMixin):
             return [
                 PlacedPrompt(of_prompt)
                 if of_layout is None and layout is not None  # one of several prompts may have none
-                else place_prompt(of_prompt, of_layout, context, height=height, width=width, subjects=self.subjects)
+                else place_prompt(
+                    of_prompt,
+                    of_layout,
+                    context,
+                    height=height,
+                    width=width,
+                    subjects=self.subjects,
+                    read=self._read_words,
+                )
                 for of_prompt, of_layout, context in zip(texts, layouts, contexts, strict=True)
             ]
+
+    def _read_words(self, text: str) -> list[ParsedPrompt]:
+        """A region's own words as each text encoder reads them."""
+        return [parsed for slot in self.encoder_slots for parsed in self.parse_prompts(text, slot, None)]
 
     def prepare_regions(self, placed: Sequence[PlacedPrompt], num_tokens: int) -> RegionConditioning | None:
         """What `region_attention` needs of prompts and their layouts, but for the regions' own prompts; None if no
@@ -224,9 +294,14 @@ class PromptEncoderMixin(SubjectLoaderMixin):
             num_tokens: length of the prompt embeddings.
         """
         with self._reading():
-            return make_conditioning(
-                placed, [[len(self._tokens(text)) for text in of_prompt.texts] for of_prompt in placed], num_tokens
-            )
+            return make_conditioning(placed, num_tokens)
 
-    def _tokens(self, text: ParsedPrompt) -> list[int]:
-        return text.tokenizer(self.maybe_convert_prompt(text.text, text.tokenizer)).input_ids  # type: ignore[attr-defined]
+
+def _names_of_loras(placed: Sequence[PlacedPrompt]) -> tuple[str, ...]:
+    return lora_names([[region.lora for region in of_prompt.regions] for of_prompt in placed])
+
+
+def _positive_alone(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `encode_prompt` for prompts alone, one row each."""
+    alone = {**asked, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    return alone | dict.fromkeys(name for name in EMBEDS if name in asked)

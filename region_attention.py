@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,12 +28,14 @@ from .attention_processors import (
     Stamp,
     region_processor,
 )
-from .guidance_methods import HIDDEN, GuidanceMethod, RegionMaps, TokenKind, resolve_guidance_method
+from .guidance_methods import GuidanceMethod, RegionMaps, resolve_guidance_method
 from .guidance_schedule import GuidanceSchedule, check_number
+from .region_conditioning import RegionConditioning, RegionPrompts, make_maps
 from .region_ip_adapters import PictureCall, RegionPictures, keeps_pictures
-from .region_loras import RegionLoras, Scales, placed_loras
+from .region_loras import RegionLoras, placed_loras
 from .shared_models import LoraSwitch, inside, runs_in, state_of
 
+__all__ = ["ExpectedCalls", "RegionConditioning", "RegionPrompts", "region_attention"]
 __multisubject_version__ = "0.1.0"
 
 # Processors that compute plain softmax attention, so that replacing them for the time of a call loses nothing.
@@ -50,68 +52,6 @@ REPLACEABLE_PROCESSORS = frozenset(
 )
 
 _OURS = (RegionAttnProcessor.__name__, RegionIPAttnProcessor.__name__)
-
-
-@dataclass(frozen=True, eq=False)
-class RegionPrompts:
-    """Each region's own prompt, encoded, for B images with up to R regions and L tokens each.
-
-    Args:
-        embeds: `(B, R, L, dim)`; rows of absent regions are ignored.
-        tokens: `(B, R, L)` bool, the tokens that name the region's subject.
-        token_kinds: `(B, R, L)` int64 of `TokenKind`.
-    """
-
-    embeds: torch.Tensor
-    tokens: torch.Tensor
-    token_kinds: torch.Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class RegionConditioning:
-    """Regions and the tokens that they place, for a batch of B images with up to R regions and T tokens each.
-
-    Args:
-        masks: `(B, R, H, W)` float32 in [0, 1], at any resolution; rows of absent regions are zero.
-        tokens: `(B, R, T)` bool, the tokens that name each region's subject; rows of absent regions are False.
-        weights: `(B, R)` float32, pull of each region's tokens inside it.
-        token_kinds: `(B, T)` int64 of `TokenKind`.
-        prompts: the regions' own prompts. `regional_prompts` and `attention_couple` need them; `multisubject` and
-            `dense_diffusion` take a region's words from there, or else leave them as they are in the prompt.
-        words: what regions hold as `prompt`: more keys of cross-attention, each seen by its region alone. A method that
-            uses `prompts` has them there.
-        negatives: the negative prompts of those regions that hold one, the picture's own included: in unconditional
-            samples their places see these instead. Rows of other regions have no tokens.
-        background: `(B, R)` bool, regions that are what no other one covers; None: none is.
-        times: for each image and region the fractions of the steps between which it guides; empty: always.
-        loras: for each image and region the LoRAs that act there -> scale, or None; empty: none.
-        ip_adapter_images: for each image and region its reference pictures, or None; empty: none. What a UNet is called
-            with has their embeddings, see `encode_pictures`.
-    """
-
-    masks: torch.Tensor
-    tokens: torch.Tensor
-    weights: torch.Tensor
-    token_kinds: torch.Tensor
-    prompts: RegionPrompts | None = None
-    words: RegionPrompts | None = None
-    negatives: RegionPrompts | None = None
-    background: torch.Tensor | None = None
-    times: Sequence[Sequence[tuple[float, float]]] = ()
-    loras: Scales = ()
-    ip_adapter_images: Sequence[Sequence[Any]] = ()
-
-    def repeated(self, times: int) -> RegionConditioning:
-        """The same with each image's rows `times` in a row."""
-
-        def repeat(value: Any) -> Any:
-            if isinstance(value, torch.Tensor):
-                return value.repeat_interleave(times, dim=0)
-            if isinstance(value, RegionPrompts):
-                return RegionPrompts(repeat(value.embeds), repeat(value.tokens), repeat(value.token_kinds))
-            return value if value is None else tuple(row for row in value for _ in range(times))
-
-        return RegionConditioning(**{part.name: repeat(getattr(self, part.name)) for part in fields(self)})
 
 
 @contextmanager
@@ -275,8 +215,8 @@ class _RegionHook:
         check_number("weight_negative", weight_negative)
         if not -torch.finfo(torch.float32).max <= weight_negative <= 0:
             raise ValueError(f"`weight_negative` is {weight_negative}, expected a finite number that is at most 0.")
-        self.appended = getattr(method, "uses_region_prompts", False) and schedule.guidance_steps != 0
-        if regions is not None and regions.prompts is None and self.appended:
+        wants_prompts = getattr(method, "uses_region_prompts", False) and schedule.guidance_steps != 0
+        if regions is not None and regions.prompts is None and wants_prompts:
             raise ValueError(
                 f"The guidance method {getattr(method, '__name__', method)!r} uses the regions' own prompts, but"
                 " `regions.prompts` is None. Pass `RegionPrompts`, or choose another method."
@@ -287,11 +227,12 @@ class _RegionHook:
         self.resize_masks, self.method, self.weight_negative = resize_masks, method, weight_negative
         self.recorder, self.calls = recorder, calls
         self.regions_of_prompts = regions
+        self.guiding: RegionConditioning | None = regions
+        self.guiding_now: tuple[tuple[bool, ...], ...] | None = None
         self.repeats_of: Stamp | None = None
         self.own_words_kept: tuple[Stamp, torch.Tensor] | None = None
         self.kept_keys = PromptKeys()
-        self.frames: dict[tuple[Any, ...], torch.Tensor] = {}
-        self.maps_by_shape: dict[tuple[torch.Size, torch.device], dict[int, RegionMaps]] = {}
+        self.maps_by_shape: dict[tuple[torch.Size, torch.device], _MapsOfShape] = {}
         self.loras: RegionLoras | None = None
         self.lora_switch: LoraSwitch | None = None
         self.pictures: RegionPictures | None = None
@@ -300,7 +241,7 @@ class _RegionHook:
         self.heard, self.called_by_others = False, False
 
     def _hold(self, regions: RegionConditioning | None) -> None:
-        """Make ready what regions hold beside words."""
+        """Make ready what regions hold beside words; unlike words it acts at every step."""
         if regions is not None and regions.loras:
             self.loras = RegionLoras(regions.loras, regions.masks, regions.tokens, self.resize_masks)
         if regions is not None and regions.ip_adapter_images:
@@ -328,6 +269,8 @@ class _RegionHook:
         timestep = torch.as_tensor(args[1] if len(args) > 1 else kwargs["timestep"])
         prompt_embeds = args[2] if len(args) > 2 else kwargs["encoder_hidden_states"]
         pictures = None
+        if self.calls is not None and (self.loras is not None or self.pictures is not None):
+            self._check_call(self.calls, sample, prompt_embeds)
         if self.pictures is not None:
             added, pictures = self.pictures.add_to(kwargs.get("added_cond_kwargs"), sample, self._sizes(sample))
             kwargs = {**kwargs, "added_cond_kwargs": added}
@@ -345,7 +288,6 @@ class _RegionHook:
         return args, {**kwargs, "cross_attention_kwargs": call_kwargs}
 
     def _sizes(self, sample: torch.Tensor) -> dict[int, tuple[int, int]]:
-        # Number of queries of a layer -> its size
         height, width = sample.shape[-2:]
         return {h * w: (h, w) for h, w in _level_sizes(height, width, self.num_levels)}
 
@@ -355,8 +297,7 @@ class _RegionHook:
             self.lora_switch.set(None)
             return
         owners = None if call is None or call.maps is None else next(iter(call.maps.values())).owners
-        sizes = self._sizes(sample).values()
-        where = self.loras.call(sizes, len(sample), sample.device, owners)
+        where = self.loras.call(self._sizes(sample).values(), len(sample), sample.device, owners)
         self.lora_switch.set(replace(where, scale=scale, waiting={}))
 
     def _check_call(self, calls: ExpectedCalls, sample: torch.Tensor, prompt_embeds: torch.Tensor) -> None:
@@ -387,9 +328,7 @@ class _RegionHook:
                 )
             self.repeats_of = None if prompt_embeds.is_inference() else Stamp(prompt_embeds)
             if len(self.regions.masks) != repeats * len(self.regions_of_prompts.masks):
-                self.regions = self.regions_of_prompts.repeated(repeats)
-                self.maps_by_shape.clear()
-                self._hold(self.regions)
+                self._take(self.regions_of_prompts.repeated(repeats))
 
     def _with_own_words(self, prompt_embeds: torch.Tensor) -> torch.Tensor:
         """`(batch, T, dim)` with the words of every region as they are in its own prompt, conditional samples only."""
@@ -401,13 +340,37 @@ class _RegionHook:
         return kept[1]
 
     def _replaced(self, prompt_embeds: torch.Tensor) -> torch.Tensor:
-        assert self.regions is not None and self.regions.prompts is not None
-        prompts, tokens = self.regions.prompts, self.regions.tokens
+        assert self.guiding is not None and self.guiding.prompts is not None
+        prompts, tokens = self.guiding.prompts, self.guiding.tokens
         prompt_embeds = prompt_embeds.clone()
         for region in range(tokens.shape[1]):
-            own = prompts.embeds[:, region][prompts.tokens[:, region]]  # row by row, as many as the prompt has
+            named = prompts.tokens[:, region] & tokens[:, region].any(dim=1, keepdim=True)  # none of an absent region
+            own = prompts.embeds[:, region][named]  # row by row, as many as the prompt has
             prompt_embeds[-len(tokens) :][tokens[:, region]] = own.to(prompt_embeds)
         return prompt_embeds
+
+    def _take(self, regions: RegionConditioning) -> None:
+        """Guide by other regions than before: nothing is kept of what was made of those."""
+        self.regions = self.guiding = regions
+        self.guiding_now = None
+        self._forget()
+        self._hold(regions)
+
+    def _forget(self) -> None:
+        self.maps_by_shape.clear()
+        self.own_words_kept = None
+
+    def _choose_guiding(self, timestep: torch.Tensor) -> bool:
+        """Take the regions that guide at this step, the others as absent; False if none does."""
+        assert self.regions is not None
+        if not self.regions.times:
+            return True
+        now = self.regions.guiding(self.schedule.progress(timestep))
+        if now != self.guiding_now:
+            assert now is not None
+            self.guiding, self.guiding_now = self.regions.restricted(now), now
+            self._forget()
+        return any(any(row) for row in now or ())
 
     def _check_length(self, prompt_embeds: torch.Tensor) -> None:
         assert self.regions is not None
@@ -428,10 +391,7 @@ class _RegionHook:
         if self.recorder is not None:
             self.recorder.start_call()
         if self.regions is None or not self.schedule.is_guided(timestep):
-            if self.recorder is None and pictures is None:
-                return None
-            batch = len(sample) if self.recorder is None else self.recorder.batch
-            return RegionCall(batch, sizes, recorder=self.recorder, pictures=pictures)
+            return self._unguided_call(sample, sizes, pictures)
 
         if self.calls is not None:
             self._check_call(self.calls, sample, prompt_embeds)
@@ -441,53 +401,49 @@ class _RegionHook:
                 f"The UNet was called with a batch of {sample.shape[0]}, expected {batch} (one sample per image of"
                 f" `regions`) or {2 * batch} (with classifier-free guidance)."
             )
-        key = (sample.shape[-2:], sample.device)
+        if not self._choose_guiding(timestep):
+            return self._unguided_call(sample, sizes, pictures)
+        assert self.guiding is not None
+        device, regions = sample.device, self.guiding
+        key = (sample.shape[-2:], device)
         if key not in self.maps_by_shape:
-            with torch.autocast(sample.device.type, enabled=False):
-                self.maps_by_shape[key] = {h * w: self._maps_at((h, w), sample.device) for h, w in sizes.values()}
-        prompts = self.regions.prompts if self.appended else None
-        more = None if prompts is None else prompts.embeds.flatten(1, 2).to(sample.device)
-        maps, step = self.maps_by_shape[key], self.schedule.step(timestep)
+            with torch.autocast(device.type, enabled=False):
+                options = {"resize_masks": self.resize_masks, "weight_negative": self.weight_negative}
+                maps = {
+                    h * w: make_maps(regions, self.method, (h, w), device, **options)  # type: ignore[arg-type]
+                    for h, w in sizes.values()
+                }
+            self.maps_by_shape[key] = _MapsOfShape(maps, {})
+        of_shape, own, negatives = self.maps_by_shape[key], regions.appended(self.method), regions.negatives
         return RegionCall(
-            batch, sizes, self.method, maps, step, more, self.recorder, pictures, self.kept_keys, frames=self.frames
+            batch,
+            sizes,
+            self.method,
+            of_shape.maps,
+            self.schedule.step(timestep),
+            None if own is None else own.embeds.flatten(1, 2).to(device),
+            None if negatives is None or len(sample) == batch else negatives.embeds.flatten(1, 2).to(device),
+            recorder=self.recorder,
+            pictures=pictures,
+            kept_keys=self.kept_keys,
+            frames=of_shape.frames,
         )
 
-    def _maps_at(self, size: tuple[int, int], device: torch.device) -> RegionMaps:
-        regions = self.regions
-        assert regions is not None
-        masks = self.resize_masks(regions.masks.flatten(0, 1).to(device), size)
-        masks = masks.flatten(1).unflatten(0, regions.tokens.shape[:2])  # [B, R, Q]
-        tokens, kinds = regions.tokens.to(device), regions.token_kinds.to(device)
-        owners = torch.full(tokens.shape[2:], -1, device=device)
-        if self.appended:
-            assert regions.prompts is not None
-            num_regions, length = regions.prompts.tokens.shape[1:]
-            numbers = torch.arange(num_regions, device=device)
-            own = numbers.repeat_interleave(length)  # [R * L]
-            own_tokens = regions.prompts.tokens.to(device).flatten(1)[:, None] & (own == numbers[:, None])
-            tokens = torch.cat([tokens, own_tokens], dim=2)
-            kinds = torch.cat([kinds, regions.prompts.token_kinds.to(device).flatten(1)], dim=1)
-            owners = torch.cat([owners, own])
+    def _unguided_call(
+        self, sample: torch.Tensor, sizes: Mapping[int, tuple[int, int]], pictures: PictureCall | None
+    ) -> RegionCall | None:
+        if self.recorder is None and pictures is None:
+            return None
+        batch = len(sample) if self.recorder is None else self.recorder.batch
+        return RegionCall(batch, sizes, recorder=self.recorder, pictures=pictures)
 
-        inside = masks >= masks.amax(dim=-1, keepdim=True) / 2
-        weights = torch.where(inside, regions.weights.to(device)[..., None] * masks, self.weight_negative)
-        signed_weights = torch.full(
-            (len(masks), masks.shape[2], tokens.shape[2]), -torch.inf, dtype=torch.float32, device=device
-        )
-        for region in range(masks.shape[1]):  # one by one: all at once would need R times the memory
-            of_region = torch.where(tokens[:, region, None, :], weights[:, region, :, None], -torch.inf)
-            signed_weights = torch.maximum(signed_weights, of_region)
-        signed_weights = signed_weights.where(tokens.any(dim=1)[:, None, :], 0)
-        inside = inside & (masks > 0)
-        anywhere = inside.any(dim=1)[:, :, None]  # [B, Q, 1]
-        inside_weights = signed_weights.where(anywhere, 0)
-        summary = (kinds >= TokenKind.END) & (owners < 0)  # [B, K]
-        hidden_summary = HIDDEN * (anywhere & summary[:, None, :])
-        covered = regions.masks.amax(dim=1).mean(dim=(1, 2)).to(device)  # [B], the same at every resolution
-        least = HIDDEN * (covered <= 2 / 3) - 2.0
-        held_back_summary = hidden_summary.maximum(least[:, None, None])
-        biases = (maps[:, None] for maps in (signed_weights, inside_weights, hidden_summary, held_back_summary))
-        return RegionMaps(masks, inside, tokens, kinds, owners, *biases)
+
+@dataclass(frozen=True, eq=False)
+class _MapsOfShape:
+    """Of one shape of samples: the regions' maps by number of queries, and what layers keep that depends on them."""
+
+    maps: dict[int, RegionMaps]
+    frames: dict[tuple[Any, ...], torch.Tensor]
 
 
 def _level_sizes(height: int, width: int, num_levels: int | None) -> list[tuple[int, int]]:

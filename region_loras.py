@@ -118,7 +118,7 @@ class RegionLoras:
             sizes: `(h, w)` of the UNet's levels.
             samples: of the call, B or, with unconditional ones before, a multiple.
             device: of the factors.
-            owners: `(K,)`, the region whose own prompt a key of cross-attention is of, -1 for the T of the prompt;
+            owners: `(B, K)`, the region whose own prompt a key of cross-attention is of, -1 for the T of the prompt;
                 None: there are no others.
 
         Raises:
@@ -130,7 +130,7 @@ class RegionLoras:
                 f"The UNet was called with a batch of {samples}, expected a multiple of {batch}: one sample per image"
                 " of `regions`, with or without unconditional ones before."
             )
-        form = (*sizes, samples, device, None if owners is None else len(owners))
+        form = (*sizes, samples, device, None if owners is None else owners.shape[1])
         if form not in self._calls:
             times = samples // batch
             # By place in every sample. The unconditional ones have none of the regions' tokens.
@@ -150,11 +150,11 @@ class RegionLoras:
         return joined_scales(self._loras, masks.view(batch, regions, -1))
 
     def _at_tokens(self, owners: torch.Tensor | None, device: torch.device) -> dict[str, torch.Tensor]:
-        batch, regions, length = self._tokens.shape
+        regions, length = self._tokens.shape[1:]
         tokens = self._tokens.to(device)
         if owners is not None:
-            own = owners.to(device)[length:] == torch.arange(regions, device=device)[:, None]  # [R, K - T]
-            tokens = torch.cat([tokens, own.expand(batch, -1, -1)], dim=2)
+            own = owners.to(device)[:, None, length:] == torch.arange(regions, device=device)[:, None]  # [B, R, K - T]
+            tokens = torch.cat([tokens, own], dim=2)
         return joined_scales(self._loras, tokens.float())
 
 

@@ -76,6 +76,11 @@ class ParsedPrompt:
     mentions: tuple[Mention, ...]
     tokenizer: Any = field(repr=False, compare=False)
 
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens it has, start and end included and none cut off, learned ones as they are written out."""
+        return len(_tokenize(self.tokenizer, self.text)) + 2
+
     def find(self, phrase: str, occurrence: int | None = None) -> Place:
         """Where that stands which a layout addresses: a subject's name, with or without `<>`, or words of the prompt.
 

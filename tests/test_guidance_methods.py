@@ -46,7 +46,7 @@ def make_layer(is_cross: bool = True, own_prompts: bool = False, progress: float
         signed[0] = torch.where(tokens[0, region], weights[region], signed[0])
     end = torch.tensor([key in (3, 4) for key in range(tokens.shape[2])])
     maps = RegionMaps(
-        *(INSIDE[None].float(), INSIDE[None], tokens, torch.tensor([kinds]), torch.tensor(owners)),
+        *(INSIDE[None].float(), INSIDE[None], tokens, torch.tensor([kinds]), torch.tensor([owners])),
         signed_weights=signed[:, None],
         inside_weights=(signed * INSIDE.any(dim=0)[:, None])[:, None],
         hidden_summary=HIDDEN * (INSIDE.any(dim=0)[:, None] & end)[None, None],

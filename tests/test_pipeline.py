@@ -58,9 +58,10 @@ from multisubject.guidance_methods import GUIDANCE_METHODS, uses_region_prompts
 from multisubject.hub_utils import save_subject
 from multisubject.layout import masks_at
 from multisubject.pipeline_multisubject import MultiSubjectPipeline
-from multisubject.placed_prompts import PlacedPrompt, wants_region_prompts
+from multisubject.placed_prompts import PlacedPrompt
 from multisubject.recurrence import RecurrentScheduler
 from multisubject.region_attention import region_attention
+from multisubject.region_texts import wants_region_prompts
 from multisubject.residual_embeddings import Place, ResidualEmbedding, parse_prompt
 from multisubject.saved_pipeline import PIPELINE_SIBLINGS, PIPELINES
 
@@ -353,7 +354,7 @@ def test_region_prompts_stand_alone_and_carry_their_residual(pipe):
     count = len(encoders(pipe))
     places = [[Place("red dog", range(2, 4))] * count, [Place("dog", range(5, 6))] * count]
     placed = PlacedPrompt([text] * count, places=places)
-    _, prompts = pipe.encode_with_regions([placed], prompt="a red dog and <rex>")
+    prompts = pipe.encode_with_regions([placed], method, prompt="a red dog and <rex>")[1]["prompts"]
     alone = encoded(plain(pipe), ["a photo of red dog", "a photo of dog"])[0]
     torch.testing.assert_close(prompts.embeds[0, 0], alone[0])
     alone[1][4] += whole(pipe, rex)[0]
@@ -508,7 +509,7 @@ def test_prompts_are_encoded_where_the_pipeline_runs(pipe, monkeypatch):
     text = parse_prompt(pipe.tokenizer, PROMPT, {})
     count = len(encoders(pipe))
     placed = PlacedPrompt([text] * count, places=[[Place("red dog", range(4, 6))] * count])
-    pipe.encode_with_regions([placed], prompt=PROMPT)
+    pipe.encode_with_regions([placed], GUIDANCE_METHODS["multisubject"], prompt=PROMPT)
     pipe.encode_prompt(PROMPT, device="cpu")
     assert devices == [torch.device("cuda:1")] * 3 + ["cpu"]
 

@@ -9,7 +9,9 @@ import torch
 from conftest import assert_equal_up_to_rounding, make_components, make_pipeline
 from peft import LoHaConfig, LoraConfig
 
+from multisubject.guidance_methods import multisubject
 from multisubject.layout import masks_at
+from multisubject.prompt_encoder import EMBEDS
 from multisubject.region_loras import PLACES, TOKENS, LoraCall, RegionLoras, joined_scales, lora_names, placed_loras
 
 LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
@@ -273,7 +275,7 @@ def test_own_prompts_keys_are_the_regions(tokenizer):
     tokens = torch.zeros(1, 2, 4)
     tokens[:, 0, 1] = 1
     loras = RegionLoras([[{"a": 1.0}, {"b": 1.0}]], torch.ones(1, 2, 8, 8), tokens, masks_at)
-    owners = torch.tensor([-1, -1, -1, -1, 0, 0, 1, 1])
+    owners = torch.tensor([[-1, -1, -1, -1, 0, 0, 1, 1]])
     call = loras.call([(8, 8)], 2, torch.device("cpu"), owners)
     expected = {"a": [0, 1, 0, 0, 1, 1, 0, 0], "b": [0, 0, 0, 0, 0, 0, 1, 1]}
     for name, factors in expected.items():
@@ -295,12 +297,12 @@ def test_words_are_changed_where_the_region_names_them(pipe):
         getattr(pipe, slot.name).delete_adapter(["a", "b"])
         add_lora(getattr(pipe, slot.name), "a", ["fc1", "fc2"])
     size = {"height": 32, "width": 32}
-    held, bare = (pipe.place({"prompt": PROMPT}, regions(lora), None, **size) for lora in ("a", None))
-    encoding: dict[str, Any] = {"prompt": PROMPT, "negative_prompt": "a dog", "own_prompts": False}
+    held = pipe.place({"prompt": PROMPT}, regions("a"), None, **size)
+    encoding: dict[str, Any] = {"prompt": PROMPT, "negative_prompt": "a dog", "method": None}
     found, _ = pipe.encode_with_regions(held, **encoding)
     for slot in pipe.encoder_slots:
         getattr(pipe, slot.name).disable_adapters()
-    base, _ = pipe.encode_with_regions(bare, **encoding)
+    base = dict(zip(EMBEDS, pipe.encode_prompt(PROMPT, negative_prompt="a dog"), strict=False))
     assert torch.equal(found["negative_prompt_embeds"], base["negative_prompt_embeds"])
     moved = (found["prompt_embeds"] - base["prompt_embeds"]).abs().amax(dim=-1)[0] > 1e-6
     span = held[0].places[0][0].span
@@ -312,7 +314,7 @@ def test_own_prompts_hold_the_lora_whole(tokenizer):
     """A region's own prompt is encoded as with the LoRA everywhere, others' as the base does."""
     pipe = make_pipe(tokenizer, "sd1", "a")
     placed = pipe.place({"prompt": PROMPT}, regions("a", None), None, height=32, width=32)
-    _, found = pipe.encode_with_regions(placed, prompt=PROMPT)
+    found = pipe.encode_with_regions(placed, multisubject, prompt=PROMPT)[1]["prompts"]
     dog = pipe.encode_prompt("a photo of dog", do_classifier_free_guidance=False)[0]
     pipe.text_encoder.disable_adapters()
     ball = pipe.encode_prompt("a photo of ball", do_classifier_free_guidance=False)[0]

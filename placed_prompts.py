@@ -71,8 +71,8 @@ def place_prompt(
             loaded subject that the prompt has as a plain word.
     """
     regions = parse_layout(layout, height=height, width=width, color_context=color_context)
-    words = [None if region.prompt is None else _read_words(region, region.prompt, read) for region in regions]
-    places = [_find_places(texts, region, own) for region, own in zip(regions, words, strict=True)]
+    words = [None if region.prompt is None else read_words(region, region.prompt, read) for region in regions]
+    places = [find_places(texts, region, own) for region, own in zip(regions, words, strict=True)]
     # A layout that says `petrucci` where the prompt says so without brackets means the subject, not the word.
     for region, own in zip(regions, words, strict=True):
         mentioned = {mention.subject for text in (texts[0], *(own or ())[:1]) for mention in text.mentions}
@@ -86,7 +86,8 @@ def place_prompt(
     return PlacedPrompt(texts, regions, places, words)
 
 
-def _read_words(region: Region, prompt: str, read: Callable[[str], Sequence[ParsedPrompt]]) -> Sequence[ParsedPrompt]:
+def read_words(region: Region, prompt: str, read: Callable[[str], Sequence[ParsedPrompt]]) -> Sequence[ParsedPrompt]:
+    """What a region holds as `prompt`, as each text encoder reads it; errors name the region."""
     try:
         return read(prompt)
     except ValueError as error:
@@ -98,7 +99,7 @@ def shown(region: Region) -> str:
     return repr(region.subject if len(region.subject) <= 40 else f"{region.subject[:39]}…")
 
 
-def _find_places(texts: Sequence[ParsedPrompt], region: Region, words: Sequence[ParsedPrompt] | None) -> list[Place]:
+def find_places(texts: Sequence[ParsedPrompt], region: Region, words: Sequence[ParsedPrompt] | None) -> list[Place]:
     """Where the prompt says what a region places; a `prompt_2` of other words may say it, too. Nowhere, if the region
     has words of its own that say it."""
     first, *others = texts

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from .layout import Region, parse_layout, region_names
+from .region_contents import describe_contents
 
 # Pictures narrower than this are enlarged, by whole factors and without smoothing, so that labels can be read.
 READABLE_WIDTH = 256
@@ -72,7 +73,7 @@ def contact_sheet(
 def draw_regions(
     image: Image.Image, layout: Any, color_context: Mapping[str, Sequence[Any]] | None = None
 ) -> Image.Image:
-    """Outline each region on a copy of `image` and write its subject in its corner.
+    """Outline each region on a copy of `image` and write its subject, and what else it holds, in its corner.
 
     The outline follows the mask at half its peak, so it shows what guidance sees after overlaps are resolved. The same
     subjects have the same colours in every picture and run. Tiny images come back enlarged (see `READABLE_WIDTH`).
@@ -92,9 +93,11 @@ def draw_regions(
     ]
     draw = ImageDraw.Draw(canvas)
     font = _font(canvas.width)
-    for name, corner in zip(names, edges, strict=True):
-        if corner is not None:
-            _label(draw, corner, name, colours[name], font, canvas.size)
+    for name, region, corner in zip(names, regions, edges, strict=True):
+        if corner is None:
+            continue
+        for number, text in enumerate((name, *describe_contents(region))):
+            _label(draw, (corner[0], corner[1] + number * _line_height(font)), text, colours[name], font, canvas.size)
     return canvas
 
 

@@ -3,6 +3,7 @@
     python benchmarks/speed.py                    # embedded base, and a random UNet of Stable Diffusion 1.5's shape
     python benchmarks/speed.py --model embedded --pairs 15
     python benchmarks/speed.py --model sdxl-tiny --cpu_time      # Stable Diffusion XL's structure with thin layers
+    python benchmarks/speed.py --model embedded --regions 20     # of 75 tokens of their own each
     python benchmarks/speed.py --device cuda --dtype float16 --sd15_latents 64
     python benchmarks/speed.py --device cuda --dtype float16 --model sdxl        # its true shape: 2.6 billion weights
 
@@ -153,10 +154,16 @@ def measure(call: Callable[[], object], device: str, clock: Callable[[], float])
     return seconds, peak
 
 
+def regions_of_words(count: int) -> list[dict[str, Any]]:
+    """A layout of columns, each with as many words of its own as a text encoder reads."""
+    words = " ".join(["hat"] * 75)
+    return [{"prompt": words, "box": (i / count, 0.0, (i + 1) / count, 1.0)} for i in range(count)]
+
+
 def compare(name: str, plain: Any, method: str, args: argparse.Namespace) -> bool:
     """Print one line of the table; True if both ratios are within their bounds."""
     clock = time.process_time if args.cpu_time else time.perf_counter
-    guided = guided_pipeline(plain)
+    guided, layout = guided_pipeline(plain), regions_of_words(args.regions) if args.regions else LAYOUT
     for pipe in (plain, guided):
         pipe.set_progress_bar_config(disable=True)
     arguments = {"num_inference_steps": args.steps, "output_type": "latent"}
@@ -165,7 +172,7 @@ def compare(name: str, plain: Any, method: str, args: argparse.Namespace) -> boo
         return plain(PROMPT, **arguments)
 
     def call_guided() -> object:
-        return guided(PROMPT, layout=LAYOUT, guidance_method=method, **arguments)
+        return guided(PROMPT, layout=layout, guidance_method=method, **arguments)
 
     call_plain(), call_guided()  # warm up
     runs = []
@@ -195,6 +202,7 @@ def main() -> None:
         help="both: embedded and sd15; sdxl-tiny: SDXL's structure with a tenth of its channels (default: %(default)s)",
     )
     parser.add_argument("--guidance_method", nargs="+", choices=sorted(GUIDANCE_METHODS), default=["multisubject"])
+    parser.add_argument("--regions", type=int, help="as many regions with 75 tokens of their own, not two phrases")
     parser.add_argument("--pairs", type=int, default=9, help="pairs of a plain and a guided call")
     parser.add_argument("--steps", type=int, default=25, help="UNet calls of each")
     parser.add_argument("--sd15_latents", type=int, default=16, help="latent height and width for the SD 1.5 UNet")

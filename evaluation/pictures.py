@@ -204,8 +204,11 @@ def _read_settings(
         targets[name] = Target(min(found, default=printable(name)), phrase, min(found, default=None))
     placed: list[tuple[str, Target]] = []
     for region in _read_regions(settings, path, args, notes) if args.detector else ():
+        if region.is_background or not (region.is_named or region.prompt):
+            continue  # nothing that could be found there
         key = _subject_of(region, prompt, targets)
-        target = targets.get(key, Target(printable(region.subject), region.subject))
+        words = _fill_in(region.subject, targets)
+        target = targets.get(key, Target(printable(words), words))
         placed.append((key, replace(target, region=region)))
     return _fill_in(prompt, targets), [target for key, target in targets.items() if key not in dict(placed)] + [
         one for _, one in placed
@@ -215,6 +218,14 @@ def _read_settings(
 def _fill_in(prompt: str, targets: Mapping[str, Target]) -> str:
     """A prompt with class phrases for its `<names>`."""
     return re.sub(r"<([^<>]+)>", lambda name: targets[name[1]].phrase if name[1] in targets else name[1], prompt)
+
+
+def _renamed(text: str | None, names: Iterable[str]) -> str | None:
+    """A region's own words with subjects under the names that the pipeline knew them by."""
+    known = {name.casefold(): name for name in names}
+    return text and re.sub(
+        r"<([^<>]+)>", lambda match: f"<{known.get(subject_name(match[1].strip()).casefold(), match[1])}>", text
+    )
 
 
 def _subject_of(region: Region, prompt: str, targets: Mapping[str, Target]) -> str:
@@ -246,7 +257,15 @@ def _read_regions(settings: Mapping[str, Any], path: Path, args: EvaluateArgumen
     names = [
         name if (name := subject_name(region.subject)) in settings["subjects"] else region.subject for region in regions
     ]
-    checksum = layout_checksum(replace(region, subject=name) for region, name in zip(regions, names, strict=True))
+    marked = {
+        key: [_renamed(getattr(region, key), settings["subjects"]) for region in regions]
+        for key in ("prompt", "negative_prompt")
+    }
+    texts = [dict(zip(marked, of_region, strict=True)) for of_region in zip(*marked.values(), strict=True)]
+    checksum = layout_checksum(
+        replace(region, subject=of_region["prompt"] if region.subject == region.prompt else name, **of_region)
+        for region, name, of_region in zip(regions, names, texts, strict=True)
+    )
     size_is_kept = (settings.get("height"), settings.get("width")) == (height, width)
     if size_is_kept and settings.get("layout_sha256") != checksum:
         notes.warn(

@@ -33,8 +33,8 @@ class GenerationConfig:
         subject_list: `[subject, index]` pairs: which words of the prompt become the personal subject, by position,
             counted from 1. Left out: every marked `<subject>`, or if there is none, every word that is a key of
             `residual_dict`.
-        layout: where subjects stand: a colour map, a JSON file, `{phrase: box}` or a list of dicts (see
-            `layout.parse_layout`).
+        layout: where subjects stand: a colour map, a JSON file, `{phrase: box}` or a list of dicts, whose regions may
+            hold words, negatives and pictures of their own (see `layout.parse_layout`).
         color_context: colour of the map `"255,0,0"` -> `[subject, weight]`.
         guidance_steps: how many of the first steps follow the layout; 0: none, the layout is not even read.
         guidance_weight: strength of the pull into the regions.

@@ -22,7 +22,7 @@ from multisubject.generation.config_file import GUIDANCE_KEYS
 from multisubject.generation.console import quiet_imports, quiet_loading, shown
 from multisubject.generation.picture_files import WantedPicture, save_picture
 from multisubject.generation.tasks import GenerationTask
-from multisubject.layout import layout_checksum
+from multisubject.layout import as_layout, layout_checksum
 from multisubject.residual_embeddings import ResidualEmbedding
 from multisubject.training.devices import cpu_has_bfloat16
 from multisubject.visualization import attention_sheet
@@ -149,17 +149,13 @@ def make_picture(pipe: Any, wanted: WantedPicture, args: GenerateArguments) -> N
     """Make a picture and save it, with its attention sheet if that is asked for."""
     task = wanted.task
     regions = task.regions()
-    layout = [
-        {"subject": region.subject, "occurrence": region.occurrence, "mask": region.mask, "weight": region.weight}
-        for region in regions
-    ]
     # On the CPU and in float32, so that a seed means the same noise on every device and in every precision.
     generator = torch.Generator("cpu").manual_seed(wanted.seed)
     height, width = (side // pipe.vae_scale_factor for side in task.size)
     noise = torch.randn(1, pipe.unet.config.in_channels, height, width, generator=generator)
     output: Any = pipe(
         **call_arguments(task, args, type(pipe)),
-        layout=layout or None,
+        layout=as_layout(regions) or None,
         latents=noise.to(pipe.unet.dtype),
         generator=generator,
         output_attention_maps=wanted.has_attention,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ def find_source(name: str, config_path: Path) -> str:
 
 
 def resolve_paths(layout: Any, config_path: Path) -> Any:
-    """The layout with its JSON file read, if it is one, and with the paths of colour map and masks found."""
+    """The layout with its JSON file read, if it is one, and with the paths of colour map, masks and reference pictures
+    found."""
     find = partial(_find_file, config_path=config_path)
     if isinstance(layout, str):
         layout = find(layout)
@@ -48,10 +49,27 @@ def resolve_paths(layout: Any, config_path: Path) -> Any:
             raise ValueError(f"the layout's file holds {layout!r}, expected a dictionary or a list of dictionaries.")
     if isinstance(layout, dict):
         return {subject: find(value) if isinstance(value, str) else value for subject, value in layout.items()}
-    return [
-        {**part, "mask": find(part["mask"])} if isinstance(part, dict) and isinstance(part.get("mask"), str) else part
-        for part in layout
-    ]
+    return [_with_paths(part, find) if isinstance(part, dict) else part for part in layout]
+
+
+def _with_paths(part: dict[str, Any], find: Callable[[str], str]) -> dict[str, Any]:
+    """A dict of a list layout with the paths of its pictures found."""
+
+    def found(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: found(one) for name, one in value.items()}
+        if isinstance(value, list):
+            return [found(one) for one in value]
+        return find(value) if isinstance(value, str) else value
+
+    return {key: found(value) if key in ("mask", "ip_adapter_image") else value for key, value in part.items()}
+
+
+def texts_of_regions(layout: Any) -> list[str]:
+    """What the dicts of a list layout say of their own, in prompts and negative prompts."""
+    parts = [part for part in layout if isinstance(part, dict)] if isinstance(layout, list) else []
+    texts = [part.get(key) for part in parts for key in ("prompt", "negative_prompt")]
+    return [text for text in texts if isinstance(text, str)]
 
 
 def picture_folder(subjects: Sequence[str], prompt: str) -> Path:

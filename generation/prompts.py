@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,11 +18,12 @@ _WORD = re.compile(r"\w+(?:['’-]\w+)*")
 
 
 def mark_subjects(
-    config: GenerationConfig, index: int, report: Report, base: BaseModel
+    config: GenerationConfig, index: int, report: Report, base: BaseModel, region_texts: Sequence[str] = ()
 ) -> tuple[str, dict[str, tuple[str, str | None]]]:
     """Write the entry's personal subjects as `<name>`: the prompt, and name -> (key, class phrase if plain).
 
-    A word that is already marked keeps its file's own class phrase; a plain one *is* the class phrase.
+    A word that is already marked keeps its file's own class phrase; a plain one *is* the class phrase. In what regions
+    say of their own, `region_texts`, only marked ones are subjects.
     """
     places: dict[tuple[int, int], str] = {}  # characters of the prompt -> key
     if config.subject_list is not None:
@@ -35,8 +36,13 @@ def mark_subjects(
                     )
                 places[place] = key
     found = {key: list(_find_phrase(config.prompt, key)) for key in config.residual_dict}
+    in_regions = [
+        key
+        for key in config.residual_dict
+        if any(text[start] == "<" for text in region_texts for start, _ in _find_phrase(text, key))
+    ]
     names_of: dict[str, str] = {}
-    for key in (key for key, hits in found.items() if hits):
+    for key in (key for key, hits in found.items() if hits or key in in_regions):
         other = names_of.setdefault(subject_name(key).casefold(), key)
         if other != key:
             report.problem(
@@ -71,6 +77,8 @@ def mark_subjects(
         prompt = f"{prompt[:start]}<{name}>{prompt[end:]}"
         if name not in names or (start, end) not in marked:
             names[name] = (key, None if (start, end) in marked else key)
+    for key in in_regions:
+        names.setdefault(subject_name(key), (key, None))
     return prompt, dict(sorted(names.items()))
 
 

@@ -10,11 +10,13 @@ from typing import Any
 
 from multisubject.generation.base_model import BaseModel
 from multisubject.generation.config_file import ConfigError, ConfigFile, GenerationConfig, Report
-from multisubject.generation.places import find_source, picture_folder, resolve_paths
+from multisubject.generation.places import find_source, picture_folder, resolve_paths, texts_of_regions
 from multisubject.generation.prompts import check_names, mark_subjects, read_subject
-from multisubject.guidance_methods import resolve_guidance_method
+from multisubject.guidance_methods import GUIDANCE_METHODS, resolve_guidance_method
 from multisubject.layout import Region, parse_layout
-from multisubject.residual_embeddings import ResidualEmbedding, parse_prompt
+from multisubject.placed_prompts import PlacedPrompt, check_served, find_places, read_words
+from multisubject.region_texts import negative_texts, words_texts
+from multisubject.residual_embeddings import ParsedPrompt, ResidualEmbedding, parse_prompt
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,21 @@ class GenerationTask:
         if self.layout is None:
             return ()
         height, width = self.size
-        names = {subject.key.casefold(): name for name, subject in self.subjects.items()}
-        regions = parse_layout(self.layout, height=height, width=width, color_context=self.config.color_context)
         return tuple(
-            replace(region, subject=names.get(region.subject.casefold()) or self.marked(region.subject))
-            for region in regions
+            self._renamed(region)
+            for region in parse_layout(self.layout, height=height, width=width, color_context=self.config.color_context)
         )
+
+    def _renamed(self, region: Region) -> Region:
+        names = {subject.key.casefold(): name for name, subject in self.subjects.items()}
+        texts: dict[str, Any] = {
+            key: self.marked(text) for key in ("prompt", "negative_prompt") if (text := getattr(region, key))
+        }
+        if region.is_named:
+            texts["subject"] = names.get(region.subject.casefold()) or self.marked(region.subject)
+        elif region.subject == region.prompt:
+            texts["subject"] = texts["prompt"]
+        return replace(region, **texts)
 
     @property
     def residuals(self) -> dict[str, ResidualEmbedding]:
@@ -124,7 +135,12 @@ def _plan(
     if config.guidance_method is not None:
         with report.collect(index, "guidance_method"):
             resolve_guidance_method(config.guidance_method)
-    prompt, places = mark_subjects(config, index, report, base)
+    layout, texts = None, list[str]()
+    if config.layout is not None and config.guidance_steps != 0:
+        with report.collect(index, "layout"):
+            layout = resolve_paths(config.layout, report.path)
+            texts = texts_of_regions(layout)
+    prompt, places = mark_subjects(config, index, report, base, texts)
     subjects: dict[str, TaskSubject] = {}
     for name, (key, phrase) in places.items():
         # What stands in for a subject that cannot be read, so that the rest can be checked all the same.
@@ -143,10 +159,6 @@ def _plan(
             else:
                 report.warn(f"{error} The prompt does not use it.", index, "residual_dict", key)
 
-    layout = None
-    if config.layout is not None and config.guidance_steps != 0:
-        with report.collect(index, "layout"):
-            layout = resolve_paths(config.layout, report.path)
     folder = picture_folder([subject.key for subject in subjects.values()], config.prompt)
     task = GenerationTask(config, prompt, subjects, layout, size, folder)
     regions: tuple[Region, ...] = ()
@@ -158,15 +170,43 @@ def _plan(
             parse_prompt(tokenizer, prompt, task.residuals, learned=base.learned)
             for tokenizer in base.tokenizers.values()
         ]
-        for region in regions:
-            with report.collect(index, "color_context" if config.color_context else "layout"):
-                for text in parsed:
-                    text.find(region.subject, region.occurrence)
+        with report.collect(index, "color_context" if config.color_context else "layout"):
+            _check_regions(task, regions, parsed, base)
     with report.collect(index, "negative_prompt"):
         task.check_negative_prompt(config.negative_prompt or "", base)
     if not subjects:
         task = replace(task, folder=picture_folder([region.subject for region in regions], config.prompt))
     return task
+
+
+def _check_regions(
+    task: GenerationTask, regions: Sequence[Region], prompt: Sequence[ParsedPrompt], base: BaseModel
+) -> None:
+    """Raises `ValueError` for a region whose words are not there, or that holds what it cannot."""
+
+    def read(texts: Sequence[str]) -> list[ParsedPrompt]:
+        return [
+            parse_prompt(tokenizer, text, task.residuals, by_phrase=False, learned=base.learned)
+            for tokenizer, text in zip(base.tokenizers.values(), texts, strict=True)
+        ]
+
+    count, problems, words = len(prompt), list[str](), list[Any]()
+    for region in regions:
+        own = None
+        try:
+            if region.prompt is not None:
+                own = read_words(region, region.prompt, lambda text: read([text] * count))
+            find_places(prompt, region, own)
+        except ValueError as error:
+            problems.append(str(error))
+        words.append(own)
+    if problems:
+        raise ValueError(" ".join(problems))
+    placed = [PlacedPrompt(prompt, regions, words=words)]
+    words_texts(placed)
+    negative_texts(placed, [[task.marked(task.config.negative_prompt or "")] * count], read)
+    if (method := task.config.guidance_method) in {*GUIDANCE_METHODS, None}:
+        check_served(placed, resolve_guidance_method(method or "multisubject"))
 
 
 def _separate_folders(tasks: Sequence[GenerationTask]) -> list[GenerationTask]:

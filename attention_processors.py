@@ -16,6 +16,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import nn
 
 from .guidance_methods import AttentionLayer, GuidanceMethod, GuidanceStep, KeyMoments, RegionMaps
+from .region_ip_adapters import PictureCall, SharedWeights, add_pictures, keeps_pictures
 
 __multisubject_version__ = "0.1.0"
 
@@ -171,6 +172,7 @@ class RegionCall:
         region_prompts: `(B, N, dim)`, more tokens for cross-attention, of the regions' own prompts.
         region_negatives: `(B, M, dim)`, the same for the unconditional samples.
         recorder: collects attention maps, if wanted.
+        pictures: where the regions' reference pictures are, if they hold any.
         kept_keys: what earlier calls computed from the prompt alone.
         kept_biases: of this call, of methods that are `same_in_every_layer`.
         frames: of earlier calls, what surrounds a method's bias in the whole batch's; see `_framed`.
@@ -184,6 +186,7 @@ class RegionCall:
     region_prompts: torch.Tensor | None = None
     region_negatives: torch.Tensor | None = None
     recorder: AttentionRecorder | None = None
+    pictures: PictureCall | None = None
     kept_keys: PromptKeys = field(default_factory=PromptKeys)
     kept_biases: dict[tuple[int, bool], torch.Tensor | None] = field(default_factory=dict)
     frames: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
@@ -210,6 +213,18 @@ class RegionAttnProcessor(AttnProcessor2_0):
         if regions is None or hidden_states.ndim == 4 or attn.group_norm is not None:  # not in a transformer block
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
 
+        output, _ = self._attended(attn, hidden_states, encoder_hidden_states, attention_mask, regions)
+        return self._projected_back(attn, output, hidden_states)
+
+    def _attended(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        regions: RegionCall,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the layer attends to, `(batch, Q, heads * head_dim)`, and its queries `(batch, heads, Q, head_dim)`."""
         # 1. Project to queries, keys and values
         is_cross = encoder_hidden_states is not None
         query = _projected(attn, attn.to_q, hidden_states)
@@ -237,13 +252,52 @@ class RegionAttnProcessor(AttnProcessor2_0):
             logits = logits if bias is None else logits + bias[-regions.batch :]
             regions.recorder.add(logits, regions.sizes[query.shape[2]])
         output = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=attn.scale)
+        return output.transpose(1, 2).flatten(2).to(query.dtype), query
 
-        # 4. Project back
-        output = output.transpose(1, 2).flatten(2).to(query.dtype)
+    @staticmethod
+    def _projected_back(attn: Attention, output: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         output = attn.to_out[1](attn.to_out[0](output))
         if attn.residual_connection:
             output = output + hidden_states
         return output if attn.rescale_output_factor == 1 else output / attn.rescale_output_factor
+
+
+class RegionIPAttnProcessor(RegionAttnProcessor, SharedWeights):
+    """The same for a layer with IP-Adapters. Stateless but for their weights and scales, which are diffusers' own.
+
+    Args:
+        original: diffusers' processor of the layer. Without `regions` it is that one, bit for bit.
+    """
+
+    def __init__(self, original: Any):
+        SharedWeights.__init__(self, original)
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+        *args: Any,
+        ip_adapter_masks: Any = None,
+        regions: RegionCall | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """As `RegionAttnProcessor`; `encoder_hidden_states` has the adapters' pictures behind the prompt."""
+        if regions is None or not isinstance(encoder_hidden_states, tuple):
+            return self.as_in_diffusers(
+                attn, hidden_states, encoder_hidden_states, attention_mask, temb, ip_adapter_masks=ip_adapter_masks
+            )
+        prompt_embeds, pictures = encoder_hidden_states
+        output, query = self._attended(attn, hidden_states, prompt_embeds, attention_mask, regions)
+        output = add_pictures(self, attn, query, output, pictures, ip_adapter_masks, regions.pictures)
+        return self._projected_back(attn, output, hidden_states)
+
+
+def region_processor(processor: Any) -> RegionAttnProcessor:
+    """What takes the place of a layer's processor while its UNet is guided."""
+    return RegionIPAttnProcessor(processor) if keeps_pictures(processor) else RegionAttnProcessor()
 
 
 def _prompt_context(attn: Attention, prompt_embeds: torch.Tensor, regions: RegionCall) -> torch.Tensor:

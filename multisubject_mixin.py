@@ -29,7 +29,9 @@ from .placed_prompts import (
 )
 from .prompt_encoder import EMBEDS, PromptEncoderMixin
 from .recurrence import recurrent_steps
-from .region_attention import ExpectedCalls, region_attention
+from .region_attention import ExpectedCalls, RegionConditioning, region_attention
+from .region_ip_adapters import encode_pictures
+from .region_loras import check_loras, lora_names
 from .saved_pipeline import PIPELINES, copy_pipeline_sources, load_saved_subjects, save_subjects_with_pipeline
 from .shared_models import in_turn
 
@@ -137,17 +139,17 @@ class MultiSubjectMixin(PromptEncoderMixin):
 
             # 3. Turn layouts and token spans into what the UNet needs
             device = self._execution_device
-            conditioning, recorder = None, None
+            recorder, method = None, None if guidance_steps == 0 else guidance_function
             num_tokens = self.encoder_slots[0].tokenizer.model_max_length if placed else 0
             if prompt_embeds is not None:
                 check_prompt_embeds(prompt_embeds, placed)
                 num_tokens = prompt_embeds.shape[1]
-            if guidance_steps != 0:
-                check_served(placed, guidance_function)
-                conditioning = self.prepare_regions(placed, num_tokens)
+            if method is not None:
+                check_served(placed, method)
+            conditioning = self._held_by(self.prepare_regions(placed, num_tokens), self, device, method)
             if conditioning is not None:
                 encoding = self._encoding_of_call(asked, device)
-                embeds, held = self.encode_with_regions(placed, guidance_function, **encoding)
+                embeds, held = self.encode_with_regions(placed, method, **encoding)
                 conditioning = replace(conditioning, **held)
                 if embeds and prompt_embeds is None:
                     asked |= dict.fromkeys(name for slot in self.encoder_slots for name in slot.prompts) | embeds
@@ -260,12 +262,13 @@ class MultiSubjectMixin(PromptEncoderMixin):
             prompts = {slot.prompt: asked.get(slot.prompt) for slot in slots}
             placed = self.place(prompts, layout, color_context, height, width)
             num_tokens = slots[0].tokenizer.model_max_length
-            conditioning, embeds = None, dict[str, Any]()
-            if guidance_steps != 0:
-                check_served(placed, guidance_function)
-                conditioning = self.prepare_regions(placed, num_tokens)
+            embeds, method = dict[str, Any](), None if guidance_steps == 0 else guidance_function
+            if method is not None:
+                check_served(placed, method)
+            regions = self.prepare_regions(placed, num_tokens)
+            conditioning = self._held_by(regions, pipeline, self._execution_device, method)
             if conditioning is not None:
-                embeds, held = self.encode_with_regions(placed, guidance_function, prompt=prompt, **encoding)
+                embeds, held = self.encode_with_regions(placed, method, prompt=prompt, **encoding)
                 conditioning = replace(conditioning, **held)
             if not embeds:
                 embeds = dict(zip(EMBEDS, self.encode_prompt(prompt, **encoding), strict=False))
@@ -292,6 +295,26 @@ class MultiSubjectMixin(PromptEncoderMixin):
             ),
         ):
             yield embeds
+
+    def _held_by(
+        self, regions: RegionConditioning | None, pipeline: Any, device: torch.device, method: GuidanceMethod | None
+    ) -> RegionConditioning | None:
+        """Regions whose LoRAs are known to be loaded, with the embeddings of their pictures; None if nothing is left to
+        do: without guided steps regions act by what they hold alone.
+
+        Args:
+            regions: of the prompts.
+            pipeline: the one whose UNet is called.
+            device: where to encode.
+            method: the guidance method; None: no step is guided.
+        """
+        if regions is None or (method is None and not regions.loras and not regions.ip_adapter_images):
+            return None
+        encoders = [getattr(self, slot.name) for slot in self.encoder_slots]
+        check_loras([pipeline.unet, *encoders], lora_names(regions.loras))
+        if not regions.ip_adapter_images:
+            return regions
+        return replace(regions, ip_adapter_images=encode_pictures(pipeline, regions.ip_adapter_images, device))
 
     # --- what diffusers is asked --------------------------------------------------------------------------------------
 

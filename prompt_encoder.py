@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from .call_arguments import bind_arguments, check_prompts
 from .guidance_methods import GuidanceMethod
 from .placed_prompts import PlacedPrompt, make_conditioning, per_prompt, place_prompt
 from .region_conditioning import RegionConditioning
+from .region_loras import LoraCall, joined_scales, lora_names, placed_loras
 from .region_texts import (
     RegionText,
     make_negatives,
@@ -19,6 +21,7 @@ from .region_texts import (
     make_words,
     negative_texts,
     region_texts,
+    text_loras,
     wants_region_prompts,
     words_texts,
 )
@@ -60,13 +63,14 @@ class PromptEncoderMixin(SubjectLoaderMixin):
         return self._encode_prompts(self._encoding(args, kwargs))[0]
 
     def encode_with_regions(
-        self, placed: Sequence[PlacedPrompt], method: GuidanceMethod, **encoding: Any
+        self, placed: Sequence[PlacedPrompt], method: GuidanceMethod | None, **encoding: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The prompts, and the regions' own texts, through every text encoder at once.
+        """The prompts, and the regions' own texts, through every text encoder at once, with the regions' LoRAs on their
+        words.
 
         Args:
             placed: the prompts with their regions, at least one.
-            method: the guidance method.
+            method: the guidance method; None: no step is guided, which leaves the prompts.
             encoding: the arguments of `encode_prompt`. With `prompt_embeds`, only the regions are encoded.
 
         Returns:
@@ -76,19 +80,21 @@ class PromptEncoderMixin(SubjectLoaderMixin):
         with self._reading():
             asked = self._encoding((), encoding)
             # 1. See what there is to encode
-            prompts = []
-            if wants_region_prompts(method, placed, asked["prompt_embeds"] is None):
-                prompts = region_texts(placed, method)
-            words = [] if getattr(method, "uses_region_prompts", False) else words_texts(placed)
-            negatives = self._negative_texts(placed, asked) if asked["do_classifier_free_guidance"] else []
-            if not (prompts or words or negatives):
+            prompts, words, negatives = list[RegionText](), list[RegionText](), list[RegionText]()
+            if method is not None:
+                if wants_region_prompts(method, placed, asked["prompt_embeds"] is None):
+                    prompts = region_texts(placed, method)
+                words = [] if getattr(method, "uses_region_prompts", False) else words_texts(placed)
+                negatives = self._negative_texts(placed, asked) if asked["do_classifier_free_guidance"] else []
+            has_loras = asked["prompt_embeds"] is None and bool(_names_of_loras(placed))
+            if not (prompts or words or negatives or has_loras):
                 return {}, {}
 
             # 2. Encode it with the prompts, and lay it out by region
             batch, held = len(placed), dict[str, Any]()
             if negatives:
-                held["negatives"] = make_negatives(negatives, self._encode_negatives(asked, negatives), batch)
-            values, encoded = self._encode_prompts(asked, [*prompts, *words])
+                held["negatives"] = make_negatives(negatives, self._encode_negatives(asked, negatives, placed), batch)
+            values, encoded = self._encode_prompts(asked, [*prompts, *words], placed)
         if prompts:
             most = max(len(of_prompt.places) for of_prompt in placed)
             held["prompts"] = make_region_prompts(prompts, encoded[: len(prompts)], (batch, most))
@@ -117,21 +123,25 @@ class PromptEncoderMixin(SubjectLoaderMixin):
 
         return negative_texts(placed, list(zip(*columns, strict=True)), read)
 
-    def _encode_negatives(self, asked: Mapping[str, Any], texts: Sequence[RegionText]) -> torch.Tensor:
+    def _encode_negatives(
+        self, asked: Mapping[str, Any], texts: Sequence[RegionText], placed: Sequence[PlacedPrompt]
+    ) -> torch.Tensor:
         """`(texts, tokens, dim)`, as diffusers encodes negative prompts, whatever `clip_skip` is."""
         alone = _positive_alone(asked) | {"clip_skip": None}
         for number, slot in enumerate(self.encoder_slots):
             alone[slot.prompt] = [text.texts[number].text for text in texts]
-        return self._with_subjects(self._encode(**alone)[0], texts)
+        with self._loras_of_words(placed, False, (), None):
+            return self._with_subjects(self._encode(**alone)[0], texts)
 
     def _with_subjects(self, embeds: torch.Tensor, texts: Sequence[RegionText]) -> torch.Tensor:
         numbers = range(len(self.encoder_slots))
         return self.add_subjects(embeds, [[text.texts[number] for text in texts] for number in numbers])
 
     def _encode_prompts(
-        self, asked: dict[str, Any], more: Sequence[RegionText] = ()
+        self, asked: dict[str, Any], more: Sequence[RegionText] = (), placed: Sequence[PlacedPrompt] = ()
     ) -> tuple[tuple[torch.Tensor | None, ...], Any]:
-        """What `encode_prompt` returns, and the embeddings of `more` texts that are encoded on the way."""
+        """What `encode_prompt` returns, and the embeddings of `more` texts that are encoded on the way: those of the
+        regions of the `placed` prompts, whose LoRAs act on what they are of."""
         slots, prompt_embeds = self.encoder_slots, asked["prompt_embeds"]
         check_prompts(asked, slots)
         num_images = asked["num_images_per_prompt"]
@@ -151,7 +161,7 @@ class PromptEncoderMixin(SubjectLoaderMixin):
 
             # 2. Encode what else is wanted, and the prompts with it
             encoded = None
-            if more:
+            if more or (_names_of_loras(placed) and prompt_embeds is None):
                 together = _positive_alone(asked)
                 for number, slot in enumerate(slots):
                     own = asked[slot.prompt] if prompt_embeds is None else []
@@ -159,18 +169,42 @@ class PromptEncoderMixin(SubjectLoaderMixin):
                         own = None  # as diffusers takes it: the first encoder's prompt
                     own = [own] if isinstance(own, str) else own
                     together[slot.prompt] = None if own is None else [*own, *(text.texts[number].text for text in more)]
-                embeds, _, *pooled = self._encode(**together)
                 count = len(positive[0])
+                with self._loras_of_words(placed, bool(count), more, asked["lora_scale"]):
+                    embeds, _, *pooled = self._encode(**together)
                 encoded = self._with_subjects(embeds[count:], more)
                 if count:
                     of_prompts = zip(("prompt_embeds", "pooled_prompt_embeds"), (embeds, *pooled), strict=False)
                     asked |= {name: rows[:count] for name, rows in of_prompts if asked[name] is None}
 
             # 3. Encode the rest, and add the subjects
-            embeds, negative_embeds, *pooled = self._encode(**asked)
+            with self._loras_of_words(placed, False, (), None):  # none acts on the negative prompt
+                embeds, negative_embeds, *pooled = self._encode(**asked)
             if negative_embeds is not None:
                 negative_embeds = self.add_subjects(negative_embeds, negative, num_images)
             return (self.add_subjects(embeds, positive, num_images), negative_embeds, *pooled), encoded
+
+    @contextmanager
+    def _loras_of_words(
+        self, placed: Sequence[PlacedPrompt], prompts: bool, more: Sequence[RegionText], scale: float | None
+    ) -> Iterator[None]:
+        """Within the context, the LoRAs of regions act on the regions' words alone.
+
+        Args:
+            placed: the prompts with all regions; their LoRAs act nowhere else.
+            prompts: whether the prompts are encoded.
+            more: the regions' own texts that are encoded, behind them.
+            scale: the call's, for LoRAs that are not active.
+        """
+        names = _names_of_loras(placed)
+        with ExitStack() as contexts:
+            for number, slot in enumerate(self.encoder_slots if names else ()):
+                encoder = getattr(self, slot.name)
+                switch = contexts.enter_context(placed_loras(encoder, names))
+                held, shares = text_loras(placed, number, slot.tokenizer.model_max_length, prompts, more)
+                factors = joined_scales(held, shares.to(encoder.device)) if held else {}
+                switch.set(LoraCall(names, len(held), factors, scale=1.0 if scale is None else scale))
+            yield
 
     def _read(
         self, given: Mapping[str, Any], asked: dict[str, Any], slot: EncoderSlot, by_name: Sequence[bool] | None
@@ -261,6 +295,10 @@ class PromptEncoderMixin(SubjectLoaderMixin):
         """
         with self._reading():
             return make_conditioning(placed, num_tokens)
+
+
+def _names_of_loras(placed: Sequence[PlacedPrompt]) -> tuple[str, ...]:
+    return lora_names([[region.lora for region in of_prompt.regions] for of_prompt in placed])
 
 
 def _positive_alone(asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,16 +14,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from .attention_processors import AttentionRecorder, PromptKeys, RegionAttnProcessor, RegionCall, Stamp
+from .attention_processors import (
+    AttentionRecorder,
+    PromptKeys,
+    RegionAttnProcessor,
+    RegionCall,
+    RegionIPAttnProcessor,
+    Stamp,
+    region_processor,
+)
 from .guidance_methods import GuidanceMethod, RegionMaps, resolve_guidance_method
 from .guidance_schedule import GuidanceSchedule, check_number
 from .region_conditioning import RegionConditioning, RegionPrompts, make_maps
-from .shared_models import inside, runs_in, state_of
+from .region_ip_adapters import PictureCall, RegionPictures, keeps_pictures
+from .region_loras import RegionLoras, placed_loras
+from .shared_models import LoraSwitch, inside, runs_in, state_of
 
 __all__ = ["ExpectedCalls", "RegionConditioning", "RegionPrompts", "region_attention"]
 __multisubject_version__ = "0.1.0"
@@ -40,6 +50,8 @@ REPLACEABLE_PROCESSORS = frozenset(
         "XFormersAttnProcessor",
     }
 )
+
+_OURS = (RegionAttnProcessor.__name__, RegionIPAttnProcessor.__name__)
 
 
 @contextmanager
@@ -78,8 +90,8 @@ def region_attention(
             call has one conditional sample for each image of `regions`.
 
     Raises:
-        ValueError: an attention processor of the UNet would be lost (IP-Adapter, custom ones), a bad argument, or a
-            batch that does not fit the regions.
+        ValueError: a custom attention processor of the UNet would be lost, a LoRA cannot act in a region, a bad
+            argument, or a batch that does not fit the regions.
         RuntimeError: another thread or task guides the UNet with this scheduler; at the end, if only others have called
             the UNet: none of these calls was guided.
     """
@@ -114,10 +126,11 @@ def region_attention(
                 state.processors = [(layer, layer.get_processor()) for layer in layers.values()]
             state.contexts.append((context, scheduler))
             for layer in layers.values():
-                layer.set_processor(RegionAttnProcessor())
+                layer.set_processor(region_processor(layer.get_processor()))
         # Prepended: of nested contexts the innermost speaks first, and the outer ones then keep silent.
         handle = unet.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
-        with inside(context):
+        names = () if hook.loras is None else hook.loras.names
+        with inside(context), placed_loras(unet, names) as hook.lora_switch:
             yield
     finally:
         with state_of(unet) as state:
@@ -144,12 +157,7 @@ def _check_scheduler(scheduler: Any, contexts: Sequence[tuple[object, Any]]) -> 
 def _check_processors(processors: Mapping[str, Any]) -> None:
     for name, processor in processors.items():
         kind = type(processor).__name__
-        if "IPAdapter" in kind:
-            raise ValueError(
-                f"The UNet has an IP-Adapter ({kind} at {name}), which region guidance would switch off. Call"
-                " `pipe.unload_ip_adapter()` first, or call the pipeline without `layout` and attention maps."
-            )
-        if kind not in REPLACEABLE_PROCESSORS:
+        if kind not in REPLACEABLE_PROCESSORS and not keeps_pictures(processor):
             raise ValueError(
                 f"The UNet's attention processor {kind} at {name} is not one of {sorted(REPLACEABLE_PROCESSORS)}, so"
                 " region guidance would lose what it does. Call `unet.set_default_attn_processor()` first."
@@ -207,7 +215,8 @@ class _RegionHook:
         check_number("weight_negative", weight_negative)
         if not -torch.finfo(torch.float32).max <= weight_negative <= 0:
             raise ValueError(f"`weight_negative` is {weight_negative}, expected a finite number that is at most 0.")
-        if regions is not None and regions.prompts is None and getattr(method, "uses_region_prompts", False):
+        wants_prompts = getattr(method, "uses_region_prompts", False) and schedule.guidance_steps != 0
+        if regions is not None and regions.prompts is None and wants_prompts:
             raise ValueError(
                 f"The guidance method {getattr(method, '__name__', method)!r} uses the regions' own prompts, but"
                 " `regions.prompts` is None. Pass `RegionPrompts`, or choose another method."
@@ -224,8 +233,19 @@ class _RegionHook:
         self.own_words_kept: tuple[Stamp, torch.Tensor] | None = None
         self.kept_keys = PromptKeys()
         self.maps_by_shape: dict[tuple[torch.Size, torch.device], _MapsOfShape] = {}
+        self.loras: RegionLoras | None = None
+        self.lora_switch: LoraSwitch | None = None
+        self.pictures: RegionPictures | None = None
+        self._hold(regions)
         self.context = context
         self.heard, self.called_by_others = False, False
+
+    def _hold(self, regions: RegionConditioning | None) -> None:
+        """Make ready what regions hold beside words; unlike words it acts at every step."""
+        if regions is not None and regions.loras:
+            self.loras = RegionLoras(regions.loras, regions.masks, regions.tokens, self.resize_masks)
+        if regions is not None and regions.ip_adapter_images:
+            self.pictures = RegionPictures(regions.ip_adapter_images, regions.masks)
 
     def check_it_was_heard(self) -> None:
         """Raise if only others have called the UNet."""
@@ -248,7 +268,15 @@ class _RegionHook:
         sample = args[0] if args else kwargs["sample"]
         timestep = torch.as_tensor(args[1] if len(args) > 1 else kwargs["timestep"])
         prompt_embeds = args[2] if len(args) > 2 else kwargs["encoder_hidden_states"]
-        call_kwargs["regions"] = call = self._region_call(sample, timestep.reshape(-1)[0], prompt_embeds)
+        pictures = None
+        if self.calls is not None and (self.loras is not None or self.pictures is not None):
+            self._check_call(self.calls, sample, prompt_embeds)
+        if self.pictures is not None:
+            added, pictures = self.pictures.add_to(kwargs.get("added_cond_kwargs"), sample, self._sizes(sample))
+            kwargs = {**kwargs, "added_cond_kwargs": added}
+        call = self._region_call(sample, timestep.reshape(-1)[0], prompt_embeds, pictures)
+        call_kwargs["regions"] = call
+        self._tell_loras(call, sample, call_kwargs.get("scale", 1.0))
         if call is not None and call.maps is not None:
             self._check_length(prompt_embeds)
             if self.own_words:
@@ -259,10 +287,28 @@ class _RegionHook:
                     kwargs = {**kwargs, "encoder_hidden_states": prompt_embeds}
         return args, {**kwargs, "cross_attention_kwargs": call_kwargs}
 
+    def _sizes(self, sample: torch.Tensor, *, of_attention: bool = True) -> dict[int, tuple[int, int]]:
+        """Places -> `(h, w)` of the UNet's levels: of those with attention, or of all."""
+        levels = self.has_attention
+        if levels is not None and not of_attention:
+            levels = [True] * len(levels)
+        height, width = sample.shape[-2:]
+        return {h * w: (h, w) for h, w in _level_sizes(height, width, levels)}
+
+    def _tell_loras(self, call: RegionCall | None, sample: torch.Tensor, scale: float) -> None:
+        assert self.lora_switch is not None
+        if self.loras is None:
+            self.lora_switch.set(None)
+            return
+        owners = None if call is None or call.maps is None else next(iter(call.maps.values())).owners
+        sizes = self._sizes(sample, of_attention=False).values()
+        where = self.loras.call(sizes, len(sample), sample.device, owners)
+        self.lora_switch.set(replace(where, scale=scale, waiting={}))
+
     def _check_call(self, calls: ExpectedCalls, sample: torch.Tensor, prompt_embeds: torch.Tensor) -> None:
         """Raise if this call is not one that can be guided, and adapt to its number of pictures per prompt."""
         assert self.regions is not None and self.regions_of_prompts is not None
-        if any(type(layer.processor).__name__ != RegionAttnProcessor.__name__ for layer in self.layers):
+        if any(type(layer.processor).__name__ not in _OURS for layer in self.layers):
             raise ValueError(
                 "The UNet's attention processors were replaced while it is guided. Use no pipeline and no setting that"
                 " does so (PAG, SAG, Attend-and-Excite, attention slicing), or set it before."
@@ -313,6 +359,7 @@ class _RegionHook:
         self.regions = self.guiding = regions
         self.guiding_now = None
         self._forget()
+        self._hold(regions)
 
     def _forget(self) -> None:
         self.maps_by_shape.clear()
@@ -339,15 +386,17 @@ class _RegionHook:
             )
 
     def _region_call(
-        self, sample: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        pictures: PictureCall | None,
     ) -> RegionCall | None:
-        height, width = sample.shape[-2:]
-        sizes = {h * w: (h, w) for h, w in _level_sizes(height, width, self.has_attention)}
+        sizes = self._sizes(sample)
         if self.recorder is not None:
             self.recorder.start_call()
         if self.regions is None or not self.schedule.is_guided(timestep):
-            recorder = self.recorder
-            return None if recorder is None else RegionCall(recorder.batch, sizes, recorder=recorder)
+            return self._unguided_call(sample, sizes, pictures)
 
         if self.calls is not None:
             self._check_call(self.calls, sample, prompt_embeds)
@@ -358,7 +407,7 @@ class _RegionHook:
                 f" `regions`) or {2 * batch} (with classifier-free guidance)."
             )
         if not self._choose_guiding(timestep):
-            return None if self.recorder is None else RegionCall(batch, sizes, recorder=self.recorder)
+            return self._unguided_call(sample, sizes, pictures)
         assert self.guiding is not None
         device, regions = sample.device, self.guiding
         key = (sample.shape[-2:], device)
@@ -380,9 +429,18 @@ class _RegionHook:
             None if own is None else own.embeds.flatten(1, 2).to(device),
             None if negatives is None or len(sample) == batch else negatives.embeds.flatten(1, 2).to(device),
             recorder=self.recorder,
+            pictures=pictures,
             kept_keys=self.kept_keys,
             frames=of_shape.frames,
         )
+
+    def _unguided_call(
+        self, sample: torch.Tensor, sizes: Mapping[int, tuple[int, int]], pictures: PictureCall | None
+    ) -> RegionCall | None:
+        if self.recorder is None and pictures is None:
+            return None
+        batch = len(sample) if self.recorder is None else self.recorder.batch
+        return RegionCall(batch, sizes, recorder=self.recorder, pictures=pictures)
 
 
 @dataclass(frozen=True, eq=False)

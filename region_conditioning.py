@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 
 from .guidance_methods import HIDDEN, GuidanceMethod, RegionMaps, TokenKind
+from .region_loras import Scales
 
 __multisubject_version__ = "0.1.0"
 
@@ -57,7 +58,8 @@ class RegionConditioning:
         background: `(B, R)` bool, regions that are what no other one covers; None: none is.
         times: for each image and region the fractions of the steps between which it guides; empty: always.
         loras: for each image and region the LoRAs that act there -> scale, or None; empty: none.
-        ip_adapter_images: for each image and region its reference pictures, or None; empty: none.
+        ip_adapter_images: for each image and region its reference pictures, or None; empty: none. What a UNet is guided
+            by has their embeddings, see `encode_pictures`.
     """
 
     masks: torch.Tensor
@@ -69,7 +71,7 @@ class RegionConditioning:
     negatives: RegionPrompts | None = None
     background: torch.Tensor | None = None
     times: Sequence[Sequence[tuple[float, float]]] = ()
-    loras: Sequence[Sequence[Mapping[str, float] | None]] = ()
+    loras: Scales = ()
     ip_adapter_images: Sequence[Sequence[Any]] = ()
 
     def repeated(self, times: int) -> RegionConditioning:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from .guidance_methods import GuidanceMethod, TokenKind
 from .placed_prompts import PlacedPrompt, shown, token_kinds
 from .region_conditioning import NOBODYS, RegionPrompts
+from .region_loras import Scales
 from .residual_embeddings import Mention, ParsedPrompt
 
 __multisubject_version__ = "0.1.0"
@@ -113,6 +114,37 @@ def words_texts(placed: Sequence[PlacedPrompt]) -> list[RegionText]:
         _check_length(text.texts, f"the `prompt` of region {shown(placed[text.row].regions[text.region])}")
     _check_sum(found, lambda text: len(text.named) + 1, "prompt")
     return found
+
+
+def text_loras(
+    placed: Sequence[PlacedPrompt], encoder: int, num_tokens: int, prompts: bool, more: Sequence[RegionText]
+) -> tuple[Scales, torch.Tensor]:
+    """Which tokens of the encoded texts are of the regions that hold LoRAs.
+
+    Args:
+        placed: one per prompt.
+        encoder: number of the text encoder, whose own prompt counts.
+        num_tokens: of each text.
+        prompts: whether the prompts are among the texts.
+        more: the regions' own texts behind them, which are a region's as a whole.
+
+    Returns:
+        For each text the LoRAs of its regions, and `(texts, R, num_tokens)` float32: 1 at the tokens of each region.
+    """
+    rows: list[tuple[list[Mapping[str, float] | None], list[list[range]]]] = []
+    for of_prompt in placed if prompts else ():
+        same = of_prompt.texts[encoder].text == of_prompt.texts[0].text
+        here = slice(0, 1) if same else slice(1, None)  # where the encoder reads them
+        read = [[place.span for place in of_region[here]] for of_region in of_prompt.places]
+        rows.append(([region.lora for region in of_prompt.regions], read))
+    rows += [([placed[text.row].regions[text.region].lora], [[range(num_tokens)]]) for text in more]
+    most = max((len(held) for held, _ in rows), default=0)
+    shares = torch.zeros(len(rows), most, num_tokens)
+    for row, (_, of_regions) in enumerate(rows):
+        for column, tokens in enumerate(of_regions):
+            for span in tokens:
+                shares[row, column, span.start : span.stop] = 1
+    return [[*held, *[None] * (most - len(held))] for held, _ in rows], shares
 
 
 def negative_texts(

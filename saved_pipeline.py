@@ -44,6 +44,8 @@ PIPELINE_SIBLINGS = (
     "region_attention",
     "region_conditioning",
     "region_contents",
+    "region_ip_adapters",
+    "region_loras",
     "region_texts",
     "residual_embeddings",
     "saved_pipeline",

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
+
 __multisubject_version__ = "0.1.0"
 
 
@@ -24,6 +26,9 @@ class ModelState:
         depth: how often that thread has taken it.
         contexts: on a UNet, the guided contexts that are open, each with its scheduler.
         processors: its attention layers with their own processors, while contexts are open.
+        loras: tells its layers where LoRAs act.
+        lora_users: number of open contexts in which its layers ask there.
+        forwards: layers that ask -> the `forward` of their own that they had, mostly None.
     """
 
     def __init__(self) -> None:
@@ -31,17 +36,44 @@ class ModelState:
         self.depth = 0
         self.contexts: list[tuple[object, Any]] = []
         self.processors: list[tuple[Any, Any]] = []
+        self.loras = LoraSwitch()
+        self.lora_users = 0
+        self.forwards: dict[Any, Any] = {}
+
+
+class LoraSwitch:
+    """Tells the layers of one model where LoRAs act in its next calls, thread by thread and task by task; None: as they
+    are set in peft.
+
+    A compiled model cannot ask who calls it: there, what was set last holds for everybody.
+    """
+
+    def __init__(self) -> None:
+        self._last: Any = None
+
+    def set(self, call: Any) -> None:
+        """From now on, a `LoraCall` or None."""
+        self._last = call
+        calls = {switch: other for switch, other in (_TABLE.lora_calls.get() or {}).items() if switch is not self}
+        _TABLE.lora_calls.set(calls if call is None else calls | {self: call})
+
+    def get(self) -> Any:
+        """What holds for the code that asks."""
+        if torch.compiler.is_compiling():
+            return self._last
+        return (_TABLE.lora_calls.get() or {}).get(self)
 
 
 class _Table:
     """All shared models, and which thread waits for which of them; `changed` guards both, and their states.
 
     `opened` holds the guided contexts in which some code runs. Like every context variable it is a thread's or an
-    asyncio task's own, and `asyncio.to_thread` takes it along.
+    asyncio task's own, and `asyncio.to_thread` takes it along. So is `lora_calls`, what each model's layers are told.
     """
 
     def __init__(self) -> None:
         self.opened: ContextVar[tuple[object, ...]] = ContextVar("multisubject_opened", default=())
+        self.lora_calls: ContextVar[dict[LoraSwitch, Any] | None] = ContextVar("multisubject_lora_calls", default=None)
         self.states: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
         self.waiting: dict[int, Any] = {}
         self.changed = threading.Condition()

@@ -51,3 +51,22 @@ def test_a_guided_step_asks_for_fewer_operations_than_a_plain_one(model, share):
     print(f"{model}: {guided} operations in a guided step, {expected} in a plain one")  # pytest -rP shows it
     assert expected == same and guided == kept
     assert guided < share * expected
+
+
+def test_a_lora_in_its_region_asks_for_no_more_operations_than_everywhere():
+    """What says where it acts takes the place of what scales it; two LoRAs of all attention layers, two regions."""
+    from peft import LoraConfig
+
+    pipe = guided_pipeline(random_pipeline("sd15", width=32, latent_size=16))
+    for name in ("one", "other"):
+        config = LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False)
+        pipe.unet.add_adapter(config, name)
+    pipe.set_adapters(["one", "other"])
+    everywhere = operations(pipe, layout=LAYOUT)[1]
+    layout = [
+        {"subject": subject, "box": box, "lora": lora}
+        for (subject, box), lora in zip(LAYOUT.items(), ("one", "other"), strict=False)
+    ]
+    in_regions = operations(pipe, layout=layout)[1]
+    print(f"{in_regions} operations with LoRAs in regions, {everywhere} with the same everywhere")
+    assert in_regions <= everywhere

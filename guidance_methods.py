@@ -273,11 +273,12 @@ def dense_diffusion(layer: AttentionLayer) -> torch.Tensor | None:
     outside all regions, which the paper gives a segment of their own, are left alone.
     """
     maps, step = layer.maps, layer.step
-    inside = maps.inside.float()
+    placing = maps.inside & maps.tokens.any(dim=2)[..., None]  # a region without words leaves the prompt alone
+    inside = placing.float()
     strength = layer.scale * step.time**5 * (step.progress < 0.3) * (1.0 if layer.is_cross else 0.3)
     belongs = inside.transpose(1, 2) @ (maps.tokens.float() if layer.is_cross else inside) > 0  # [B, Q, K]
     area = (inside.mean(dim=2)[:, :, None] * inside).amax(dim=1)  # [B, Q], of the place's region
-    strength = strength * (1 - area) * maps.inside.any(dim=1)
+    strength = strength * (1 - area) * placing.any(dim=1)
     products = layer.query.float() @ layer.key.float().transpose(-1, -2)  # [B, heads, Q, K]
     largest, smallest = products.amax(dim=-1, keepdim=True), products.amin(dim=-1, keepdim=True)
     return strength[:, None, :, None] * (torch.where(belongs[:, None], largest, smallest) - products)

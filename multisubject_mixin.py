@@ -174,7 +174,9 @@ class MultiSubjectMixin(PromptEncoderMixin):
             again = recurrent_steps(
                 self, recurrence, guidance_steps if recurrence_steps is None else recurrence_steps, asked["generator"]
             )
-            with guidance, again, self._running_on(device):
+            # Of what is still to be encoded then, nothing is a region's.
+            no_region = self._loras_of_words(placed, False, (), None)
+            with guidance, again, self._running_on(device), no_region:
                 values = super().__call__(**{**asked, "return_dict": False})  # type: ignore[misc]
 
         # 5. Collect the attention maps

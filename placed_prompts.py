@@ -12,6 +12,7 @@ from .attention_processors import AttentionRecorder
 from .guidance_methods import GuidanceMethod, TokenKind, unserved
 from .layout import Region, parse_layout, region_names
 from .region_conditioning import RegionConditioning
+from .region_contents import HELD_KEYS
 from .residual_embeddings import ParsedPrompt, Place, ResidualEmbedding
 
 __multisubject_version__ = "0.1.0"
@@ -140,7 +141,7 @@ def per_prompt(value: Any, prompt: str | list[str] | None, argument: str) -> lis
         return [value]
     if isinstance(value, (list, tuple)):
         if any(
-            isinstance(part, Mapping) and {"box", "mask"} & {*part} and {"subject", "phrase"} & {*part}
+            isinstance(part, Mapping) and len({"box", "mask", "subject", "phrase", *HELD_KEYS} & {*part}) > 1
             for part in value
         ):
             raise ValueError(

@@ -84,7 +84,9 @@ class PromptEncoderMixin(SubjectLoaderMixin):
             if method is not None:
                 if wants_region_prompts(method, placed, asked["prompt_embeds"] is None):
                     prompts = region_texts(placed, method)
-                words = [] if getattr(method, "uses_region_prompts", False) else words_texts(placed)
+                words = words_texts(placed)  # checks their lengths for every method
+                if getattr(method, "uses_region_prompts", False):
+                    words = []  # they are in `prompts`
                 negatives = self._negative_texts(placed, asked) if asked["do_classifier_free_guidance"] else []
             has_loras = asked["prompt_embeds"] is None and bool(_names_of_loras(placed))
             if not (prompts or words or negatives or has_loras):

@@ -147,12 +147,16 @@ def make_maps(
     signed_weights = signed_weights.where(tokens.any(dim=1)[:, None, :], 0)
     inside = inside & (masks > 0)
     # The background is a place of its own words alone; for everything else it lies outside all regions.
-    subjects = inside if regions.background is None else inside & ~regions.background.to(device)[..., None]
+    # So it does for a region that places no words (a LoRA, a picture, a negative), which leaves the prompt alone.
+    placing = tokens.any(dim=2)  # [B, R]
+    if regions.background is not None:
+        placing = placing & ~regions.background.to(device)
+    subjects = inside & placing[..., None]
     anywhere = subjects.any(dim=1)[:, :, None]  # [B, Q, 1]
     inside_weights = signed_weights.where(anywhere, 0)
     summary = (kinds >= TokenKind.END) & (owners == SHARED)  # [B, K]
     hidden_summary = HIDDEN * (anywhere & summary[:, None, :])
-    covering = regions.masks if regions.background is None else regions.masks * ~regions.background[..., None, None]
+    covering = regions.masks * placing.to(regions.masks.device)[..., None, None]
     covered = covering.amax(dim=1).mean(dim=(1, 2)).to(device)  # [B], the same at every resolution
     least = HIDDEN * (covered <= 2 / 3) - 2.0
     held_back_summary = hidden_summary.maximum(least[:, None, None])

@@ -53,6 +53,13 @@ def read_contents(entry: Mapping[str, Any], place: str) -> dict[str, Any]:
         )
     if "strength" in given:
         contents["strength"] = read_number(given["strength"], f"{place}: strength", low=0)
+    has_words = any(entry.get(key) is not None for key in ("subject", "phrase", "prompt", "negative_prompt"))
+    timed = [key for key in ("begin", "end", "strength") if key in given]
+    if timed and not has_words and contents.get("strength") != 0:
+        raise ValueError(
+            f"{place} has `{timed[0]}`, but no words that it could guide: LoRAs and reference pictures act at every"
+            " step, with a scale of their own. Leave it out."
+        )
     return contents
 
 
@@ -184,5 +191,5 @@ def _digest(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         array = value.detach().cpu().to(torch.float32).numpy()
     else:
-        array = np.asarray(value)
+        array = np.asarray(value.convert("RGBA") if isinstance(value, Image.Image) else value)  # palettes differ
     return [list(array.shape), hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()]

@@ -271,7 +271,7 @@ def _rows_of(path: str, layer: Any, modules: Mapping[str, Any]) -> tuple[str | N
     parent, _, name = path.rpartition(".")
     block = modules.get(parent)
     if not hasattr(modules[""], "time_embedding"):  # a text encoder
-        return TOKENS, block
+        return (None if name == "text_projection" else TOKENS), block  # which makes the pooled embedding
     if name == "time_emb_proj":
         return (TIME if getattr(block, "time_embedding_norm", None) == "default" else None), block
     if path.split(".")[0] in ("time_embedding", "add_embedding", "class_embedding", "encoder_hid_proj"):

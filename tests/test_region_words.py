@@ -389,3 +389,36 @@ def test_a_compiled_unet_stays_one_graph_with_words_negatives_and_times(pipe):
     finally:
         pipe.unet = unet
         torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("method", ["multisubject", "cones2_padding_hidden", "cones2", "dense_diffusion"])
+def test_a_region_without_words_leaves_the_prompt_alone(pipe, method):
+    """Its negative is the call's own where it covers the picture, whatever the method hides in regions of subjects."""
+    if "text_encoder_2" in pipe.components:
+        pytest.skip("XL's pooled embedding stays the picture's")
+
+    def draw(**arguments):
+        return pipe(
+            PROMPT, num_inference_steps=2, guidance_method=method, output_type="latent",
+            generator=torch.Generator().manual_seed(0), **arguments,
+        ).images  # fmt: skip
+
+    found = draw(layout=[{"box": (0, 0, 1, 1), "negative_prompt": "red hat"}])
+    assert_equal_up_to_rounding(found, draw(negative_prompt="red hat"), 500)
+
+
+@pytest.mark.parametrize("method", ["multisubject", "regional_prompts"])
+def test_long_words_are_refused_by_every_method(pipe, method):
+    with pytest.raises(ValueError, match="tokens, expected at most"):
+        pipe(PROMPT, layout=[{"box": LEFT, "prompt": "a red dog " * 60}], guidance_method=method)
+
+
+def test_times_of_a_region_without_words_are_refused(pipe):
+    with pytest.raises(ValueError, match=r"has `begin`, but no words that it could guide"):
+        pipe(PROMPT, layout=[{"box": LEFT, "lora": "x", "begin": 0.5}])
+
+
+def test_regions_without_a_subject_beside_a_list_of_prompts_are_not_taken_for_layouts(pipe):
+    layout = [{"box": LEFT, "prompt": "a dog"}, {"subject": "background", "prompt": "a ball"}]
+    with pytest.raises(ValueError, match="`layout` is a list of regions, expected a layout for each of the 2 prompts"):
+        pipe([PROMPT, PROMPT], layout=layout)

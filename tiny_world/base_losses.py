@@ -158,6 +158,8 @@ class CaptionLoss(nn.Module):
         first, *second = text_configs(encoders)
         self.end = first.eos_token_id
         self.heads = nn.ModuleList(_heads(width, classes) for width in self.widths)
+        if teacher is not None:
+            self.heads[0].requires_grad_(False)  # not read
         summary = {name: classes[name] for name in ("setting", "present")}
         self.pooled_heads = nn.ModuleList(_heads(config.projection_dim, summary) for config in second)
 

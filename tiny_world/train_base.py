@@ -17,7 +17,7 @@ and starts from its text encoder and UNet:
     python tiny_world/train_base.py vae $xl      # encodes the scenes, trains nothing
     python tiny_world/train_base.py text_encoder $xl
     python tiny_world/train_base.py diffusion $xl
-    python tiny_world/train_base.py export $xl --output tiny_world/base_xl
+    python tiny_world/train_base.py export $xl
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from multisubject.tiny_world import EMBEDDED_BASE
+from multisubject.tiny_world import EMBEDDED_BASE, EMBEDDED_BASE_XL
 from multisubject.tiny_world.base_losses import (
     NOISE,
     AutoencoderLoss,
@@ -110,7 +110,7 @@ def train_vae(job: Job) -> None:
     teacher = None if job.earlier is None else AutoencoderKL.from_pretrained(job.earlier / "vae").float()
     if teacher is not None and teacher.config.sample_size == job.recipe.world.image_size:
         if process_state().is_main_process:
-            save_vae(teacher, pictures, job.runs)
+            save_vae(teacher, pictures, job.runs, teacher.config.scaling_factor)
             teacher.save_pretrained(job.runs / "decoder")
         return
     torch.manual_seed(schedule.seed)
@@ -186,6 +186,8 @@ def make_text_encoders(job: Job, tokenizer: CLIPTokenizer) -> TextEncoders:
     _, settings = split_schedule(job.recipe.text_encoder)
     encoders = {}
     for name, network in settings["networks"].items():
+        if unknown := set(network) - set(CLIPTextConfig().to_dict()):
+            raise ValueError(f"text_encoder.networks.{name}: unknown settings {sorted(unknown)} for a CLIPTextConfig.")
         config = CLIPTextConfig(
             vocab_size=len(tokenizer),
             max_position_embeddings=MAX_TOKENS,
@@ -298,7 +300,8 @@ def load_earlier_unet(unet: UNet2DConditionModel, earlier: Path) -> None:
                 weight.zero_()
         elif old[name].shape == weight.shape:
             weight.copy_(old[name])
-        elif ".attn2.to_k." in name or ".attn2.to_v." in name:  # the first encoder's columns come first
+        elif name.split(".")[-2] in ("to_k", "to_v") and old[name].shape[1] < weight.shape[1]:
+            # The first encoder's columns come first.
             weight.zero_()[:, : old[name].shape[1]] = old[name]
         else:
             raise ValueError(
@@ -354,6 +357,11 @@ def train_diffusion(job: Job) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(job.runs / "tokenizer")
     encoders = load_text_encoders(job)
     no_caption = tokenize(tokenizer, [""])[0].to(device)
+    if len(latents) != len(input_ids):
+        raise ValueError(
+            f"{job.runs} has latents of {len(latents)} scenes and captions of {len(input_ids)}; run the `vae` and the "
+            "`text_encoder` stage on the same scenes."
+        )
 
     torch.manual_seed(schedule.seed)
     unet = make_unet(recipe, encoders, latents.shape[-1])
@@ -450,7 +458,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--scenes", type=Path, help="the drawn scenes (default: in --runs)")
     parser.add_argument(
-        "--output", type=Path, default=EMBEDDED_BASE, help="`export` writes here (default: %(default)s)"
+        "--output", type=Path, help="`export` writes here (default: tiny_world/base, or base_xl of two text encoders)"
     )
     parser.add_argument(
         "--start_from",
@@ -461,7 +469,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     job = Job(Recipe.load(arguments.recipe), arguments.runs, arguments.scenes or arguments.runs, arguments.start_from)
     if arguments.stage == "export":
-        export(job, arguments.output)
+        export(job, arguments.output or (EMBEDDED_BASE_XL if job.recipe.is_xl else EMBEDDED_BASE))
     else:
         stages = {
             "vae": train_vae,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import copy
 import functools
 import importlib
 import inspect
@@ -1448,7 +1449,7 @@ def test_two_threads_do_not_step_through_one_scheduler(pipe):
 
 def test_threads_that_would_wait_for_each_other_are_told(tokenizer):
     """Each calls the other one's pipeline in its callback."""
-    pipes = [make_pipeline(make_components(tokenizer, "sd1")) for _ in range(2)]
+    pipes = [make_pipeline(make_components(copy.deepcopy(tokenizer), "sd1")) for _ in range(2)]
     barrier = threading.Barrier(2)
 
     def draw(first: Any, second: Any) -> Any:

@@ -202,6 +202,8 @@ class PromptEncoderMixin(SubjectLoaderMixin):
         with ExitStack() as contexts:
             for number, slot in enumerate(self.encoder_slots if names else ()):
                 encoder = getattr(self, slot.name)
+                if encoder is None:  # given embeddings need none
+                    continue
                 switch = contexts.enter_context(placed_loras(encoder, names))
                 held, shares = text_loras(placed, number, slot.tokenizer.model_max_length, prompts, more)
                 factors = joined_scales(held, shares.to(encoder.device)) if held else {}

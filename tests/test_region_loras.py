@@ -310,6 +310,15 @@ def test_words_are_changed_where_the_region_names_them(pipe):
     assert not moved[: span.start].any()
 
 
+def test_given_embeddings_need_no_text_encoder(pipe):
+    whole = dict(zip(EMBEDS, pipe.encode_prompt(PROMPT, negative_prompt="a cat"), strict=False))
+    arguments = {"layout": regions("a", "b"), "guidance_method": "cones2", **whole}
+    expected = sample(pipe, **arguments)
+    for slot in pipe.encoder_slots:
+        setattr(pipe, slot.name, None)
+    assert torch.equal(sample(pipe, **arguments), expected)
+
+
 def test_own_prompts_hold_the_lora_whole(tokenizer):
     """A region's own prompt is encoded as with the LoRA everywhere, others' as the base does."""
     pipe = make_pipe(tokenizer, "sd1", "a")

@@ -54,7 +54,7 @@ def read_contents(entry: Mapping[str, Any], place: str) -> dict[str, Any]:
     if "strength" in given:
         contents["strength"] = read_number(given["strength"], f"{place}: strength", low=0)
     has_words = any(entry.get(key) is not None for key in ("subject", "phrase", "prompt", "negative_prompt"))
-    timed = [key for key in ("begin", "end", "strength") if key in given]
+    timed = [key for key in TIME_KEYS if key in given]
     if timed and not has_words and contents.get("strength") != 0:
         raise ValueError(
             f"{place} has `{timed[0]}`, but no words that it could guide: LoRAs and reference pictures act at every"

@@ -66,30 +66,31 @@ def region_texts(placed: Sequence[PlacedPrompt], method: GuidanceMethod | None =
         ValueError: a phrase is too long to be encoded this way.
     """
     found = []
+    takes_all = getattr(method, "uses_region_prompts", False)
     for row, of_prompt in enumerate(placed):
         text, count = of_prompt.texts[0], len(of_prompt.texts)
+        start = _region_start(text) if any(of_prompt.places) else 0
         words = of_prompt.words or [None] * len(of_prompt.places)
         for region, (places, own) in enumerate(zip(of_prompt.places, words, strict=True)):
-            if getattr(method, "uses_region_prompts", False) and own is not None:
+            if takes_all and own is not None:
                 found.append(RegionText(row, region, own, range(1, _num_tokens(own) - 1)))
             elif places:
-                parsed = _photo_of(text, *places[0])
-                start = _region_start(text)
+                parsed = _photo_of(text, *places[0], start)
                 found.append(RegionText(row, region, [parsed] * count, range(start, start + len(places[0].span))))
-            elif getattr(method, "uses_region_prompts", False):
+            elif takes_all:
                 found.append(RegionText(row, region, of_prompt.texts, range(0)))
     return found
 
 
-def _photo_of(text: ParsedPrompt, words: str, span: range) -> ParsedPrompt:
-    limit = text.tokenizer.model_max_length - 1 - _region_start(text)  # the last token is the end of the text
+def _photo_of(text: ParsedPrompt, words: str, span: range, start: int) -> ParsedPrompt:
+    limit = text.tokenizer.model_max_length - 1 - start  # the last token is the end of the text
     if len(span) > limit:
         raise ValueError(
             f"a phrase of the layout has {len(span)} tokens, expected at most {limit}: it is also encoded by"
             f" itself, as {REGION_PROMPT!r} and the phrase. Shorten it, or use guidance_method='cones2', which"
             " encodes the prompt alone."
         )
-    shift = _region_start(text) - span.start
+    shift = start - span.start
     mentions = [
         Mention(mention.subject, mention.phrase, _shifted(mention.span, shift))
         for mention in text.mentions

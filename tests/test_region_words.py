@@ -397,14 +397,8 @@ def test_a_region_without_words_leaves_the_prompt_alone(pipe, method):
     if "text_encoder_2" in pipe.components:
         pytest.skip("XL's pooled embedding stays the picture's")
 
-    def draw(**arguments):
-        return pipe(
-            PROMPT, num_inference_steps=2, guidance_method=method, output_type="latent",
-            generator=torch.Generator().manual_seed(0), **arguments,
-        ).images  # fmt: skip
-
-    found = draw(layout=[{"box": (0, 0, 1, 1), "negative_prompt": "red hat"}])
-    assert_equal_up_to_rounding(found, draw(negative_prompt="red hat"), 500)
+    found = sample(pipe, layout=[{"box": WHOLE, "negative_prompt": "red hat"}], guidance_method=method)
+    assert_equal_up_to_rounding(found, sample(pipe, negative_prompt="red hat", guidance_method=method), RUN)
 
 
 @pytest.mark.parametrize("method", ["multisubject", "regional_prompts"])

@@ -234,7 +234,6 @@ class DiffusionLoss(nn.Module):
     adjectives: torch.Tensor
     nouns: torch.Tensor
     encoder_of_column: torch.Tensor
-    alphas_cumprod: torch.Tensor
 
     def __init__(
         self,
@@ -252,7 +251,6 @@ class DiffusionLoss(nn.Module):
             "adjectives": torch.tensor(adjectives),
             "nouns": torch.tensor(nouns),
             "encoder_of_column": torch.arange(len(widths)).repeat_interleave(torch.tensor(widths)),
-            "alphas_cumprod": DDPMScheduler(**NOISE).alphas_cumprod,
         }
         for name, value in buffers.items():
             self.register_buffer(name, value, persistent=False)
@@ -306,7 +304,7 @@ class DiffusionLoss(nn.Module):
         prompt_embeds, pooled = self.embed(input_ids, condensed, carrying)
         added = None if pooled is None else {"text_embeds": pooled, "time_ids": time_ids}
         prediction = self.unet(noisy, timesteps, prompt_embeds, added_cond_kwargs=added).sample.float()
-        alphas = self.alphas_cumprod[timesteps]
+        alphas = self.schedule.alphas_cumprod.to(latents.device)[timesteps]
         weights = (self.snr_gamma * (1 - alphas) / alphas).clamp(max=1.0)
         errors = (prediction - target).square().mean(dim=(1, 2, 3))
         return {"loss": (weights * errors).sum() / weights.sum(), "mse": errors.mean().detach()}

@@ -47,6 +47,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from multisubject.base_models import tokenizer_of
 from multisubject.tiny_world import EMBEDDED_BASE, EMBEDDED_BASE_XL
 from multisubject.tiny_world.base_losses import (
     NOISE,
@@ -183,9 +184,8 @@ def train_decoder(job: Job) -> None:
 
 def make_text_encoders(job: Job, tokenizer: CLIPTokenizer) -> TextEncoders:
     """Random weights, or those of an earlier model as far as it has them."""
-    _, settings = split_schedule(job.recipe.text_encoder)
     encoders = {}
-    for name, network in settings["networks"].items():
+    for name, network in job.recipe.text_encoder["networks"].items():
         if unknown := set(network) - set(CLIPTextConfig().to_dict()):
             raise ValueError(f"text_encoder.networks.{name}: unknown settings {sorted(unknown)} for a CLIPTextConfig.")
         config = CLIPTextConfig(
@@ -266,11 +266,10 @@ def train_text_encoder(job: Job) -> None:
 
 def load_text_encoders(job: Job) -> TextEncoders:
     """What the `text_encoder` stage has left."""
-    _, settings = split_schedule(job.recipe.text_encoder)
     return TextEncoders(
         {
             name: ENCODER_CLASSES[name].from_pretrained(job.needs(name, "text_encoder"), dtype=torch.float32)
-            for name in settings["networks"]
+            for name in job.recipe.text_encoder["networks"]
         }
     )
 
@@ -403,7 +402,7 @@ def export(job: Job, output: Path) -> None:
     if output.exists() and not (output / "model_index.json").is_file() and (output.is_file() or any(output.iterdir())):
         raise FileExistsError(f"--output {output} holds no earlier model (no model_index.json); choose another.")
     encoders = load_text_encoders(job).encoders
-    tokenizer_names = [name.replace("text_encoder", "tokenizer") for name in encoders]
+    tokenizer_names = [tokenizer_of(name) for name in encoders]
     parts: dict[str, Any] = {
         "vae": AutoencoderKL.from_pretrained(job.needs("decoder", "decoder")),
         "unet": UNet2DConditionModel.from_pretrained(job.needs("unet", "diffusion")),

@@ -97,11 +97,11 @@ class PromptEncoderMixin(SubjectLoaderMixin):
             if negatives:
                 held["negatives"] = make_negatives(negatives, self._encode_negatives(asked, negatives, placed), batch)
             values, encoded = self._encode_prompts(asked, [*prompts, *words], placed)
-        if prompts:
-            most = max(len(of_prompt.places) for of_prompt in placed)
-            held["prompts"] = make_region_prompts(prompts, encoded[: len(prompts)], (batch, most))
-        if words:
-            held["words"] = make_words(words, encoded[len(prompts) :], batch)
+            if prompts:
+                most = max(len(of_prompt.places) for of_prompt in placed)
+                held["prompts"] = make_region_prompts(prompts, encoded[: len(prompts)], (batch, most))
+            if words:
+                held["words"] = make_words(words, encoded[len(prompts) :], batch)
         return dict(zip(EMBEDS, values, strict=False)), held
 
     def _negative_texts(self, placed: Sequence[PlacedPrompt], asked: Mapping[str, Any]) -> list[RegionText]:

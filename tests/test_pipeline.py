@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import copy
 import functools
 import importlib
 import inspect
@@ -65,6 +64,7 @@ from multisubject.region_attention import region_attention
 from multisubject.region_texts import wants_region_prompts
 from multisubject.residual_embeddings import Place, ResidualEmbedding, parse_prompt
 from multisubject.saved_pipeline import PIPELINE_SIBLINGS, PIPELINES
+from multisubject.shared_models import state_of
 
 PROMPT = "a photo of a red dog and a blue ball"
 RUN = 500  # roundings that add up in a short run
@@ -1449,7 +1449,7 @@ def test_two_threads_do_not_step_through_one_scheduler(pipe):
 
 def test_threads_that_would_wait_for_each_other_are_told(tokenizer):
     """Each calls the other one's pipeline in its callback."""
-    pipes = [make_pipeline(make_components(copy.deepcopy(tokenizer), "sd1")) for _ in range(2)]
+    pipes = [make_pipeline(make_components(tokenizer, "sd1")) for _ in range(2)]
     barrier = threading.Barrier(2)
 
     def draw(first: Any, second: Any) -> Any:
@@ -1467,6 +1467,26 @@ def test_threads_that_would_wait_for_each_other_are_told(tokenizer):
     refused = [message for message in found if isinstance(message, str)]
     assert len(refused) == 1 and "wait for each other's models" in refused[0]
     assert all(sample(pipe, layout=LAYOUT).isfinite().all() for pipe in pipes)
+
+
+def test_tokenizers_are_used_in_turn_alone(pipe, monkeypatch):
+    """Two pipelines may have one, and it changes inside whenever it is called."""
+    kind, owners = type(pipe.tokenizer), []
+
+    def spied(use: Any) -> Any:
+        def wrapper(tokenizer: Any, *args: Any, **kwargs: Any) -> Any:
+            with state_of(tokenizer) as state:
+                owners.append(state.owner)
+            return use(tokenizer, *args, **kwargs)
+
+        return wrapper
+
+    for name in ("__call__", "tokenize"):
+        monkeypatch.setattr(kind, name, spied(getattr(kind, name)))
+    sample(pipe, layout=LAYOUT, num_inference_steps=1)
+    held = [{"box": (0.0, 0.0, 0.5, 1.0), "prompt": "a red mug", "negative_prompt": "a cat"}]
+    sample(pipe, layout=held, num_inference_steps=1)
+    assert owners and {*owners} == {threading.get_ident()}
 
 
 def test_contexts_of_a_compiled_unet_and_of_what_it_wraps_close_in_any_order(pipe):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from multisubject.generation.advice import advise
 from multisubject.generation.base_model import BaseModel
 from multisubject.generation.config_file import ConfigError, ConfigFile, GenerationConfig, Report
 from multisubject.generation.places import find_source, picture_folder, resolve_paths, texts_of_regions
@@ -132,6 +133,7 @@ def _plan(
     config: GenerationConfig, index: int, report: Report, base: BaseModel, size: tuple[int, int]
 ) -> GenerationTask:
     """Everything about an entry that needs the files it names and the tokenizer."""
+    problems = len(report.problems)
     if config.guidance_method is not None:
         with report.collect(index, "guidance_method"):
             resolve_guidance_method(config.guidance_method)
@@ -174,6 +176,8 @@ def _plan(
             _check_regions(task, regions, parsed, base)
     with report.collect(index, "negative_prompt"):
         task.check_negative_prompt(config.negative_prompt or "", base)
+    if len(report.problems) == problems:
+        advise(task, regions, base, lambda message, key: report.warn(message, index, key))
     if not subjects:
         task = replace(task, folder=picture_folder([region.subject for region in regions], config.prompt))
     return task

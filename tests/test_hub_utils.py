@@ -643,6 +643,22 @@ def test_the_card_shows_the_pipeline_of_the_subjects_and_their_widths():
     assert 'MultiSubjectXLPipeline.from_pretrained("stabilityai/sdxl")' in code
 
 
+@pytest.mark.parametrize(
+    ("base_model", "loaded"),
+    [
+        ("tiny_world_xl", "path/to/tiny_world_xl"),
+        ('x") or evil("', "path/to/the/base/model"),
+        ("a\nb", "path/to/the/base/model"),
+        (None, "path/to/the/base/model"),
+    ],
+)
+def test_the_card_names_a_base_that_is_not_on_the_hub_where_its_name_is_one(base_model, loaded):
+    card = subject_card("user/rex", {"rex": info(base_model=base_model)})
+    [code] = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    assert f'.from_pretrained("{loaded}")\n' in code
+    compile(code, "card", "exec")
+
+
 def test_the_card_of_subjects_for_two_families_has_code_for_both():
     card = subject_card("user/dogs", {"rex": info(**XL), "petrucci": info(), "comet": info()})
     assert "subjects for Stable Diffusion 1.x and 2.x and Stable Diffusion XL, as" in card

@@ -126,19 +126,19 @@ class _Page:
                 format="png",
                 buttons=["download", "fullscreen"],
             )
-        with gr.Accordion("Take it along, bring it back", open=False, elem_id="along"):
+        with gr.Accordion("Take it along", open=False, elem_id="along"):
             with gr.Row():
                 self.as_python = gr.Button("Copy as Python", elem_id="as_python", min_width=120)
                 self.as_config = gr.Button("Copy as config", elem_id="as_config", min_width=120)
-            gr.Markdown("A picture that was made here, or its config, brings everything back: drop it anywhere.")
             self.python = gr.Code(language="python", label="Python", visible=False, elem_id="python", max_lines=20)
             self.config = gr.Code(language="json", label="page.json", visible=False, elem_id="config", max_lines=20)
-            self.file = gr.File(
-                label="Open a picture, a config or a zip",
-                elem_id="open",
-                file_types=[".png", ".json", ".zip"],
-                height=150,
-            )
+        # Not in a part that is closed at first, which the browser has no field of before it is opened.
+        self.file = gr.File(
+            label="Bring back: a picture made here, or its config",
+            elem_id="open",
+            file_types=[".png", ".json", ".zip"],
+            height=130,
+        )
         self.controls = controls
 
     def _start_controls(self) -> dict[str, Any]:

@@ -52,11 +52,24 @@ def says(page, text, seconds=60):
     page.locator("#status").get_by_text(text).first.wait_for(timeout=1000 * seconds)
 
 
+def run(page):
+    """Generate, and wait for the end."""
+    before = page.inner_text("#status")
+    page.click("#go")
+    page.wait_for_function(
+        """(before) => {
+            const said = document.querySelector("#status").innerText;
+            return said.includes("Done in") && said !== before;
+        }""",
+        arg=before,
+        timeout=90_000,
+    )
+
+
 def generate(page, pictures=1, steps=3):
     number(page, "num_images", pictures)
     number(page, "steps", steps)
-    page.click("#go")
-    says(page, "Done in")
+    run(page)
     page.wait_for_function(f"document.querySelectorAll('#results .thumbnail-item').length === {pictures}")
 
 
@@ -133,9 +146,7 @@ def test_a_result_lies_under_the_regions_and_one_of_them_is_redrawn(page, page_s
     page.wait_for_function("document.querySelector('#region input')?.value === '1 petrucci'")
     page.locator("#region input").click()
     page.get_by_role("option", name="2 majesty").click()
-    page.click("#go")
-    says(page, "Done in")
-    page.wait_for_timeout(300)
+    run(page)
     (after,) = newest(page_server)
     changed = (pixels(before) != pixels(after)).any(-1)
     assert changed[30:110, 74:118].any() and not changed[:, :64].any()
@@ -163,8 +174,7 @@ def test_a_dropped_picture_brings_everything_back(page, browser, page_server):
         fresh.wait_for_function("document.querySelectorAll('.regions > li').length === 3")
         assert fresh.input_value(".prompt") == "a photo of <petrucci> and <majesty> and <biscuit>"
         assert fresh.locator("#seed input").input_value() == "21"
-        fresh.click("#go")
-        says(fresh, "Done in")
+        run(fresh)
         (again,) = newest(page_server)
     assert again != kept and np.array_equal(pixels(again), pixels(kept))
 

@@ -35,12 +35,13 @@ function send(isTyped) {
   clearTimeout(timer);
   page.revision += 1;
   if (!isTyped) settled = snapshot();
-  const now = () => {
-    props.value = copy({ ...known, ...page });
-    trigger("change");
-  };
-  if (isTyped) timer = setTimeout(now, 200);
-  else now();
+  if (isTyped) timer = setTimeout(sendNow, 200);
+  else sendNow();
+}
+
+function sendNow() {
+  props.value = copy({ ...known, ...page });
+  trigger("change");
 }
 
 /** The user changed something: `isTyped` in a field that must keep its focus. */
@@ -68,6 +69,8 @@ function step(from, to) {
 
 function take() {
   const value = props.value ?? {};
+  const offered = () => JSON.stringify({ ...known, problems: null });
+  const before = offered();
   for (const key of Object.keys(known)) if (value[key] !== undefined) known[key] = copy(value[key]);
   const revision = value.revision ?? 0;
   const isLoaded = revision > page.revision;
@@ -78,11 +81,13 @@ function take() {
     page.revision = revision;
     chosen = null;
     settled = snapshot();
-  } else if (revision === page.revision && value.underlay !== undefined) page.underlay = value.underlay;
+  } else if (revision < page.revision) {
+    clearTimeout(timer); // an answer to an earlier state: it has taken the place of what the user drew since
+    timer = setTimeout(sendNow, 0);
+  } else if (value.underlay !== undefined) page.underlay = value.underlay;
   if (!picked || !isOffered(picked)) picked = nextPick();
-  if (root.contains(document.activeElement) && /INPUT|TEXTAREA|SELECT/.test(document.activeElement.tagName) && !isLoaded)
-    redrawStage(), redrawNotes();
-  else redraw();
+  if (isLoaded || offered() !== before) redraw();
+  else redrawStage(), redrawTools(), redrawNotes(); // what is pressed or typed in just now stays where it is
 }
 
 /** A region with all its keys. */
@@ -220,7 +225,6 @@ function redrawStage() {
   stage.style.aspectRatio = `${width} / ${height}`;
   const under = picture(page.underlay, redrawStage);
   stage.style.backgroundImage = under ? `url("${page.underlay}")` : "";
-  stage.classList.toggle("pictured", Boolean(under));
   stage.classList.toggle("fine", Boolean(under) && under.naturalWidth < 256);
   const hues = colours();
   const layers = [];

@@ -72,7 +72,7 @@ class Server:
             if self.sent and wanted(self.sent[-1]):
                 return self.sent[-1]
             time.sleep(0.05)
-        raise AssertionError(f"the canvas sent {self.sent[-1] if self.sent else 'nothing'}")
+        raise AssertionError(f"the canvas sent {self.sent[-1]['regions'] if self.sent else None}")
 
 
 @pytest.fixture(scope="module")

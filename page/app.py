@@ -404,7 +404,6 @@ class _Page:
         opened = {**read.plain(), "revision": (revision if isinstance(revision, int) else 0) + 1}
         values = self.controls_of(settings)
         regions = gr.Dropdown(_choices(opened), value=values.pop("region"))
-        problems = self.service.problems(opened, asdict(settings))
         said = _said(" ".join(["Opened.", *notes]))
         return [opened, *values.values(), regions, None, said]
 

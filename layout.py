@@ -105,8 +105,8 @@ def parse_layout(
               box and mask is what no other region covers,
             - a colour map, with `color_context`,
             - None: no regions.
-            Masks and colour maps are PIL images, paths, or arrays (NumPy or torch). A mask is boolean, 0/1, 8- or
-            16-bit, or floats in [0, 1]; an image with transparency stands for its alpha channel.
+            Masks and colour maps are PIL images, paths, `data:image/png;base64,…` or arrays (NumPy or torch). A mask is
+            boolean, 0/1, 8- or 16-bit, or floats in [0, 1]; an image with transparency stands for its alpha channel.
         height: picture's height in pixels.
         width: picture's width in pixels.
         color_context: colour of the map (`"255,0,0"`, `(255, 0, 0)` or `"#ff0000"`) -> `[subject, weight]`, a subject,

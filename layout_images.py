@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
+from .pictures import picture_file, picture_name
 from .region_contents import CONTENT_KEYS
 
 __multisubject_version__ = "0.1.0"
@@ -92,16 +93,16 @@ def _read_image(value: Any, place: str) -> np.ndarray:
         return value
     if isinstance(value, str | os.PathLike):
         try:
-            with Image.open(value) as image:
+            with Image.open(picture_file(value)) as image:
                 value = ImageOps.exif_transpose(image)  # as viewers show it
                 value.load()
         except FileNotFoundError:
             raise ValueError(
-                f"{place}: file {os.fspath(value)!r} does not exist. Check the path and working folder."
+                f"{place}: file {picture_name(value)!r} does not exist. Check the path and working folder."
             ) from None
         except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
             raise ValueError(
-                f"{place}: file {os.fspath(value)!r} is not a readable image ({error}). Save it as PNG."
+                f"{place}: file {picture_name(value)!r} is not a readable image ({error}). Save it as PNG."
             ) from error
     if not isinstance(value, Image.Image):
         raise TypeError(f"{place} is of type {type(value).__name__}, expected a PIL image, a path or an array.")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
 import io
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -16,6 +20,34 @@ __multisubject_version__ = "0.1.0"
 
 # Pillow reports a damaged file by any of these, according to the format.
 PICTURE_ERRORS = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)
+
+
+_DATA_URL = re.compile(r"data:image/(png|jpeg|webp);base64,")
+
+
+def is_data_url(value: Any) -> bool:
+    """Whether a value is a picture written as text, `data:image/png;base64,…` (PNG, JPEG or WebP)."""
+    return isinstance(value, str) and _DATA_URL.match(value) is not None
+
+
+def picture_file(value: str | os.PathLike[str]) -> Any:
+    """What `Image.open` takes for a path or a picture written as text. Raises `OSError` for text that is no base64."""
+    if not is_data_url(value):
+        return value
+    try:
+        return io.BytesIO(base64.b64decode(str(value).partition(",")[2], validate=True))
+    except binascii.Error as error:
+        raise OSError(f"what follows `base64,` is none: {error}") from None
+
+
+def picture_name(value: str | os.PathLike[str]) -> str:
+    """What messages call a path or a picture written as text."""
+    return f"{str(value).partition(',')[0]},…" if is_data_url(value) else os.fspath(value)
+
+
+def data_url(image: Image.Image) -> str:
+    """A picture as text, which layouts take for a mask or a reference picture."""
+    return f"data:image/png;base64,{base64.b64encode(png_bytes(image)).decode()}"
 
 
 def open_picture(path: Path) -> Image.Image:

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from .pictures import picture_file, picture_name
+
 __multisubject_version__ = "0.1.0"
 
 HELD_KEYS = ("prompt", "negative_prompt", "lora", "ip_adapter_image")
@@ -173,10 +175,10 @@ def _read_references(value: Any, place: str) -> Any:
         return [_read_references(part, f"{place}[{index}]") for index, part in enumerate(value)]
     if isinstance(value, (str, os.PathLike)):
         try:
-            with Image.open(value) as image:
+            with Image.open(picture_file(value)) as image:
                 return image.convert("RGB")
         except (OSError, UnidentifiedImageError) as error:
-            raise ValueError(f"{place}: the file {os.fspath(value)!r} cannot be read: {error}.") from error
+            raise ValueError(f"{place}: the file {picture_name(value)!r} cannot be read: {error}.") from error
     if not isinstance(value, (Image.Image, np.ndarray, torch.Tensor)):
         raise TypeError(f"{place} is of type {type(value).__name__}, {expected}.")
     return value

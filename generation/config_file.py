@@ -62,7 +62,15 @@ class GenerationConfig:
 
 
 class ConfigError(ValueError):
-    """A generation config that cannot be run. The message lists every problem with its place in the file."""
+    """A generation config that cannot be run. The message lists every problem with its place in the file.
+
+    Attributes:
+        problems: the same, one by one, where they are of a file that was read.
+    """
+
+    def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.problems = tuple(problems)
 
 
 # --- what is expected ----------------------------------------------------------------------------------------------
@@ -136,11 +144,11 @@ class Report:
 
     def problem(self, message: str, entry: int | None = None, *keys: str) -> None:
         """`keys` lead to the place within the entry: a key, then a key of its value."""
-        self.problems.append(f"{self._place(entry, keys)}: {message}")
+        self.problems.append(self.placed(message, entry, keys))
 
     def warn(self, message: str, entry: int, *keys: str) -> None:
         """As `problem`."""
-        self.warnings.append(f"{self._place(entry, keys)}: {message}")
+        self.warnings.append(self.placed(message, entry, keys))
 
     @contextmanager
     def collect(self, entry: int, *keys: str) -> Iterator[None]:
@@ -155,11 +163,12 @@ class Report:
         if self.problems:
             count = f"{len(self.problems)} problem{'s' if len(self.problems) > 1 else ''}"
             lines = [f"{count} in the generation config; nothing was generated:", *self.problems, *more]
-            raise ConfigError("\n  ".join(lines))
+            raise ConfigError("\n  ".join(lines), self.problems)
 
-    def _place(self, entry: int | None, keys: Sequence[str]) -> str:
+    def placed(self, message: str, entry: int | None, keys: Sequence[str]) -> str:
+        """The message behind its place in the file."""
         if entry is None:
-            return str(self.path)
+            return f"{self.path}: {message}"
         position, end = self.starts[entry], (*self.starts, len(self.text))[entry + 1]
         for key in keys:
             match = re.compile(re.escape(json.dumps(key, ensure_ascii=False)) + r"\s*:").search(
@@ -168,7 +177,7 @@ class Report:
             position = match.start() if match else position
         line = self.text.count("\n", 0, position) + 1
         path = "".join(f"[{key!r}]" if depth else f", {key}" for depth, key in enumerate(keys))
-        return f"{self.path}:{line}: entry {entry + 1}{path}"
+        return f"{self.path}:{line}: entry {entry + 1}{path}: {message}"
 
 
 @dataclass(frozen=True)
@@ -198,7 +207,11 @@ def read_config(path: str | os.PathLike[str]) -> ConfigFile:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"generation config {str(path)!r} cannot be read: {error}.") from error
-    report = Report(path, text)
+    return parse_config(Report(path, text))
+
+
+def parse_config(report: Report) -> ConfigFile:
+    """The config in a report's text, as `read_config`; what is wrong with it goes into the report."""
     entries = _read_entries(report)
     return ConfigFile(tuple(_check_types(entry, index, report) for index, entry in enumerate(entries)), report)
 

@@ -22,7 +22,7 @@ from multisubject.generation.config_file import GUIDANCE_KEYS
 from multisubject.generation.console import quiet_imports, quiet_loading, shown
 from multisubject.generation.picture_files import WantedPicture, save_picture
 from multisubject.generation.tasks import GenerationTask
-from multisubject.layout import as_layout, layout_checksum
+from multisubject.layout import Region, as_layout, layout_checksum
 from multisubject.residual_embeddings import ResidualEmbedding
 from multisubject.training.devices import cpu_has_bfloat16
 from multisubject.visualization import attention_sheet
@@ -121,14 +121,14 @@ def load_pipeline(base: BaseModel, device: torch.device, dtype: torch.dtype, sho
 
 
 def load_subjects(pipe: Any, task: GenerationTask) -> None:
-    """Give the pipeline the personal subjects of a task, and no others."""
+    """Give the pipeline the personal subjects of a task, and no others. `ValueError` for one of another base."""
     for name in pipe.get_list_subjects():
         pipe.unload_subject(name)
     for name, subject in task.subjects.items():
         try:
             pipe.load_subject(subject.source, name=name, class_phrase=subject.residual.class_phrase)
         except ValueError as error:  # made for another base of the same width
-            sys.exit(f"error: subject {subject.key!r} of the prompt {task.config.prompt!r}: {error}")
+            raise ValueError(f"subject {subject.key!r} of the prompt {task.config.prompt!r}: {error}") from None
 
 
 def make_pictures(
@@ -147,21 +147,34 @@ def make_pictures(
 
 def make_picture(pipe: Any, wanted: WantedPicture, args: GenerateArguments) -> None:
     """Make a picture and save it, with its attention sheet if that is asked for."""
-    task = wanted.task
-    regions = task.regions()
-    # On the CPU and in float32, so that a seed means the same noise on every device and in every precision.
-    generator = torch.Generator("cpu").manual_seed(wanted.seed)
-    height, width = (side // pipe.vae_scale_factor for side in task.size)
-    noise = torch.randn(1, pipe.unet.config.in_channels, height, width, generator=generator)
-    output: Any = pipe(
-        **call_arguments(task, args, type(pipe)),
-        layout=as_layout(regions) or None,
-        latents=noise.to(pipe.unet.dtype),
-        generator=generator,
-        output_attention_maps=wanted.has_attention,
-    )
+    regions = wanted.task.regions()
+    output = draw(pipe, wanted.task, args, wanted.seed, regions, output_attention_maps=wanted.has_attention)
     wanted.attention_path.unlink(missing_ok=True)  # of the picture that is replaced
     if output.attention_maps is not None:
         sheet = attention_sheet(output.images[0], output.attention_maps[0], regions)
         save_picture(sheet, wanted.attention_path, wanted.settings)
     save_picture(output.images[0], wanted.path, wanted.settings)
+
+
+def draw(
+    pipe: Any, task: GenerationTask, args: GenerateArguments, seed: int, regions: Sequence[Region], **more: Any
+) -> Any:
+    """What the pipeline gives for one picture of a task, whose subjects it has.
+
+    Args:
+        pipe, task, args: of the run.
+        seed: of the picture's noise.
+        regions: of the task.
+        more: arguments of the call that change nothing in the picture, such as `callback_on_step_end`.
+    """
+    # On the CPU and in float32, so that a seed means the same noise on every device and in every precision.
+    generator = torch.Generator("cpu").manual_seed(seed)
+    height, width = (side // pipe.vae_scale_factor for side in task.size)
+    noise = torch.randn(1, pipe.unet.config.in_channels, height, width, generator=generator)
+    return pipe(
+        **call_arguments(task, args, type(pipe)),
+        layout=as_layout(regions) or None,
+        latents=noise.to(pipe.unet.dtype),
+        generator=generator,
+        **more,
+    )

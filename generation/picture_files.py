@@ -135,11 +135,11 @@ def _allow_open_files(count: int) -> None:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def save_picture(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> None:
-    """Write a PNG with its settings inside, whole or not at all."""
+def save_picture(image: Image.Image, path: Path, settings: Mapping[str, Any], **more: Any) -> None:
+    """Write a PNG with its settings inside, and `more` plain JSON data beside them, whole or not at all."""
     versions = {module.__name__: module.__version__ for module in (multisubject, torch, transformers)}
     info = PngImagePlugin.PngInfo()
-    info.add_itxt(PNG_KEY, json.dumps({"settings": settings, "versions": versions}, ensure_ascii=False))
+    info.add_itxt(PNG_KEY, json.dumps({"settings": settings, "versions": versions, **more}, ensure_ascii=False))
     write_atomically(path, png_bytes(image, info))
 
 

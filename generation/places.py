@@ -6,9 +6,10 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
+
+from multisubject.pictures import is_data_url
 
 
 def _search_folders(config_path: Path) -> list[Path]:
@@ -36,7 +37,10 @@ def find_source(name: str, config_path: Path) -> str:
 def resolve_paths(layout: Any, config_path: Path) -> Any:
     """The layout with its JSON file read, if it is one, and with the paths of colour map, masks and reference pictures
     found."""
-    find = partial(_find_file, config_path=config_path)
+
+    def find(name: str) -> str:
+        return name if is_data_url(name) else _find_file(name, config_path)
+
     if isinstance(layout, str):
         layout = find(layout)
         if not layout.lower().endswith(".json"):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from multisubject.generation.advice import advise
 from multisubject.generation.base_model import BaseModel
 from multisubject.generation.config_file import ConfigError, ConfigFile, GenerationConfig, Report
 from multisubject.generation.places import find_source, picture_folder, resolve_paths, texts_of_regions
@@ -132,6 +133,7 @@ def _plan(
     config: GenerationConfig, index: int, report: Report, base: BaseModel, size: tuple[int, int]
 ) -> GenerationTask:
     """Everything about an entry that needs the files it names and the tokenizer."""
+    problems = len(report.problems)
     if config.guidance_method is not None:
         with report.collect(index, "guidance_method"):
             resolve_guidance_method(config.guidance_method)
@@ -170,10 +172,14 @@ def _plan(
             parse_prompt(tokenizer, prompt, task.residuals, learned=base.learned)
             for tokenizer in base.tokenizers.values()
         ]
-        with report.collect(index, "color_context" if config.color_context else "layout"):
-            _check_regions(task, regions, parsed, base)
+        key = "color_context" if config.color_context else "layout"
+        with report.collect(index, key):
+            for problem in _check_regions(task, regions, parsed, base):
+                report.problem(problem, index, key)
     with report.collect(index, "negative_prompt"):
         task.check_negative_prompt(config.negative_prompt or "", base)
+    if len(report.problems) == problems:
+        advise(task, regions, base, lambda message, key: report.warn(message, index, key))
     if not subjects:
         task = replace(task, folder=picture_folder([region.subject for region in regions], config.prompt))
     return task
@@ -181,8 +187,12 @@ def _plan(
 
 def _check_regions(
     task: GenerationTask, regions: Sequence[Region], prompt: Sequence[ParsedPrompt], base: BaseModel
-) -> None:
-    """Raises `ValueError` for a region whose words are not there, or that holds what it cannot."""
+) -> list[str]:
+    """What is wrong with single regions, whose words are not there or mean several places.
+
+    Raises:
+        ValueError: where none is wrong by itself, but together they hold what they cannot.
+    """
 
     def read(texts: Sequence[str]) -> list[ParsedPrompt]:
         return [
@@ -201,12 +211,13 @@ def _check_regions(
             problems.append(str(error))
         words.append(own)
     if problems:
-        raise ValueError(" ".join(problems))
+        return problems
     placed = [PlacedPrompt(prompt, regions, words=words)]
     words_texts(placed)
     negative_texts(placed, [[task.marked(task.config.negative_prompt or "")] * count], read)
     if (method := task.config.guidance_method) in {*GUIDANCE_METHODS, None}:
         check_served(placed, resolve_guidance_method(method or "multisubject"))
+    return []
 
 
 def _separate_folders(tasks: Sequence[GenerationTask]) -> list[GenerationTask]:

@@ -1,0 +1,1 @@
+"""The page on which layouts are drawn: the pipelines and `generate_images.py`, with a mouse."""

@@ -1,0 +1,437 @@
+"""The page itself: the canvas at the left, pictures at the right, subjects in a tab of their own."""
+
+from __future__ import annotations
+
+import html
+import inspect
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from multisubject.page.canvas import canvas
+from multisubject.page.entries import DEFAULTS, METHODS, MOST_IMAGES, MOST_SEED, MOST_STEPS, STARTS, Settings
+from multisubject.page.reading import read_file
+from multisubject.page.safety import MOST_BYTES
+from multisubject.page.service import Service
+from multisubject.page.studio import Cancelled, Picture, Progress, Refused
+from multisubject.pictures import data_url
+
+CSS = """
+#status progress { width: 100%; height: 0.6rem; }
+#status p { margin: 0; }
+#results .grid-wrap { max-height: 40rem; overflow-y: auto; }
+.fine img { image-rendering: pixelated; }
+footer { display: none !important; }
+"""
+
+# Wherever a file is dropped that the canvas does not take, it goes to the field that opens files.
+_DROP_ANYWHERE = """() => {
+  for (const kind of ["dragover", "drop"])
+    window.addEventListener(kind, (event) => {
+      const files = event.dataTransfer?.files, input = document.querySelector("#open input[type=file]");
+      if (event.defaultPrevented || !event.dataTransfer?.types.includes("Files")) return;
+      event.preventDefault();
+      if (kind === "dragover" || !files.length || !input) return;
+      const one = new DataTransfer();
+      one.items.add(files[0]);
+      input.files = one.files;
+      input.dispatchEvent(new Event("change", { bubbles: true }));
+    });
+}"""
+
+_COPY = "(text) => { navigator.clipboard?.writeText(text); return text; }"
+
+
+def build(service: Service, work: Path) -> gr.Blocks:
+    """The page.
+
+    Args:
+        service: what it does.
+        work: folder for files that go when the server stops.
+    """
+    return _Page(service, work).blocks()
+
+
+class _Page:
+    def __init__(self, service: Service, work: Path):
+        self.service, self.studio, self.work = service, service.studio, work
+
+    # --- what it looks like ------------------------------------------------------------------------------------------
+
+    def blocks(self) -> gr.Blocks:
+        with gr.Blocks(
+            title="multisubject", analytics_enabled=False, delete_cache=(3600, 86400), fill_width=True
+        ) as page:
+            with gr.Tab("Pictures", id="pictures"), gr.Row():
+                with gr.Column(scale=3, min_width=340):
+                    self.canvas = canvas(self.shown(self.example(), []))
+                with gr.Column(scale=2, min_width=340):
+                    self._pictures()
+            self.made = gr.State([])
+            self._serve()
+            self._wire(page)
+        return page
+
+    def _pictures(self) -> None:
+        with gr.Row():
+            self.go = gr.Button("Generate", variant="primary", elem_id="go", scale=2)
+            self.stop = gr.Button("Cancel", variant="stop", elem_id="stop", interactive=False, min_width=80)
+        self.status = gr.HTML(elem_id="status", value=_said("Draw where the subjects stand, then generate."))
+        small = min(self.studio.base.size) < 256
+        self.gallery = gr.Gallery(
+            label="Pictures",
+            elem_id="results",
+            elem_classes="fine" if small else None,
+            columns=2,
+            height="auto",
+            object_fit="contain",
+            interactive=False,
+            format="png",
+            buttons=["download", "fullscreen"],
+        )
+        controls: dict[str, Any] = {}
+        with gr.Row():
+            controls["num_images"] = gr.Slider(
+                1, MOST_IMAGES, DEFAULTS.num_images, step=1, label="Pictures", elem_id="num_images", min_width=120
+            )
+            controls["num_inference_steps"] = gr.Slider(
+                1, MOST_STEPS, DEFAULTS.num_inference_steps, step=1, label="Steps", elem_id="steps", min_width=120
+            )
+        with gr.Row():
+            controls["seed"] = gr.Number(
+                DEFAULTS.seed, label="Seed", precision=0, minimum=0, maximum=MOST_SEED, elem_id="seed", min_width=120
+            )
+            self.new_seed = gr.Checkbox(
+                False, label="A new seed each time", elem_id="new_seed", min_width=120, container=True
+            )
+        controls |= self._start_controls() | self._guidance_controls()
+        with gr.Accordion("Where the words were looked at", open=False):
+            self.sheet = gr.Image(
+                label="Attention maps of the chosen picture, step by step",
+                elem_id="sheet",
+                interactive=False,
+                format="png",
+                buttons=["download", "fullscreen"],
+            )
+        with gr.Accordion("Take it along, bring it back", open=False, elem_id="along"):
+            with gr.Row():
+                self.as_python = gr.Button("Copy as Python", elem_id="as_python", min_width=120)
+                self.as_config = gr.Button("Copy as config", elem_id="as_config", min_width=120)
+            self.python = gr.Code(language="python", label="Python", visible=False, elem_id="python", max_lines=20)
+            self.config = gr.Code(language="json", label="page.json", visible=False, elem_id="config", max_lines=20)
+            self.file = gr.File(
+                label="A picture made here, a config or a zip: drop it anywhere on the page",
+                elem_id="open",
+                file_types=[".png", ".json", ".zip"],
+                height=110,
+            )
+        self.controls = controls
+
+    def _start_controls(self) -> dict[str, Any]:
+        starts = [(label, key) for key, label in STARTS.items()]
+        with gr.Accordion("Start from", open=False, elem_id="start_from"):
+            start = gr.Radio(starts, value=DEFAULTS.start, label="Start from", show_label=False, elem_id="start")
+            gr.Markdown("Click a result, and it lies under the regions.")
+            with gr.Row():
+                strength = gr.Slider(
+                    0.05,
+                    1,
+                    DEFAULTS.image_strength,
+                    step=0.05,
+                    label="How much may change",
+                    info="1 keeps nothing of the picture.",
+                    elem_id="image_strength",
+                    min_width=120,
+                )
+                region = gr.Dropdown([], label="Region to redraw", elem_id="region", min_width=120)
+        return {"start": start, "image_strength": strength, "region": region}
+
+    def _guidance_controls(self) -> dict[str, Any]:
+        defaults = DEFAULTS
+        with gr.Accordion("Method", open=False, elem_id="method"):
+            method = gr.Dropdown(
+                list(METHODS), value=defaults.guidance_method, label="Method", info=METHODS[defaults.guidance_method]
+            )
+            method.change(
+                lambda name: gr.Dropdown(info=METHODS.get(name, "")),
+                method,
+                method,
+                queue=False,
+                show_progress="hidden",
+                api_visibility="private",
+            )
+            with gr.Row():
+                scale = gr.Number(
+                    None,
+                    label="Guidance scale",
+                    info=f"How closely to follow the prompt; empty: {self._own_scale():g}.",
+                    minimum=0,
+                    maximum=50,
+                    min_width=140,
+                )
+                weight = gr.Number(
+                    defaults.guidance_weight,
+                    label="Pull",
+                    info="How strongly regions pull their words.",
+                    step=0.01,
+                    min_width=140,
+                )
+            with gr.Row():
+                steps = gr.Number(
+                    None,
+                    label="Guided steps",
+                    info="How many of the first steps follow the regions; empty: all.",
+                    precision=0,
+                    minimum=0,
+                    min_width=140,
+                )
+                negative = gr.Number(
+                    defaults.weight_negative,
+                    label="Weight outside",
+                    info="Of a subject's words outside its region, at most 0.",
+                    maximum=0,
+                    min_width=140,
+                )
+            with gr.Row():
+                recurrence = gr.Number(
+                    defaults.recurrence,
+                    label="Visits",
+                    info="How often each of the first steps is taken; 2 helps several subjects.",
+                    precision=0,
+                    minimum=1,
+                    maximum=5,
+                    min_width=140,
+                )
+                visited = gr.Number(
+                    None,
+                    label="Steps that are visited so",
+                    info="How many these first steps are; empty: the guided ones.",
+                    precision=0,
+                    minimum=0,
+                    min_width=140,
+                )
+        return {
+            "guidance_method": method,
+            "guidance_scale": scale,
+            "guidance_weight": weight,
+            "guidance_steps": steps,
+            "weight_negative": negative,
+            "recurrence": recurrence,
+            "recurrence_steps": visited,
+        }
+
+    def _own_scale(self) -> float:
+        """Guidance scale of the pipeline itself."""
+        return inspect.signature(type(self.studio.pipe).__call__).parameters["guidance_scale"].default
+
+    # --- what happens ------------------------------------------------------------------------------------------------
+
+    def _wire(self, page: gr.Blocks) -> None:
+        asked = [self.canvas, *(self.controls[field.name] for field in fields(Settings))]
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        at_once = {**quiet, "queue": False}
+        self.go.click(
+            self.generate,
+            [*asked, self.new_seed],
+            [self.gallery, self.status, self.stop, self.controls["seed"], self.made, self.sheet],
+            trigger_mode="once",
+            concurrency_limit=4,
+            concurrency_id="model",
+            **quiet,
+        )
+        self.stop.click(self.cancel, None, self.status, **at_once)
+        changes = [self.canvas.change, *(self.controls[name].change for name in self.controls if name != "region")]
+        gr.on(
+            [*changes, page.load],
+            self.review,
+            asked,
+            [self.canvas, self.controls["region"]],
+            trigger_mode="always_last",
+            **at_once,
+        )
+        self.gallery.select(self.choose, [self.canvas, self.made], [self.canvas, self.sheet], **at_once)
+        copied = gr.Textbox(visible=False)
+        for button, name, code, other in (
+            (self.as_python, "python", self.python, self.config),
+            (self.as_config, "config", self.config, self.python),
+        ):
+            show = button.click(self.code(name), asked, [code, other, copied, self.status], **at_once)
+            show.success(None, copied, None, js=_COPY)
+        self.file.upload(
+            self.open, [self.file, self.canvas], [*asked, self.file, self.status], api_visibility="private"
+        )
+        page.load(None, js=_DROP_ANYWHERE)
+
+    def _serve(self) -> None:
+        """The same over HTTP."""
+        gr.api(self.service.generate, api_name="generate", concurrency_limit=4, concurrency_id="model")
+        gr.api(self.service.check, api_name="check")
+        gr.api(self.service.code, api_name="code")
+        gr.api(self.service.subjects, api_name="subjects")
+
+    def example(self) -> dict[str, Any]:
+        """What a new tab begins with."""
+        names = [subject["name"] for subject in self.service.library.listing()]
+        pair = [name for name in ("petrucci", "majesty") if name in names] or names[:2]
+        things = " and ".join(f"<{name}>" for name in pair)
+        width, height = self.studio.base.size[::-1]
+        prompt = f"a photo of {things} on the beach" if things else ""
+        return {"size": [width, height], "prompt": prompt, "negative_prompt": "", "regions": [], "underlay": None}
+
+    def shown(self, document: dict[str, Any], problems: list[dict[str, Any]]) -> dict[str, Any]:
+        """A document with what the page itself fills in."""
+        return {
+            **document,
+            "sizes": self.studio.sizes(),
+            "subjects": self.service.library.listing(),
+            "loras": list(self.studio.loras),
+            "adapters": 0,
+            "problems": problems,
+        }
+
+    def review(self, document: Any, *given: Any) -> tuple[Any, Any]:
+        """Problems of what was drawn, and the regions to choose from."""
+        if not isinstance(document, dict):
+            return gr.skip(), gr.skip()
+        problems = self.service.problems(document, _settings(given))
+        regions = _choices(document)
+        chosen = given[[field.name for field in fields(Settings)].index("region")]
+        keys = [key for _, key in regions]
+        value = chosen if chosen in keys else keys[0] if keys else None
+        return self.shown(document, problems), gr.Dropdown(regions, value=value)
+
+    def generate(self, request: gr.Request, document: Any, *given: Any) -> Iterator[dict[Any, Any]]:
+        """Pictures one by one, with a preview of the one that is being made."""
+        settings, new_seed = _settings(given[:-1]), given[-1]
+        if new_seed:
+            settings["seed"] = secrets.randbelow(2**31)
+            yield {self.controls["seed"]: settings["seed"]}
+        pictures, made = list[tuple[Any, str]](), list[dict[str, Any]]()
+        try:
+            job = self.service.job(document, settings)
+            yield {self.gallery: [], self.made: [], self.sheet: None} | self._busy("Starting …")
+            start, folder = time.monotonic(), self.work / secrets.token_hex(8)
+            folder.mkdir(parents=True)
+            for news in self.service.run(job, request.session_hash or ""):
+                if isinstance(news, Progress):
+                    yield self._progress(news, pictures, job.settings.num_images)
+                    continue
+                # The gallery offers files of the work folder: those that are kept are not to be asked for by name.
+                copy = str(shutil.copy(news.path, folder / f"seed_{news.seed}.png"))
+                pictures.append((copy, f"seed {news.seed}"))
+                made.append({"path": copy, "sheet": _copied(news, folder)})
+                kept = news.path.parent
+                yield {self.gallery: [*pictures], self.made: [*made]} | (
+                    {self.sheet: made[0]["sheet"]} if len(made) == 1 else {}
+                )
+            said = _said(f"Done in {time.monotonic() - start:.1f} s, kept in {kept}.")
+        except Cancelled:
+            said = _said("Cancelled.")
+        except Refused as refused:
+            said = _refused(refused)
+        except (ValueError, RuntimeError, OSError) as error:  # what only the model, its scheduler or the disk can tell
+            said = _said(f"Stopped: {error}", is_error=True)
+        shown = {self.gallery: [*pictures]} if pictures else {}
+        yield shown | {self.status: said, self.stop: gr.Button(interactive=False)}
+
+    def _busy(self, text: str, done: float | None = None) -> dict[Any, Any]:
+        return {self.status: _said(text, done), self.stop: gr.Button(interactive=True)}
+
+    def _progress(self, news: Progress, pictures: list[tuple[Any, str]], count: int) -> dict[Any, Any]:
+        if not news.number:
+            return self._busy("Waiting for the pictures of others …")
+        of = f"Picture {news.number} of {count}, " if count > 1 else ""
+        done = (news.number - 1 + news.step / max(news.steps, 1)) / count
+        shown = {self.gallery: [*pictures, (news.preview, "…")]} if news.preview else {}
+        return self._busy(f"{of}step {news.step} of {news.steps}", done) | shown
+
+    def cancel(self, request: gr.Request) -> Any:
+        """Stop this tab's run."""
+        return _said("Stopping …") if self.service.cancel(request.session_hash or "") else gr.skip()
+
+    def choose(self, document: Any, made: list[dict[str, Any]], event: gr.SelectData) -> tuple[Any, Any]:
+        """The chosen picture lies under the regions, its attention maps are shown."""
+        if not isinstance(document, dict) or not isinstance(event.index, int) or not 0 <= event.index < len(made):
+            return gr.skip(), gr.skip()
+        with Image.open(made[event.index]["path"]) as picture:
+            return {**document, "underlay": data_url(picture)}, made[event.index]["sheet"]
+
+    def code(self, name: str) -> Any:
+        """What a Copy button calls."""
+
+        def show(document: Any, *given: Any) -> tuple[Any, ...]:
+            try:
+                code = self.service.code_of(self.service.job(document, _settings(given)))
+            except Refused as refused:
+                return gr.skip(), gr.skip(), "", _refused(refused)
+            said = {
+                "python": "Copied.",
+                "config": f"Copied. Save it as page.json, then: {code['command']}",
+            }
+            return gr.Code(code[name], visible=True), gr.Code(visible=False), code[name], _said(said[name])
+
+        return show
+
+    def open(self, path: str | None, document: Any) -> list[Any]:
+        """A dropped file: everything as it was."""
+        nothing = [gr.skip()] * (1 + len(fields(Settings)))
+        if not path:
+            return [*nothing, None, gr.skip()]
+        try:
+            with open(path, "rb") as file:
+                data = file.read(MOST_BYTES + 1)
+            read, settings, notes = read_file(data, list(self.service.library.sources()), self.studio.base)
+        except (ValueError, TypeError) as error:
+            return [*nothing, None, _said(f"Not opened: {error}", is_error=True)]
+        revision = document.get("revision") if isinstance(document, dict) else 0
+        opened = {**read.plain(), "revision": (revision if isinstance(revision, int) else 0) + 1}
+        values = asdict(settings)
+        regions = gr.Dropdown(_choices(opened), value=values.pop("region"))
+        problems = self.service.problems(opened, asdict(settings))
+        said = _said(" ".join(["Opened.", *notes]))
+        return [self.shown(opened, problems), *values.values(), regions, None, said]
+
+
+def _settings(given: Any) -> dict[str, Any]:
+    """The controls' values as settings; a browser sends 2.0 for 2."""
+    settings = {field.name: value for field, value in zip(fields(Settings), given, strict=True)}
+    for field in fields(Settings):
+        value = settings[field.name]
+        if "int" in str(field.type) and isinstance(value, float) and value.is_integer():
+            settings[field.name] = int(value)
+    return settings
+
+
+def _choices(document: dict[str, Any]) -> list[tuple[str, str]]:
+    """Regions with a shape, as `(label, id)`."""
+    regions = document.get("regions")
+    choices = []
+    for number, region in enumerate(regions if isinstance(regions, list) else [], 1):
+        if isinstance(region, dict) and isinstance(region.get("id"), str) and region.get("shape"):
+            name = region.get("subject") or region.get("phrase") or region.get("prompt") or "region"
+            choices.append((f"{number} {str(name)[:40]}", region["id"]))
+    return choices
+
+
+def _copied(picture: Picture, folder: Path) -> str | None:
+    if picture.sheet_path is None:
+        return None
+    return str(shutil.copy(picture.sheet_path, folder / f"seed_{picture.seed}_attention.png"))
+
+
+def _said(text: str, done: float | None = None, is_error: bool = False) -> str:
+    """A line of the status, as text, never markup."""
+    role = "alert" if is_error else "status"
+    bar = "" if done is None else f'<progress value="{done:.3f}" max="1" aria-label="Progress"></progress>'
+    return f'<p role="{role}">{html.escape(text)}</p>{bar}'
+
+
+def _refused(refused: Refused) -> str:
+    return "".join(_said(problem.text, is_error=True) for problem in refused.problems)

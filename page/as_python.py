@@ -1,0 +1,96 @@
+"""The lines of Python that make a picture of the page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from multisubject.generation.base_model import BaseModel
+from multisubject.page.document import Document, place_of
+from multisubject.page.entries import ENTRY_KEYS, Settings, entry_of, other_pipeline, short_paths
+from multisubject.tiny_world import EMBEDDED_BASE
+
+_SAVE = 'image.save("picture.png")\n'
+
+
+def as_python(
+    document: Document, settings: Settings, sources: Mapping[str, str], base: BaseModel, loras: Mapping[str, Path]
+) -> str:
+    """A script that makes the first picture of a run.
+
+    Args:
+        document, settings, sources: as for `entry_of`.
+        base: the model.
+        loras: name of each known LoRA -> its file.
+    """
+    entry = entry_of(document, settings, short_paths(sources))
+    guidance = {key: value for key, value in entry.items() if key in ("layout", "negative_prompt", *ENTRY_KEYS)}
+    width, height = document.size
+    guidance |= {"height": height, "width": width}
+    steps: dict[str, Any] = {"num_inference_steps": settings.num_inference_steps}
+    if settings.guidance_scale is not None:
+        steps["guidance_scale"] = settings.guidance_scale
+    load = _loading(document, entry, base, loras)
+    if settings.start == "noise":
+        call = _keywords(guidance | steps) + _generator(settings)
+        return f"import torch\n\n{load}image = pipe(\n    {document.prompt!r},\n{call}).images[0]\n{_SAVE}"
+    guidance = {"layout": None} | {key: value for key, value in guidance.items() if "recurrence" not in key}
+    return _from_picture(document, settings, load, guidance, steps, "text_encoder_2" in base.embed_dims)
+
+
+def _loading(document: Document, entry: Mapping[str, Any], base: BaseModel, loras: Mapping[str, Path]) -> str:
+    kind, name = base.architecture.pipeline, repr(base.name)
+    lines = [f"from multisubject.{base.architecture.module} import {kind}"]
+    if base.name == str(EMBEDDED_BASE):
+        lines.append("from multisubject.tiny_world import EMBEDDED_BASE")
+        name = "EMBEDDED_BASE"
+    lines += ["", f"pipe = {kind}.from_pretrained({name})"]
+    lines += [f"pipe.load_subject({path!r}, name={name!r})" for name, path in entry.get("residual_dict", {}).items()]
+    for lora in document.loras():
+        if lora in loras:
+            folder, _, file = short_paths({lora: str(loras[lora])})[lora].rpartition("/")
+            lines.append(f"pipe.load_lora_weights({folder!r}, weight_name={file!r}, adapter_name={lora!r})")
+    return "\n".join([*lines, ""])
+
+
+def _from_picture(
+    document: Document,
+    settings: Settings,
+    load: str,
+    guidance: Mapping[str, Any],
+    steps: Mapping[str, Any],
+    is_xl: bool,
+) -> str:
+    kind, options = other_pipeline(settings.start, is_xl)
+    told = "".join(f", {key}={value!r}" for key, value in options.items())
+    region, width, height = document.region(settings.region), *document.size
+    mask = given = paste = imports = ""
+    if settings.start == "region" and region is not None:
+        place = place_of(region["shape"], document.size) | {"phrase": "here"}
+        imports = "from PIL import Image\n\nfrom multisubject.layout import parse_layout\n"
+        mask = f"(region,) = parse_layout([{place!r}], height={height}, width={width})\n"
+        mask += 'mask = Image.fromarray((255 * region.mask).round().astype("uint8"))\n'
+        given = f"        mask_image=mask,\n        height={height},\n        width={width},\n"
+        paste = "image = Image.composite(image, source, mask)  # the rest stays as it is\n"
+    call = _keywords({"strength": settings.image_strength, **steps}, 8)
+    return (
+        f"import torch\nfrom diffusers import {kind}\nfrom diffusers.utils import load_image\n{imports}{load}"
+        f"other = {kind}(**pipe.components{told})\n"
+        f'source = load_image("source.png").resize({document.size!r})\n{mask}'
+        f"with pipe.guide(\n    other,\n    {document.prompt!r},\n{_keywords(guidance)}) as embeds:\n"
+        f"    image = other(\n        **embeds,\n        image=source,\n{given}{call}{_generator(settings, 8)}"
+        f"    ).images[0]\n{paste}{_SAVE}"
+    )
+
+
+def _generator(settings: Settings, indent: int = 4) -> str:
+    return f"{' ' * indent}generator=torch.Generator().manual_seed({settings.seed}),\n"
+
+
+def _keywords(arguments: Mapping[str, Any], indent: int = 4) -> str:
+    lines = []
+    for key, value in arguments.items():
+        parts = [f"    {part!r}," for part in value] if key == "layout" and value else []
+        lines += [f"{key}=[", *parts, "],"] if parts else [f"{key}={value!r},"]
+    return "".join(f"{' ' * indent}{line}\n" for line in lines)

@@ -1,0 +1,116 @@
+"""What stands between the page and strangers: whose requests are answered, and which pictures are opened."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from PIL import Image
+
+from multisubject.pictures import PICTURE_ERRORS, split_alpha, upright
+
+MOST_BYTES = 20 * 2**20
+"""Of a file or a picture that the browser sends."""
+
+MOST_PIXELS = 2**24
+"""Of a picture that the browser sends: 4096 x 4096."""
+
+_FORMATS = ("PNG", "JPEG", "WEBP")
+_PREFIXES = tuple(f"data:image/{kind.lower()};base64," for kind in _FORMATS)
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+_Message = Mapping[str, Any]
+
+
+def read_picture(data: bytes, what: str) -> Image.Image:
+    """A picture that a stranger sent, decoded: PNG, JPEG or WebP, upright, `RGB` or `RGBA`, without its metadata.
+
+    Args:
+        data: the file's bytes.
+        what: what to call it in messages.
+
+    Raises:
+        ValueError: it is too large, in another format or damaged.
+    """
+    if len(data) > MOST_BYTES:
+        raise ValueError(f"{what} has {len(data):,} bytes, expected at most {MOST_BYTES:,}. Save a smaller picture.")
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            width, height = image.size  # known before a pixel is unpacked
+            if width * height > MOST_PIXELS:
+                raise ValueError(f"it has {width} x {height} pixels, expected at most {MOST_PIXELS:,} in all")
+            picture = upright(image)
+            picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+    except PICTURE_ERRORS as error:
+        raise ValueError(f"{what} cannot be read: {error}. Expected a PNG, JPEG or WebP picture.") from None
+    picture.info = {}
+    return picture
+
+
+def read_data_url(value: Any, what: str) -> Image.Image:
+    """The picture of a text `data:image/png;base64,…`, as `read_picture`."""
+    prefix = next((prefix for prefix in _PREFIXES if isinstance(value, str) and value.startswith(prefix)), None)
+    if prefix is None:
+        raise ValueError(f"{what} is no picture, expected text that begins with one of {', '.join(_PREFIXES)}.")
+    if len(value) > MOST_BYTES * 4 // 3 + 100:
+        raise ValueError(f"{what} has {len(value):,} letters, expected at most {MOST_BYTES:,} bytes.")
+    try:
+        data = base64.b64decode(value[len(prefix) :], validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(f"{what} is no base64: {error}.") from None
+    return read_picture(data, what)
+
+
+def opaque(picture: Image.Image) -> Image.Image:
+    """A picture in `RGB`, its transparent parts on white."""
+    return split_alpha(picture)[0]
+
+
+class OwnPagesOnly:
+    """Answers requests that were sent to this server under its own name, by its own pages or by no page.
+
+    Another site's script can send requests to a server of this machine, and read its answers if the browser was told
+    that the server belongs to that site (DNS rebinding). Such requests carry a foreign `Origin` or `Host`.
+
+    Args:
+        app: the ASGI application.
+        hosts: names, without ports, under which the server is asked; None: any, behind a password.
+    """
+
+    def __init__(self, app: Callable[..., Awaitable[None]], hosts: Collection[str] | None = _LOOPBACK):
+        self.app = app
+        self.hosts = None if hosts is None else {host.casefold() for host in hosts}
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Serve one request, or refuse it with status 403."""
+        if scope["type"] in ("http", "websocket") and (problem := self._problem(scope["headers"])):
+            if scope["type"] == "websocket":
+                await send({"type": "websocket.close", "code": 1008})
+                return
+            headers = [(b"content-type", b"text/plain; charset=utf-8")]
+            await send({"type": "http.response.start", "status": 403, "headers": headers})
+            await send({"type": "http.response.body", "body": problem.encode()})
+            return
+        await self.app(scope, receive, send)
+
+    def _problem(self, headers: Collection[tuple[bytes, bytes]]) -> str | None:
+        hosts = [value.decode("latin-1") for name, value in headers if name == b"host"]
+        host = _host_of(f"//{hosts[0]}") if len(hosts) == 1 else None
+        if host is None or (self.hosts is not None and host not in self.hosts):
+            return "refused: this server is not asked under that name. Start it with --allowed_host to allow one."
+        for name, value in headers:
+            if name == b"origin" and urlsplit(value.decode("latin-1")).netloc.casefold() != hosts[0].casefold():
+                return "refused: another site's page sent this request."
+        return None
+
+
+def _host_of(url: str) -> str | None:
+    """A host without its port, None for what is none."""
+    try:
+        return urlsplit(url).hostname
+    except ValueError:
+        return None

@@ -1,0 +1,136 @@
+"""What the page does, apart from how it looks: called by its widgets, and over HTTP as it is."""
+
+from __future__ import annotations
+
+import base64
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any, Protocol
+
+import gradio as gr
+
+from multisubject.page.as_python import as_python
+from multisubject.page.document import Document, read_document
+from multisubject.page.entries import Settings, as_command, as_config, read_settings
+from multisubject.page.studio import Job, Picture, Problem, Progress, Refused, Studio
+
+
+class Library(Protocol):
+    """The page's subjects; what they are may change at any time."""
+
+    def sources(self) -> dict[str, str]:
+        """Name -> file."""
+
+    def listing(self) -> list[dict[str, Any]]:
+        """The subjects as the canvas shows them: `name`, `class_phrase`, `thumbnail`."""
+
+
+class Service:
+    """The operations of the page.
+
+    Args:
+        studio: the base model.
+        library: the subjects.
+    """
+
+    def __init__(self, studio: Studio, library: Library):
+        self.studio, self.library = studio, library
+        self._stops: dict[str, set[threading.Event]] = {}
+        self._lock = threading.Lock()
+
+    def read(self, document: Any, settings: Any) -> tuple[Document, Settings]:
+        """Both checked. Raises `ValueError`."""
+        if isinstance(document, dict) and "size" not in document:
+            document = {**document, "size": [*self.studio.base.size[::-1]]}
+        return read_document(document), read_settings(settings)
+
+    def job(self, document: Any, settings: Any) -> Job:
+        """A run that can be started. Raises `Refused`."""
+        try:
+            read = self.read(document, settings)
+        except ValueError as error:
+            text = str(error)
+            raise Refused([Problem(f"{text[:1].upper()}{text[1:]}")]) from None
+        return self.studio.check(*read, self.library.sources())
+
+    def problems(self, document: Any, settings: Any) -> list[dict[str, Any]]:
+        """What is wrong, and what could be better, as the canvas takes it."""
+        try:
+            problems = self.job(document, settings).warnings
+        except Refused as refused:
+            problems = refused.problems
+        return [asdict(problem) for problem in problems]
+
+    def run(self, job: Job, session: str) -> Iterator[Progress | Picture]:
+        """As `Studio.run`; `cancel` of the same session stops it."""
+        stop = threading.Event()
+        with self._lock:
+            self._stops.setdefault(session, set()).add(stop)
+        try:
+            yield from self.studio.run(job, stop)
+        finally:
+            stop.set()
+            with self._lock:
+                self._stops[session].discard(stop)
+                if not self._stops[session]:
+                    del self._stops[session]
+
+    def cancel(self, session: str) -> bool:
+        """Stop the runs of a session; whether there was one."""
+        with self._lock:
+            stops = [*self._stops.get(session, ())]
+        for stop in stops:
+            stop.set()
+        return bool(stops)
+
+    def code_of(self, job: Job) -> dict[str, str]:
+        """As `code`."""
+        asked, sources, base = (job.document, job.settings), self.library.sources(), self.studio.base
+        return {
+            "python": as_python(*asked, sources, base, self.studio.loras),
+            "config": as_config(*asked, sources),
+            "command": as_command(*asked, base),
+        }
+
+    def _told(self, document: Any, settings: Any) -> Job:
+        """As `job`, but the error is one whose words Gradio passes on."""
+        try:
+            return self.job(document, settings)
+        except Refused as refused:
+            raise gr.Error(str(refused), print_exception=False) from None
+
+    # --- over HTTP ---------------------------------------------------------------------------------------------------
+
+    def generate(self, document: dict, settings: dict) -> Iterator[dict]:
+        """Make pictures; each answer but the last is news of a step, and the last one has the pictures.
+
+        Args:
+            document: `prompt`, `regions` and so on, see docs/page.md.
+            settings: `num_images`, `seed`, `num_inference_steps` and so on.
+        """
+        job, pictures = self._told(document, settings), list[dict[str, Any]]()
+        for news in self.run(job, session=f"call {id(pictures)}"):
+            if isinstance(news, Picture):
+                pictures.append({"seed": news.seed, "image": _as_text(news.path)})
+                if news.sheet_path:
+                    pictures[-1]["attention_maps"] = _as_text(news.sheet_path)
+            else:
+                yield {"picture": news.number, "step": news.step, "steps": news.steps}
+        yield {"pictures": pictures}
+
+    def check(self, document: dict, settings: dict) -> list[dict]:
+        """What `generate` would refuse or warn of, without making anything."""
+        return self.problems(document, settings)
+
+    def code(self, document: dict, settings: dict) -> dict:
+        """The document as lines of Python, as a generation config, and the command for the latter."""
+        return self.code_of(self._told(document, settings))
+
+    def subjects(self) -> list[dict]:
+        """The subjects that documents may name."""
+        return [{key: said[key] for key in ("name", "class_phrase")} for said in self.library.listing()]
+
+
+def _as_text(path: Any) -> str:
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"

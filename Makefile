@@ -1,19 +1,22 @@
 # Everything from a bare clone: `make demo` draws a picture, `make test` runs the tests; both set up what they need first.
 PYTHON ?= python3
 VENV ?= .venv
+PORT ?= 7860
 PIP ?= $(VENV)/bin/python -m pip
 
 INSTALLED := $(VENV)/.installed
+PAGE := $(VENV)/.installed-page
 
 # The tests whose answers depend on how a processor sums; two workers, since a thread more is of no use to tiny models.
 NUMERICAL := tests/test_pipeline.py tests/test_attention_processors.py tests/test_cones2_reference.py \
 	tests/test_guidance_methods.py tests/test_residual_embeddings.py tests/test_train_residual.py tests/test_train_base.py
 PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help demo test test-processors test-plain lint types clean
+.PHONY: help demo page test test-processors test-plain lint types clean
 
 help:
 	@echo "make demo             two personal subjects placed by a layout, drawn by the embedded base model (no download, no GPU)"
+	@echo "make page             the page on which layouts are drawn, at http://127.0.0.1:7860 (PORT=… for another)"
 	@echo "make test             the test suite"
 	@echo "make test-processors  the numerical tests as on a processor with AVX2, and on one with SSE alone"
 	@echo "make test-plain       pip install without constraints.txt, into an environment of its own: does it work today?"
@@ -31,6 +34,16 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED)
 	$(VENV)/bin/python generate_images.py --generation_config configs/guidance_conf_two.json --num_inference_steps 25
+
+# Less than all of `dev`, so that the page is there soon.
+$(PAGE): pyproject.toml constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt torch
+	$(PIP) install -c constraints.txt -e ".[page]"
+	touch $@
+
+page: $(PAGE)
+	$(VENV)/bin/multisubject-page --port $(PORT)
 
 test: $(INSTALLED)
 	$(PYTEST)

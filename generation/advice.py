@@ -30,8 +30,8 @@ def advise(task: GenerationTask, regions: Sequence[Region], base: BaseModel, war
         covered = round(float(region.mask.sum()))
         if covered < smallest and region.is_named and not region.is_background:
             warn(
-                f"region {name!r} covers {covered} pixels; of {base.name.rsplit('/', 1)[-1]}'s regions of less than "
-                f"{smallest} a third or more stay empty. Enlarge it, or make a larger picture.",
+                f"region {name!r} covers {covered} pixels, which is small for this base: with less than {smallest} a "
+                "third of the regions or more stay empty. Enlarge it, or make a larger picture.",
                 "layout",
             )
     placed = {region.subject.casefold() for region in regions}

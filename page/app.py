@@ -7,7 +7,7 @@ import inspect
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import gradio as gr
 from PIL import Image
 
 from multisubject.page.canvas import canvas
-from multisubject.page.entries import DEFAULTS, METHODS, MOST_IMAGES, MOST_SEED, MOST_STEPS, STARTS, Settings
+from multisubject.page.entries import DEFAULTS, LIMITS, METHODS, MOST_IMAGES, MOST_SEED, MOST_STEPS, STARTS, Settings
 from multisubject.page.reading import read_file
 from multisubject.page.safety import MOST_BYTES
 from multisubject.page.service import Service
@@ -46,6 +46,9 @@ _DROP_ANYWHERE = """() => {
     });
 }"""
 
+_QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+_AT_ONCE: dict[str, Any] = {**_QUIET, "queue": False}
+
 _COPY = "(text) => { navigator.clipboard?.writeText(text); return text; }"
 
 
@@ -62,6 +65,8 @@ def build(service: Service, work: Path) -> gr.Blocks:
 class _Page:
     def __init__(self, service: Service, work: Path):
         self.service, self.studio, self.work = service, service.studio, work
+        call = inspect.signature(type(self.studio.pipe).__call__)
+        self.own_scale: float = call.parameters["guidance_scale"].default
 
     # --- what it looks like ------------------------------------------------------------------------------------------
 
@@ -112,9 +117,10 @@ class _Page:
                 False, label="A new seed each time", elem_id="new_seed", min_width=120, container=True
             )
         controls |= self._start_controls() | self._guidance_controls()
-        with gr.Accordion("Where the words were looked at", open=False):
+        with gr.Accordion("Attention maps of the chosen picture", open=False):
             self.sheet = gr.Image(
-                label="Attention maps of the chosen picture, step by step",
+                label="Attention maps of the chosen picture",
+                show_label=False,
                 elem_id="sheet",
                 interactive=False,
                 format="png",
@@ -124,98 +130,83 @@ class _Page:
             with gr.Row():
                 self.as_python = gr.Button("Copy as Python", elem_id="as_python", min_width=120)
                 self.as_config = gr.Button("Copy as config", elem_id="as_config", min_width=120)
+            gr.Markdown("A picture that was made here, or its config, brings everything back: drop it anywhere.")
             self.python = gr.Code(language="python", label="Python", visible=False, elem_id="python", max_lines=20)
             self.config = gr.Code(language="json", label="page.json", visible=False, elem_id="config", max_lines=20)
             self.file = gr.File(
-                label="A picture made here, a config or a zip: drop it anywhere on the page",
+                label="Open a picture, a config or a zip",
                 elem_id="open",
                 file_types=[".png", ".json", ".zip"],
-                height=110,
+                height=150,
             )
         self.controls = controls
 
     def _start_controls(self) -> dict[str, Any]:
         starts = [(label, key) for key, label in STARTS.items()]
         with gr.Accordion("Start from", open=False, elem_id="start_from"):
-            start = gr.Radio(starts, value=DEFAULTS.start, label="Start from", show_label=False, elem_id="start")
-            gr.Markdown("Click a result, and it lies under the regions.")
-            with gr.Row():
-                strength = gr.Slider(
-                    0.05,
-                    1,
-                    DEFAULTS.image_strength,
-                    step=0.05,
-                    label="How much may change",
-                    info="1 keeps nothing of the picture.",
-                    elem_id="image_strength",
-                    min_width=120,
-                )
-                region = gr.Dropdown([], label="Region to redraw", elem_id="region", min_width=120)
+            start = gr.Radio(
+                starts,
+                value=DEFAULTS.start,
+                label="Start from",
+                show_label=False,
+                info="Click a result, and it lies under the regions.",
+                elem_id="start",
+            )
+            strength = gr.Slider(
+                *LIMITS["image_strength"],
+                DEFAULTS.image_strength,
+                step=0.05,
+                label="How much may change",
+                info="1 keeps nothing of what is there.",
+                elem_id="image_strength",
+                visible=False,
+            )
+            # Regions come and go: a value that is no choice any more is let through, and checked like all others.
+            region = gr.Dropdown([], label="Region to redraw", elem_id="region", visible=False, allow_custom_value=True)
+        start.change(
+            lambda name: (gr.Slider(visible=name != "noise"), gr.Dropdown(visible=name == "region")),
+            start,
+            [strength, region],
+            **_AT_ONCE,
+        )
         return {"start": start, "image_strength": strength, "region": region}
 
     def _guidance_controls(self) -> dict[str, Any]:
-        defaults = DEFAULTS
+        def number(name: str, label: str, info: str, value: float | None = None, **options: Any) -> gr.Number:
+            low, high = LIMITS[name]
+            value = getattr(DEFAULTS, name) if value is None else value
+            return gr.Number(
+                value, label=label, info=info, minimum=low, maximum=high, min_width=140, elem_id=name, **options
+            )
+
         with gr.Accordion("Method", open=False, elem_id="method"):
+            chosen = DEFAULTS.guidance_method
             method = gr.Dropdown(
-                list(METHODS), value=defaults.guidance_method, label="Method", info=METHODS[defaults.guidance_method]
+                list(METHODS), value=chosen, label="Method", info=METHODS[chosen], elem_id="method_name"
             )
-            method.change(
-                lambda name: gr.Dropdown(info=METHODS.get(name, "")),
-                method,
-                method,
-                queue=False,
-                show_progress="hidden",
-                api_visibility="private",
-            )
+            method.change(lambda name: gr.Dropdown(info=METHODS.get(name, "")), method, method, **_AT_ONCE)
             with gr.Row():
-                scale = gr.Number(
-                    None,
-                    label="Guidance scale",
-                    info=f"How closely to follow the prompt; empty: {self._own_scale():g}.",
-                    minimum=0,
-                    maximum=50,
-                    min_width=140,
+                scale = number("guidance_scale", "Guidance scale", "How closely to follow the prompt.", self.own_scale)
+                weight = number("guidance_weight", "Pull", "How strongly regions pull their words.", step=0.01)
+            with gr.Row():
+                steps = number(
+                    "guidance_steps",
+                    "Guided steps",
+                    f"How many of the first steps follow the regions; {MOST_STEPS}: all.",
+                    MOST_STEPS,
+                    precision=0,
                 )
-                weight = gr.Number(
-                    defaults.guidance_weight,
-                    label="Pull",
-                    info="How strongly regions pull their words.",
-                    step=0.01,
-                    min_width=140,
+                negative = number(
+                    "weight_negative",
+                    "Weight outside",
+                    "Of a subject's words outside its region; 0 does not hide them.",
                 )
             with gr.Row():
-                steps = gr.Number(
-                    None,
-                    label="Guided steps",
-                    info="How many of the first steps follow the regions; empty: all.",
-                    precision=0,
-                    minimum=0,
-                    min_width=140,
+                recurrence = number(
+                    "recurrence", "Visits", "How often early steps are taken; 2 helps several subjects.", precision=0
                 )
-                negative = gr.Number(
-                    defaults.weight_negative,
-                    label="Weight outside",
-                    info="Of a subject's words outside its region, at most 0.",
-                    maximum=0,
-                    min_width=140,
-                )
-            with gr.Row():
-                recurrence = gr.Number(
-                    defaults.recurrence,
-                    label="Visits",
-                    info="How often each of the first steps is taken; 2 helps several subjects.",
-                    precision=0,
-                    minimum=1,
-                    maximum=5,
-                    min_width=140,
-                )
-                visited = gr.Number(
-                    None,
-                    label="Steps that are visited so",
-                    info="How many these first steps are; empty: the guided ones.",
-                    precision=0,
-                    minimum=0,
-                    min_width=140,
+                visited = number(
+                    "recurrence_steps", "Early steps", "How many of the first steps these are.", 5, precision=0
                 )
         return {
             "guidance_method": method,
@@ -227,16 +218,37 @@ class _Page:
             "recurrence_steps": visited,
         }
 
-    def _own_scale(self) -> float:
-        """Guidance scale of the pipeline itself."""
-        return inspect.signature(type(self.studio.pipe).__call__).parameters["guidance_scale"].default
+    def settings(self, given: Sequence[Any]) -> dict[str, Any]:
+        """The controls' values as settings. A control shows a number where settings may have none."""
+        settings = {field.name: value for field, value in zip(fields(Settings), given, strict=True)}
+        for field in fields(Settings):
+            value = settings[field.name]
+            if "int" in str(field.type) and isinstance(value, float) and value.is_integer():
+                settings[field.name] = int(value)  # a browser may send 2.0 for 2
+        if settings["guidance_scale"] == self.own_scale:
+            settings["guidance_scale"] = None
+        if settings["guidance_steps"] == MOST_STEPS:
+            settings["guidance_steps"] = None
+        if settings["recurrence"] == 1:
+            settings["recurrence_steps"] = None
+        return settings
+
+    def controls_of(self, settings: Settings) -> dict[str, Any]:
+        """The other way round."""
+        values = asdict(settings)
+        if settings.guidance_scale is None:
+            values["guidance_scale"] = self.own_scale
+        if settings.guidance_steps is None:
+            values["guidance_steps"] = MOST_STEPS
+        if settings.recurrence_steps is None:
+            guided = settings.num_inference_steps if settings.guidance_steps is None else settings.guidance_steps
+            values["recurrence_steps"] = guided if settings.recurrence > 1 else 5
+        return values
 
     # --- what happens ------------------------------------------------------------------------------------------------
 
     def _wire(self, page: gr.Blocks) -> None:
         asked = [self.canvas, *(self.controls[field.name] for field in fields(Settings))]
-        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        at_once = {**quiet, "queue": False}
         self.go.click(
             self.generate,
             [*asked, self.new_seed],
@@ -244,9 +256,9 @@ class _Page:
             trigger_mode="once",
             concurrency_limit=4,
             concurrency_id="model",
-            **quiet,
+            **_QUIET,
         )
-        self.stop.click(self.cancel, None, self.status, **at_once)
+        self.stop.click(self.cancel, None, self.status, **_AT_ONCE)
         changes = [self.canvas.change, *(self.controls[name].change for name in self.controls if name != "region")]
         gr.on(
             [*changes, page.load],
@@ -254,15 +266,15 @@ class _Page:
             asked,
             [self.canvas, self.controls["region"]],
             trigger_mode="always_last",
-            **at_once,
+            **_AT_ONCE,
         )
-        self.gallery.select(self.choose, [self.canvas, self.made], [self.canvas, self.sheet], **at_once)
+        self.gallery.select(self.choose, [self.canvas, self.made], [self.canvas, self.sheet], **_AT_ONCE)
         copied = gr.Textbox(visible=False)
         for button, name, code, other in (
             (self.as_python, "python", self.python, self.config),
             (self.as_config, "config", self.config, self.python),
         ):
-            show = button.click(self.code(name), asked, [code, other, copied, self.status], **at_once)
+            show = button.click(self.code(name), asked, [code, other, copied, self.status], **_AT_ONCE)
             show.success(None, copied, None, js=_COPY)
         self.file.upload(
             self.open, [self.file, self.canvas], [*asked, self.file, self.status], api_visibility="private"
@@ -300,7 +312,7 @@ class _Page:
         """Problems of what was drawn, and the regions to choose from."""
         if not isinstance(document, dict):
             return gr.skip(), gr.skip()
-        problems = self.service.problems(document, _settings(given))
+        problems = self.service.problems(document, self.settings(given))
         regions = _choices(document)
         chosen = given[[field.name for field in fields(Settings)].index("region")]
         keys = [key for _, key in regions]
@@ -309,7 +321,7 @@ class _Page:
 
     def generate(self, request: gr.Request, document: Any, *given: Any) -> Iterator[dict[Any, Any]]:
         """Pictures one by one, with a preview of the one that is being made."""
-        settings, new_seed = _settings(given[:-1]), given[-1]
+        settings, new_seed = self.settings(given[:-1]), given[-1]
         if new_seed:
             settings["seed"] = secrets.randbelow(2**31)
             yield {self.controls["seed"]: settings["seed"]}
@@ -368,7 +380,7 @@ class _Page:
 
         def show(document: Any, *given: Any) -> tuple[Any, ...]:
             try:
-                code = self.service.code_of(self.service.job(document, _settings(given)))
+                code = self.service.code_of(self.service.job(document, self.settings(given)))
             except Refused as refused:
                 return gr.skip(), gr.skip(), "", _refused(refused)
             said = {
@@ -392,21 +404,11 @@ class _Page:
             return [*nothing, None, _said(f"Not opened: {error}", is_error=True)]
         revision = document.get("revision") if isinstance(document, dict) else 0
         opened = {**read.plain(), "revision": (revision if isinstance(revision, int) else 0) + 1}
-        values = asdict(settings)
+        values = self.controls_of(settings)
         regions = gr.Dropdown(_choices(opened), value=values.pop("region"))
         problems = self.service.problems(opened, asdict(settings))
         said = _said(" ".join(["Opened.", *notes]))
         return [self.shown(opened, problems), *values.values(), regions, None, said]
-
-
-def _settings(given: Any) -> dict[str, Any]:
-    """The controls' values as settings; a browser sends 2.0 for 2."""
-    settings = {field.name: value for field, value in zip(fields(Settings), given, strict=True)}
-    for field in fields(Settings):
-        value = settings[field.name]
-        if "int" in str(field.type) and isinstance(value, float) and value.is_integer():
-            settings[field.name] = int(value)
-    return settings
 
 
 def _choices(document: dict[str, Any]) -> list[tuple[str, str]]:

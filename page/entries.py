@@ -68,7 +68,7 @@ class Settings:
 
 
 DEFAULTS = Settings()
-_LIMITS = {
+LIMITS = {
     "num_images": (1, MOST_IMAGES),
     "seed": (0, MOST_SEED),
     "num_inference_steps": (1, MOST_STEPS),
@@ -96,8 +96,8 @@ def read_settings(value: Any) -> Settings:
             raise ValueError(f"settings have the unknown key {str(key)[:80]!r}, expected {', '.join(known)}.")
         if given is None and "None" in known[key]:
             continue
-        if key in _LIMITS:
-            low, high = _LIMITS[key]
+        if key in LIMITS:
+            low, high = LIMITS[key]
             is_whole = "int" in known[key]
             kinds = (int,) if is_whole else (int, float)
             if type(given) not in kinds or math.isnan(given) or not low <= given <= high:

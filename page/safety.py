@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from multisubject.pictures import PICTURE_ERRORS, split_alpha, upright
 
@@ -45,6 +45,8 @@ def read_picture(data: bytes, what: str) -> Image.Image:
                 raise ValueError(f"it has {width} x {height} pixels, expected at most {MOST_PIXELS:,} in all")
             picture = upright(image)
             picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+    except UnidentifiedImageError:
+        raise ValueError(f"{what} cannot be read. Expected a PNG, JPEG or WebP picture.") from None
     except PICTURE_ERRORS as error:
         raise ValueError(f"{what} cannot be read: {error}. Expected a PNG, JPEG or WebP picture.") from None
     picture.info = {}

@@ -27,7 +27,7 @@ from multisubject.tiny_world import EMBEDDED_BASE, EMBEDDED_BASE_XL
 
 _ROOT = Path(__file__).resolve().parent.parent
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_MOST_WAITING = 16
+MOST_WAITING = 16
 
 
 @dataclass
@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     with work_folder() as work:
         try:
-            page = make_page(args, work)
+            page, _ = make_page(args, work)
             serve(page, args, users)
         except (ConfigError, ValueError, OSError) as error:
             sys.exit(f"error: {error}")
@@ -144,8 +144,8 @@ def work_folder() -> Iterator[Path]:
         signal.signal(signal.SIGTERM, before)
 
 
-def make_page(args: PageArguments, work: Path) -> Any:
-    """The page on its base model."""
+def make_page(args: PageArguments, work: Path) -> tuple[Any, Any]:
+    """The page on its base model, and the `Service` behind it."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     with quiet_imports():
@@ -165,7 +165,8 @@ def make_page(args: PageArguments, work: Path) -> Any:
     device, dtype = making.device_and_dtype(wanted, state)
     making.warn_of_imitation(device, dtype)
     studio = Studio(base, device, dtype, Path(args.output_dir), find_loras(args.loras or own_loras(base.name)))
-    return app.build(Service(studio, _library(args, base)), work)
+    service = Service(studio, _library(args, base))
+    return app.build(service, work), service
 
 
 def _library(args: PageArguments, base: Any) -> Any:
@@ -228,7 +229,7 @@ def launch(page: Any, args: PageArguments, users: list[tuple[str, str]] | None =
     from multisubject.page import app
     from multisubject.page.safety import MOST_BYTES, OwnPagesOnly
 
-    page.queue(max_size=_MOST_WAITING, default_concurrency_limit=4)
+    page.queue(max_size=MOST_WAITING, default_concurrency_limit=4)
     return page.launch(
         app_kwargs={"middleware": [Middleware(OwnPagesOnly, hosts=args.hosts())]},
         server_name=None if in_space() and args.is_local else args.host,  # a Space's own address is in the environment

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -215,3 +217,33 @@ def xl_embeddings(tmp_path_factory: pytest.TempPathFactory) -> Path:
         deltas = {encoder: torch.randn(1, width, generator=generator) for encoder, width in widths.items()}
         save_subject(ResidualEmbedding(subject.category, deltas), folder / f"{name}.safetensors", name=name)
     return folder
+
+
+def find_port() -> int:
+    """A port that nobody listened at a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def free_port() -> int:
+    return find_port()
+
+
+@pytest.fixture(scope="session")
+def page_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The page on the embedded base, served on a free port: `url`, `service` and the folders `output` and `work`."""
+    from types import SimpleNamespace
+
+    from multisubject.page import server
+
+    port = find_port()
+    work, output = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("output")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(work / "gradio"))
+        options = server.PageArguments(port=port, output_dir=str(output), device="cpu", open_browser=False)
+        page, service = server.make_page(options, work)
+        server.launch(page, options)
+        yield SimpleNamespace(url=f"http://127.0.0.1:{port}", service=service, output=output, work=work)
+        page.close()

@@ -247,7 +247,10 @@ def test_masks_and_colour_maps_are_uploaded(page, server):
     upload(page, "mask", mask)
     drawn = server.document(lambda d: len(d["regions"]) == 1)
     shape = mask_of(drawn["regions"][0]["shape"]["mask"])
-    assert drawn["regions"][0]["subject"] == "petrucci" and (shape.getpixel((10, 30)), shape.getpixel((50, 30))) == (0, 255)
+    assert drawn["regions"][0]["subject"] == "petrucci" and (shape.getpixel((10, 30)), shape.getpixel((50, 30))) == (
+        0,
+        255,
+    )
     page.click("[data-do=clear]")
     colours = Image.new("RGB", (64, 64), "white")
     draw = ImageDraw.Draw(colours)

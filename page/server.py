@@ -170,24 +170,15 @@ def make_page(args: PageArguments, work: Path) -> tuple[Any, Any]:
 
 
 def _library(args: PageArguments, base: Any) -> Any:
-    from multisubject.hub_utils import load_subject
+    from multisubject.page.subjects import SubjectLibrary
 
-    class Stub:
-        def __init__(self) -> None:
-            self.found = {}
-            for folder in args.subjects or own_subjects(base.name):
-                for file in sorted(Path(folder).glob("*.safetensors")):
-                    self.found[file.stem] = (str(file), load_subject(str(file))[file.stem].class_phrase)
-
-        def sources(self) -> dict[str, str]:
-            return {name: file for name, (file, _) in self.found.items()}
-
-        def listing(self) -> list[dict[str, Any]]:
-            return [
-                {"name": name, "class_phrase": phrase, "thumbnail": None} for name, (_, phrase) in self.found.items()
-            ]
-
-    return Stub()
+    library = SubjectLibrary(base.embed_dims, Path(args.output_dir) / "subjects")
+    for source in args.subjects or own_subjects(base.name):
+        try:
+            library.read(source)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"--subjects {source}: {error}") from None
+    return library
 
 
 def own_loras(base: str) -> list[str]:

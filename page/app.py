@@ -21,15 +21,21 @@ from multisubject.page.reading import read_file
 from multisubject.page.safety import MOST_BYTES
 from multisubject.page.service import Service
 from multisubject.page.studio import Cancelled, Picture, Progress, Refused
+from multisubject.page.subjects_tab import CSS as SUBJECTS_CSS
+from multisubject.page.subjects_tab import subjects_tab
+from multisubject.page.training import TrainingJobs
 from multisubject.pictures import data_url
 
-CSS = """
+CSS = (
+    """
 #status progress { width: 100%; height: 0.6rem; }
 #status p { margin: 0; }
 #results .grid-wrap { max-height: 40rem; overflow-y: auto; }
 .fine img { image-rendering: pixelated; }
 footer { display: none !important; }
 """
+    + SUBJECTS_CSS
+)
 
 # Wherever a file is dropped that the canvas does not take, it goes to the field that opens files.
 _DROP_ANYWHERE = """() => {
@@ -52,19 +58,20 @@ _AT_ONCE: dict[str, Any] = {**_QUIET, "queue": False}
 _COPY = "(text) => { navigator.clipboard?.writeText(text); return text; }"
 
 
-def build(service: Service, work: Path) -> gr.Blocks:
+def build(service: Service, jobs: TrainingJobs, work: Path) -> gr.Blocks:
     """The page.
 
     Args:
         service: what it does.
+        jobs: its trainings.
         work: folder for files that go when the server stops.
     """
-    return _Page(service, work).blocks()
+    return _Page(service, jobs, work).blocks()
 
 
 class _Page:
-    def __init__(self, service: Service, work: Path):
-        self.service, self.studio, self.work = service, service.studio, work
+    def __init__(self, service: Service, jobs: TrainingJobs, work: Path):
+        self.service, self.studio, self.jobs, self.work = service, service.studio, jobs, work
         call = inspect.signature(type(self.studio.pipe).__call__)
         self.own_scale: float = call.parameters["guidance_scale"].default
 
@@ -79,6 +86,7 @@ class _Page:
                     self.canvas = canvas(self.example(), self.offers())
                 with gr.Column(scale=2, min_width=340):
                     self._pictures()
+            subjects_tab(self.service.library, self.jobs, self.canvas)
             self.made = gr.State([])
             self._serve()
             self._wire(page)

@@ -158,6 +158,7 @@ def make_page(args: PageArguments, work: Path) -> tuple[Any, Any]:
         from multisubject.page import app
         from multisubject.page.service import Service
         from multisubject.page.studio import Studio
+        from multisubject.page.training import TrainingJobs
 
     base = BaseModel.read(args.pretrained_model_name or str(EMBEDDED_BASE))
     state = PartialState(cpu=args.device == "cpu" or not torch.accelerator.is_available())
@@ -166,7 +167,9 @@ def make_page(args: PageArguments, work: Path) -> tuple[Any, Any]:
     making.warn_of_imitation(device, dtype)
     studio = Studio(base, device, dtype, Path(args.output_dir), find_loras(args.loras or own_loras(base.name)))
     service = Service(studio, _library(args, base))
-    return app.build(service, work), service
+    folder = studio.output_dir / "trainings"
+    jobs = TrainingJobs(base, service.library, folder, on_cpu=device.type == "cpu")
+    return app.build(service, jobs, work), service
 
 
 def _library(args: PageArguments, base: Any) -> Any:

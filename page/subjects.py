@@ -94,7 +94,8 @@ class SubjectLibrary:
     # --- adding and removing -----------------------------------------------------------------------------------------
 
     def read(self, source: str) -> list[str]:
-        """Take subjects from where they are: what the one who starts the server says.
+        """Take subjects from where they are: what the one who starts the server says. Those of the same name that were
+        kept here give way.
 
         Args:
             source: a file, a folder or a Hub id, as for `load_subject`.
@@ -108,7 +109,7 @@ class SubjectLibrary:
         subjects = self._fitting(load_subject(source))
         files = {name: Path(entry["file"]).absolute() for name, entry in inspect_subject(source).items()}
         with self._lock:
-            self._check_new(subjects)
+            self._check_new([name for name in subjects if not self._is_own(name)])
             for name, subject in subjects.items():
                 self._subjects[name.casefold()] = self._entry(name, subject, files[name], is_own=False)
         return [*subjects]
@@ -194,6 +195,10 @@ class SubjectLibrary:
                     f"{_said(self.embed_dims)}. Train it on this base, or start the page on its own."
                 )
         return subjects
+
+    def _is_own(self, name: str) -> bool:
+        subject = self._subjects.get(name.casefold())
+        return subject is not None and subject.is_own
 
     def _check_new(self, names: Any) -> None:
         if taken := [name for name in names if name.casefold() in self._subjects]:

@@ -20,11 +20,25 @@ _LONGEST_SIDE = 1536  # more than any base is taught with
 _SECONDS_BETWEEN_LOOKS = 1.0
 _MASK_COLOUR = "#ff3b8d"
 
+CSS = """
+#subjects .fixed-height, #strip .fixed-height { min-height: 0; }
+#subjects .grid-container { grid-template-columns: repeat(auto-fill, minmax(6.5rem, 1fr)); }
+#strip .grid-container { grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr)); }
+#subjects .caption-label, #strip .caption-label {
+  left: 0; right: 0; bottom: 0; max-width: none; white-space: normal; overflow-wrap: anywhere; text-align: center;
+}
+#training_progress svg { display: block; width: 100%; max-width: 34rem; }
+#training_progress progress { width: 100%; height: 0.6rem; }
+#trainings, #editing {
+  border: 1px solid var(--border-color-primary); border-radius: var(--radius-lg); padding: 0.6rem;
+}
+"""
+
 _PHASES = {
     "loading": "loading the base and the pictures",
     "training": "learning",
     "saving": "drawing pictures to look at",
-    "done": "done",
+    "done": "adding it to the subjects",
 }
 
 
@@ -61,8 +75,10 @@ class _SubjectsTab:
 
     def _what_there_is(self) -> None:
         self.chosen_subject = gr.State(None)
+        gr.Markdown("### Subjects")
         self.gallery = gr.Gallery(
             label="Subjects",
+            show_label=False,
             elem_id="subjects",
             columns=4,
             height="auto",
@@ -76,7 +92,7 @@ class _SubjectsTab:
         self.said = gr.HTML(elem_id="subjects_said")
         with gr.Accordion("Add from a file", open=False, elem_id="from_file"):
             self.file = gr.File(
-                label="A subject's file", file_types=[".safetensors", ".pt"], height=110, elem_id="subject_file"
+                label="A subject's file", file_types=[".safetensors", ".pt"], height=150, elem_id="subject_file"
             )
             with gr.Row():
                 self.file_name = gr.Textbox(
@@ -100,14 +116,16 @@ class _SubjectsTab:
         self.chosen = gr.State(None)
         gr.Markdown("### New subject from pictures")
         self.upload = gr.File(
-            label=f"Pictures of one subject, up to {MOST_PICTURES}; a handful will do",
+            label=f"Pictures of it (1 to {MOST_PICTURES})",
             file_count="multiple",
             file_types=[".png", ".jpg", ".jpeg", ".webp"],
-            height=110,
+            height=150,
             elem_id="new_pictures",
         )
+        self.hint = gr.Markdown("Click a picture to crop it, or to paint over what is to be learnt.", visible=False)
         self.strip = gr.Gallery(
-            label="Choose one to crop it or to paint over the subject",
+            label="Pictures to learn from",
+            show_label=False,
             elem_id="strip",
             columns=6,
             height="auto",
@@ -118,9 +136,9 @@ class _SubjectsTab:
             buttons=[],
             visible=False,
         )
-        with gr.Group(visible=False) as self.editing:
+        with gr.Column(visible=False, elem_id="editing") as self.editing:
             self.editor = gr.ImageEditor(
-                label="Crop, and paint over the subject: the rest is not learnt. Paint nothing to learn it all.",
+                label="Paint over the subject, or nothing at all to learn the whole picture; crop with the first tool",
                 elem_id="editor",
                 type="pil",
                 sources=[],
@@ -153,7 +171,7 @@ class _SubjectsTab:
         self.train_said = gr.HTML(elem_id="train_said")
 
     def _trainings(self) -> None:
-        with gr.Group(visible=False, elem_id="trainings") as self.training:
+        with gr.Column(visible=False, elem_id="trainings") as self.training:
             self.job = gr.Dropdown([], label="Training", elem_id="job", filterable=False)
             self.progress = gr.HTML(elem_id="training_progress", padding=True)
             self.sheet = gr.Image(
@@ -174,7 +192,7 @@ class _SubjectsTab:
     def _wire(self, canvas: gr.Component) -> None:
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         at_once = {**quiet, "queue": False}
-        look = {
+        look: dict[str, Any] = {
             "inputs": [self.job, self.shown, self.names],
             "outputs": [
                 self.training,
@@ -211,7 +229,7 @@ class _SubjectsTab:
             trigger_mode="once",
             **quiet,
         )
-        pictures = [self.pictures, self.strip]
+        pictures = [self.pictures, self.strip, self.hint]
         self.upload.upload(
             self.uploaded, [self.upload, self.pictures], [*pictures, self.upload, self.train_said], **quiet
         )
@@ -276,7 +294,7 @@ class _SubjectsTab:
             return _said(error), gr.skip()
         return _said(_added(added)), self._names()
 
-    def uploaded(self, paths: Any, pictures: list[TrainingPicture]) -> tuple[Any, Any, None, str]:
+    def uploaded(self, paths: Any, pictures: list[TrainingPicture]) -> tuple[Any, ...]:
         """More pictures; those that cannot be read are named."""
         pictures, problems = [*pictures], []
         for path in map(Path, paths or ()):
@@ -291,34 +309,34 @@ class _SubjectsTab:
                 continue
             picture.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE), Image.Resampling.LANCZOS)
             alpha = picture.getchannel("A") if picture.mode == "RGBA" else None
-            has_mask = alpha is not None and alpha.getextrema()[0] < 255 and alpha.getbbox()
+            has_mask = alpha is not None and min(alpha.tobytes()) < 255 and alpha.getbbox()
             pictures.append(TrainingPicture(opaque(picture), alpha if has_mask else None))
-        return pictures, _strip(pictures), None, _said(ValueError(" ".join(problems))) if problems else ""
+        return pictures, *_strip(pictures), None, _said(ValueError(" ".join(problems))) if problems else ""
 
     def choose_picture(self, pictures: list[TrainingPicture], event: gr.SelectData) -> tuple[Any, Any, Any]:
         """Open a picture for cropping and painting."""
         if not isinstance(event.index, int) or not 0 <= event.index < len(pictures):
-            return None, gr.Group(visible=False), None
+            return None, gr.Column(visible=False), None
         picture = pictures[event.index]
         layers = [_painted(picture.mask)] if picture.mask is not None else []
         shown = {"background": picture.image, "layers": layers, "composite": None}
-        return event.index, gr.Group(visible=True), shown
+        return event.index, gr.Column(visible=True), shown
 
     def edited(self, value: Any, pictures: list[TrainingPicture], index: Any) -> tuple[Any, ...]:
         """Take over what was cropped and painted."""
         if not _is_index(index, pictures) or not isinstance(value, dict) or value.get("background") is None:
-            return (*[gr.skip()] * 5, _said(ValueError("Choose a picture first.")))
+            return (*[gr.skip()] * 6, _said(ValueError("Choose a picture first.")))
         picture = _from_editor(value)
         if min(picture.image.size) < 16:
-            return (*[gr.skip()] * 5, _said(ValueError("That leaves next to nothing of the picture.")))
+            return (*[gr.skip()] * 6, _said(ValueError("That leaves next to nothing of the picture.")))
         pictures = [*pictures[:index], picture, *pictures[index + 1 :]]
-        return pictures, _strip(pictures), None, gr.Group(visible=False), None, ""
+        return pictures, *_strip(pictures), None, gr.Column(visible=False), None, ""
 
     def dropped(self, pictures: list[TrainingPicture], index: Any) -> tuple[Any, ...]:
         """Leave a picture out."""
         if _is_index(index, pictures):
             pictures = [*pictures[:index], *pictures[index + 1 :]]
-        return pictures, _strip(pictures), None, gr.Group(visible=False), None
+        return pictures, *_strip(pictures), None, gr.Column(visible=False), None
 
     def begin(self, name: Any, phrase: Any, pictures: list[TrainingPicture], steps: Any) -> tuple[Any, ...]:
         """Start a training, and clear the form."""
@@ -327,9 +345,9 @@ class _SubjectsTab:
                 steps = int(steps)
             job = self.jobs.start(_text(name) or "", _text(phrase) or "", pictures, steps)
         except (ValueError, OSError) as error:
-            return (_said(error), *[gr.skip()] * 8)
+            return (_said(error), *[gr.skip()] * 9)
         said = _said(f"Training <{job.name}>. You may close this page meanwhile, or draw on.")
-        return said, [], _strip([]), None, gr.Group(visible=False), None, "", "", self._dropdown(job.key)
+        return said, [], *_strip([]), None, gr.Column(visible=False), None, "", "", self._dropdown(job.key)
 
     def act(self, what: str) -> Any:
         """What a button under a training calls."""
@@ -352,7 +370,7 @@ class _SubjectsTab:
             news = None
             if shown == news:
                 return (*[gr.skip()] * 8, now)
-            return (gr.Group(visible=False), *[gr.skip()] * 6, news, now)
+            return (gr.Column(visible=False), *[gr.skip()] * 6, news, now)
         said, sheets = self.jobs.progress(job), self.jobs.sheets(job)
         news = [job.key, job.state, said.get("phase"), said.get("time"), len(sheets), len(self.jobs.jobs())]
         if shown == news:
@@ -360,7 +378,7 @@ class _SubjectsTab:
         same_sheet = isinstance(shown, list) and (shown[0], shown[4]) == (news[0], news[4])
         sheet = gr.skip() if same_sheet else gr.Image(_opened(sheets), visible=bool(sheets))
         return (
-            gr.Group(visible=True),
+            gr.Column(visible=True),
             self._dropdown(job.key),
             _progress(job, said),
             sheet,
@@ -396,8 +414,8 @@ def _tile(name: str, thumbnail: str | None) -> Image.Image:
     return read_data_url(thumbnail, "the thumbnail")
 
 
-def _strip(pictures: Sequence[TrainingPicture]) -> Any:
-    """The pictures so far, what is not learnt darkened."""
+def _strip(pictures: Sequence[TrainingPicture]) -> tuple[Any, Any]:
+    """The pictures so far, what is not learnt darkened; and the line above them."""
     shown = []
     for number, picture in enumerate(pictures, 1):
         image = picture.image
@@ -406,7 +424,7 @@ def _strip(pictures: Sequence[TrainingPicture]) -> Any:
         image = image.copy()
         image.thumbnail((256, 256))
         shown.append((image, f"{number} · masked" if picture.mask is not None else str(number)))
-    return gr.Gallery(shown, visible=bool(shown), selected_index=None)
+    return gr.Gallery(shown, visible=bool(shown), selected_index=None), gr.Markdown(visible=bool(shown))
 
 
 def _painted(mask: Image.Image) -> Image.Image:
@@ -476,12 +494,12 @@ def _progress(job: Job, said: dict[str, Any]) -> str:
     role = ' role="alert"' if job.state == "failed" else ""
     return (
         f"<p><b>{name}</b></p><p{role}>{html.escape(words)}{rest}</p>"
-        f'<progress value="{step}" max="{of}" aria-label="Steps" style="width: 100%"></progress>'
+        f'<progress value="{step}" max="{of}" aria-label="Steps"></progress>'
         f"{loss_curve(said.get('curve') or [])}"
     )
 
 
-def loss_curve(points: Sequence[Sequence[float]], width: int = 600, height: int = 160) -> str:
+def loss_curve(points: Sequence[Sequence[float]], width: int = 400, height: int = 130) -> str:
     """The loss over the steps as SVG, in the colour of the text.
 
     Args:
@@ -492,17 +510,16 @@ def loss_curve(points: Sequence[Sequence[float]], width: int = 600, height: int 
         return ""
     steps, losses = zip(*points, strict=True)
     low, high = min(losses), max(losses)
-    left, top, right, bottom = 64, 12, width - 12, height - 24
+    left, top, right, bottom = 50, 12, width - 12, height - 24
     span = (high - low) or 1.0
 
     def at(step: float, loss: float) -> str:
         x = left + (step - steps[0]) / (steps[-1] - steps[0]) * (right - left)
         return f"{x:.1f},{bottom - (loss - low) / span * (bottom - top):.1f}"
 
-    style = 'fill="currentColor" font-size="13"'
+    style = 'fill="currentColor" font-size="11"'
     return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="Loss, from {losses[0]:.4f} to {losses[-1]:.4f}" '
-        f'style="width: 100%; display: block">'
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="Loss, from {losses[0]:.4f} to {losses[-1]:.4f}">'
         f'<path d="M{left} {top}V{bottom}H{right}" fill="none" stroke="currentColor" opacity="0.4"/>'
         f'<polyline points="{" ".join(at(*point) for point in points)}" fill="none" stroke="currentColor" '
         f'stroke-width="1.5"/>'

@@ -276,7 +276,7 @@ def test_the_list_is_one_with_the_canvas(page, server):
     drag(page, (0.75, 0.5), (0.75, 0.55))
     assert page.locator(".region.chosen").get_attribute("data-id") == drawn["regions"][1]["id"]
     first = page.locator(".region").last
-    first.get_by_label("Bring to the front by one").click()
+    first.get_by_label("Bring forward").click()
     server.document(lambda d: [region["subject"] for region in d["regions"]] == ["majesty", "petrucci"])
     front = page.locator(".region").first
     front.locator(".switch").click()

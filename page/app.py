@@ -15,7 +15,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from multisubject.page.canvas import canvas
+from multisubject.page.canvas import canvas, noting, underlaying
 from multisubject.page.entries import DEFAULTS, LIMITS, METHODS, MOST_IMAGES, MOST_SEED, MOST_STEPS, STARTS, Settings
 from multisubject.page.reading import read_file
 from multisubject.page.safety import MOST_BYTES
@@ -76,7 +76,7 @@ class _Page:
         ) as page:
             with gr.Tab("Pictures", id="pictures"), gr.Row():
                 with gr.Column(scale=3, min_width=340):
-                    self.canvas = canvas(self.shown(self.example(), []))
+                    self.canvas = canvas(self.example(), self.offers())
                 with gr.Column(scale=2, min_width=340):
                     self._pictures()
             self.made = gr.State([])
@@ -297,15 +297,13 @@ class _Page:
         prompt = f"a photo of {things} on the beach" if things else ""
         return {"size": [width, height], "prompt": prompt, "negative_prompt": "", "regions": [], "underlay": None}
 
-    def shown(self, document: dict[str, Any], problems: list[dict[str, Any]]) -> dict[str, Any]:
-        """A document with what the page itself fills in."""
+    def offers(self) -> dict[str, Any]:
+        """What the canvas has to choose from."""
         return {
-            **document,
             "sizes": self.studio.sizes(),
             "subjects": self.service.library.listing(),
             "loras": list(self.studio.loras),
             "adapters": 0,
-            "problems": problems,
         }
 
     def review(self, document: Any, *given: Any) -> tuple[Any, Any]:
@@ -317,7 +315,7 @@ class _Page:
         chosen = given[[field.name for field in fields(Settings)].index("region")]
         keys = [key for _, key in regions]
         value = chosen if chosen in keys else keys[0] if keys else None
-        return self.shown(document, problems), gr.Dropdown(regions, value=value)
+        return noting(problems), gr.Dropdown(regions, value=value)
 
     def generate(self, request: gr.Request, document: Any, *given: Any) -> Iterator[dict[Any, Any]]:
         """Pictures one by one, with a preview of the one that is being made."""
@@ -373,7 +371,7 @@ class _Page:
         if not isinstance(document, dict) or not isinstance(event.index, int) or not 0 <= event.index < len(made):
             return gr.skip(), gr.skip()
         with Image.open(made[event.index]["path"]) as picture:
-            return {**document, "underlay": data_url(picture)}, made[event.index]["sheet"]
+            return underlaying(data_url(picture)), made[event.index]["sheet"]
 
     def code(self, name: str) -> Any:
         """What a Copy button calls."""
@@ -408,7 +406,7 @@ class _Page:
         regions = gr.Dropdown(_choices(opened), value=values.pop("region"))
         problems = self.service.problems(opened, asdict(settings))
         said = _said(" ".join(["Opened.", *notes]))
-        return [self.shown(opened, problems), *values.values(), regions, None, said]
+        return [opened, *values.values(), regions, None, said]
 
 
 def _choices(document: dict[str, Any]) -> list[tuple[str, str]]:

@@ -19,7 +19,7 @@ function redraw() {
   redrawNotes();
 }
 
-const colours = () => looksOf(page.regions, known.subjects);
+const colours = () => looksOf(page.regions, offers.subjects);
 
 function hint(text) {
   $(".hint").textContent = text;
@@ -28,7 +28,7 @@ function hint(text) {
 function redrawChips() {
   const looks = colours();
   const words = $(".chips input")?.value ?? "";
-  const chips = known.subjects.map((subject) => {
+  const chips = offers.subjects.map((subject) => {
     const chip = button(subject.name, `${subject.name}, a ${subject.class_phrase}: press, then drag its place`, (event) =>
       pick({ subject: subject.name }, event.detail === 0),
     );
@@ -60,7 +60,7 @@ function redrawChips() {
   };
   $(".chips").replaceChildren(...chips, field);
   $(".names").replaceChildren(
-    ...known.subjects.map(({ name }) =>
+    ...offers.subjects.map(({ name }) =>
       tint(button(`<${name}>`, `Put <${name}> into the prompt`, () => insert(`<${name}>`)), looks.subject(name)),
     ),
   );
@@ -98,7 +98,7 @@ function redrawTools() {
   $("[data-do=bare]").hidden = !page.underlay;
   $("[data-do=rest]").hidden = page.regions.some((region) => region.phrase === BACKGROUND && !region.shape);
   const size = $(".size");
-  const sizes = known.sizes.map(({ size, label }) => [size.join("x"), `${label}  ${size.join(" × ")}`]);
+  const sizes = offers.sizes.map(({ size, label }) => [size.join("x"), `${label}  ${size.join(" × ")}`]);
   const now = page.size.join("x");
   if (!sizes.some(([value]) => value === now)) sizes.push([now, page.size.join(" × ")]);
   size.replaceChildren(...sizes.map(([value, label]) => new Option(label, value)));
@@ -106,7 +106,7 @@ function redrawTools() {
 }
 
 const host = {
-  state: () => ({ ...known, open, count: page.regions.length }),
+  state: () => ({ ...offers, open, count: page.regions.length }),
   redraw,
   file: choosePicture,
   change(region, isTyped) {
@@ -171,7 +171,7 @@ function redrawNotes() {
     if (!region) continue;
     tint(item, looks.region(region).colour);
     item.querySelector(".holds").textContent = holdings(region);
-    const notes = known.problems.filter((problem) => problem.region === region.id).map(noteOf);
+    const notes = problems.filter((problem) => problem.region === region.id).map(noteOf);
     const words = region.subject ? `<${region.subject}>` : region.phrase !== BACKGROUND && region.phrase?.trim();
     const isNamed = [page.prompt, region.prompt ?? ""].some((text) => text.toLowerCase().includes(words?.toLowerCase?.()));
     if (words && !isNamed && notes.length)
@@ -179,12 +179,12 @@ function redrawNotes() {
     item.querySelector(".problems").replaceChildren(...notes);
   }
   const ids = new Set(page.regions.map((region) => region.id));
-  $(".whole").replaceChildren(...known.problems.filter((problem) => !ids.has(problem.region)).map(noteOf));
+  $(".whole").replaceChildren(...problems.filter((problem) => !ids.has(problem.region)).map(noteOf));
   redrawWords();
   if (tool === "eraser") hint(chosen ? "Rub out parts of the chosen region." : "Choose a region to rub parts of it out.");
   else if (tool === "brush")
     hint(chosen ? "Paint: it is added to the chosen region." : picked ? `Paint where ${picked.subject ?? `“${picked.phrase}”`} stands.` : "");
-  else if (chosen) hint("Drag it, or its edges. Press a subject to draw another.");
+  else if (chosen) hint("Drag it or its edges, or pick another subject.");
   else hint(picked ? `Drag where ${picked.subject ?? `“${picked.phrase}”`} stands.` : "Type words of the prompt above, then drag their place.");
 }
 
@@ -332,4 +332,9 @@ $(".picker").onchange = async () => {
 };
 
 watch("value", take);
+watch("offers", takeOffers);
+watch("problems", takeNotes);
+watch("underlay", takeUnderlay);
+takeOffers();
 take();
+takeNotes();

@@ -1,5 +1,5 @@
 // Shapes of regions: where they are, what a drag makes of them, how they are painted. Fractions of width and height.
-// Part of the canvas's one function; `element`, `props`, `trigger` and `watch` come from Gradio.
+// Part of the canvas's one function; `element`, `props` and `watch` come from Gradio.
 
 const SMALLEST = 0.02; // side of a box
 const RASTER = 512; // longer side in pixels of a mask that was painted over
@@ -208,6 +208,42 @@ function maskOf(canvas) {
   return { mask: canvas.toDataURL("image/png") };
 }
 
+const far = (a, b) => Math.hypot(...a.map((value, index) => value - b[index]));
+
+/** The main colours of an image's data, as [red, green, blue], the commonest first, and how many pixels are clear. */
+function mainColours(data) {
+  const pixels = data.length / 4;
+  let clear = 0;
+  for (let i = 3; i < data.length; i += 4) clear += data[i] < 128;
+  const counted = (step) => {
+    const counts = new Map(); // colour, its parts rounded to the middle of a step -> pixels
+    const part = (value) => (step === 1 ? value : Math.floor(value / step) * step + step / 2);
+    for (let i = 0; i < data.length; i += 4) {
+      if (data[i + 3] < 128) continue;
+      const key = (part(data[i]) << 16) | (part(data[i + 1]) << 8) | part(data[i + 2]);
+      counts.set(key, (counts.get(key) ?? 0) + 1);
+    }
+    return [...counts]
+      .filter(([, count]) => count >= 0.005 * pixels)
+      .sort((a, b) => b[1] - a[1])
+      .map(([key, count]) => ({ rgb: [key >> 16, (key >> 8) & 255, key & 255], share: count / pixels }));
+  };
+  // A small share that lies between two larger ones is their blended edge.
+  const isBlend = ({ rgb, share }, larger) =>
+    share < 0.03 &&
+    larger.some((a, i) => larger.slice(i + 1).some((b) => far(a.rgb, rgb) + far(b.rgb, rgb) < far(a.rgb, b.rgb) + 12));
+  const apart = (colours, distance) =>
+    colours.reduce((kept, colour) => {
+      const isNear = kept.some((other) => far(other.rgb, colour.rgb) < distance);
+      return isNear || isBlend(colour, kept) ? kept : [...kept, colour];
+    }, []);
+  const exact = counted(1);
+  const isExact = exact.reduce((sum, { share }) => sum + share, clear / pixels) > 0.9;
+  const isNoisy = exact.some((a, i) => exact.slice(i + 1).some((b) => far(a.rgb, b.rgb) < 24));
+  const main = isExact && !isNoisy ? apart(exact, 0) : apart(counted(32), 90); // JPEG leaves many where there was one
+  return { main: main.map(({ rgb }) => rgb), clear: clear / pixels };
+}
+
 /** One mask for each colour of a map, the largest first; the commonest grey, or else the commonest colour, is none.
  *
  * A pixel belongs to the nearest of the map's main colours, so that blended edges leave no gaps.
@@ -215,45 +251,24 @@ function maskOf(canvas) {
 function masksOf(canvas, most) {
   const { width, height } = canvas;
   const { data } = canvas.getContext("2d").getImageData(0, 0, width, height);
-  const pixels = width * height;
-  let clear = 0;
-  const count = (step) => {
-    const counts = new Map(); // colour, with its parts rounded to the middle of a step -> pixels
-    clear = 0;
-    for (let i = 0; i < data.length; i += 4) {
-      if (data[i + 3] < 128) {
-        clear += 1;
-        continue;
-      }
-      const part = (value) => (step === 1 ? value : Math.floor(value / step) * step + step / 2);
-      const key = (part(data[i]) << 16) | (part(data[i + 1]) << 8) | part(data[i + 2]);
-      counts.set(key, (counts.get(key) ?? 0) + 1);
-    }
-    const main = [...counts].filter(([, pixelsOfIt]) => pixelsOfIt >= 0.005 * pixels).sort((a, b) => b[1] - a[1]);
-    return main.map(([key, pixelsOfIt]) => ({ rgb: [key >> 16, (key >> 8) & 255, key & 255], count: pixelsOfIt }));
-  };
-  const far = (a, b) => Math.hypot(...a.map((value, index) => value - b[index]));
-  let main = count(1);
-  if (main.reduce((sum, colour) => sum + colour.count, clear) < 0.9 * pixels)
-    // Hardly a pixel is just like another, as JPEG leaves them: near colours are one.
-    main = count(32).filter((colour, place, all) => !all.slice(0, place).some((other) => far(other.rgb, colour.rgb) < 72));
-  const isGrey = ({ rgb }) => Math.max(...rgb) - Math.min(...rgb) < 8;
-  const background = clear >= 0.005 * pixels ? null : (main.find(isGrey) ?? main[0]);
-  const kept = [...main.filter((colour) => colour !== background).slice(0, most), ...(background ? [background] : [])];
-  const masks = kept.map(() => new Uint8ClampedArray(data.length).fill(255));
-  for (const mask of masks) for (let i = 0; i < mask.length; i += 4) mask[i] = mask[i + 1] = mask[i + 2] = 0;
+  const { main, clear } = mainColours(data);
+  const isGrey = (rgb) => Math.max(...rgb) - Math.min(...rgb) < 16;
+  const background = clear >= 0.005 ? null : (main.find(isGrey) ?? main[0]);
+  const kept = [...main.filter((rgb) => rgb !== background).slice(0, most), ...(background ? [background] : [])];
+  const masks = kept.map(() => new ImageData(width, height));
+  for (const mask of masks) for (let i = 3; i < data.length; i += 4) mask.data[i] = 255;
   for (let i = 0; i < data.length; i += 4) {
     if (data[i + 3] < 128) continue;
     const rgb = [data[i], data[i + 1], data[i + 2]];
     let nearest = 0;
-    for (let k = 1; k < kept.length; k++) if (far(kept[k].rgb, rgb) < far(kept[nearest].rgb, rgb)) nearest = k;
-    if (kept.length) masks[nearest][i] = masks[nearest][i + 1] = masks[nearest][i + 2] = 255;
+    for (let k = 1; k < kept.length; k++) if (far(kept[k], rgb) < far(kept[nearest], rgb)) nearest = k;
+    if (kept.length) masks[nearest].data.fill(255, i, i + 3);
   }
   return masks
     .filter((_, index) => kept[index] !== background)
     .map((mask) => {
       const made = blank([width, height]);
-      made.getContext("2d").putImageData(new ImageData(mask, width, height), 0, 0);
+      made.getContext("2d").putImageData(mask, 0, 0);
       return { mask: made.toDataURL("image/png") };
     });
 }

@@ -159,7 +159,7 @@ stage.addEventListener("pointerdown", (event) => {
     chosen = tool === "box" || tool === "ellipse" ? null : chosen;
   }
   redrawStage();
-  redrawNotes();
+  redrawWords(); // not the hint: what changed its height would move the picture under the pointer
   markChosen();
 });
 

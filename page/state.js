@@ -7,7 +7,8 @@ const MOST_REGIONS = 24;
 const USERS = ["size", "prompt", "negative_prompt", "regions", "underlay"];
 
 let page = { size: [512, 512], prompt: "", negative_prompt: "", regions: [], underlay: null, revision: 0 };
-let known = { sizes: [], subjects: [], loras: [], adapters: 0, problems: [] };
+let offers = { sizes: [], subjects: [], loras: [], adapters: 0 };
+let problems = [];
 let picked = null; // what the next region is: {subject} or {phrase}
 let chosen = null; // id of the chosen region
 let tool = "box";
@@ -36,8 +37,7 @@ function send(isTyped) {
 function sendNow() {
   clearTimeout(timer);
   if (drag) return void (timer = setTimeout(sendNow, 100)); // what is being drawn is not there yet
-  props.value = copy({ ...known, ...page });
-  trigger("change");
+  props.value = copy(page); // Gradio sends it with its `change` event
 }
 
 /** The user changed something: `isTyped` in a field that must keep its focus. */
@@ -63,34 +63,43 @@ function step(from, to) {
   changed();
 }
 
+/** A document was loaded: it takes the place of what is there. */
 function take() {
   const value = props.value ?? {};
-  const offered = () => JSON.stringify({ ...known, problems: null });
-  const before = offered();
-  for (const key of Object.keys(known)) if (value[key] !== undefined) known[key] = copy(value[key]);
-  const revision = value.revision ?? 0;
-  const isLoaded = revision > page.revision;
-  if (isLoaded || (revision === 0 && page.revision === 0)) {
-    if (isLoaded && page.revision > 0) remember();
-    for (const key of USERS) if (value[key] !== undefined) page[key] = copy(value[key]);
-    page.regions = page.regions.map(completed);
-    page.revision = revision;
-    chosen = null;
-    settled = snapshot();
-  } else if (revision < page.revision) {
-    clearTimeout(timer); // an answer to an earlier state: it has taken the place of what the user drew since
-    timer = setTimeout(sendNow, 0);
-  } else if (value.underlay !== undefined) page.underlay = value.underlay;
+  if (page.revision) remember(settled);
+  for (const key of USERS) if (value[key] !== undefined) page[key] = copy(value[key]);
+  page.regions = page.regions.map(completed);
+  page.revision += 1;
+  [chosen, picked, settled] = [null, nextPick(), snapshot()];
+  redraw();
+  if (page.revision > 1) sendNow();
+}
+
+/** There are other subjects, LoRAs or sizes to choose from. */
+function takeOffers() {
+  offers = { ...offers, ...copy(props.offers ?? {}) };
   if (!picked || !isOffered(picked)) picked = nextPick();
-  if (isLoaded || offered() !== before) redraw();
-  else redrawStage(), redrawTools(), redrawNotes(); // what is pressed or typed in just now stays where it is
+  redraw();
+}
+
+/** What is wrong, or a picture to lie under the regions: what is pressed or typed in just now stays where it is. */
+function takeNotes() {
+  problems = copy(props.problems ?? []);
+  redrawNotes();
+}
+function takeUnderlay() {
+  if (!props.underlay?.url) return;
+  page.underlay = props.underlay.url;
+  redrawTools();
+  redrawStage();
+  send();
 }
 
 /** A region with all its keys. */
 function completed(region) {
   const empty = { subject: null, phrase: null, occurrence: null, shape: null, off: false, prompt: null };
   for (const [key] of NUMBERS) empty[key] = null;
-  return { id: freshId(), ...empty, negative_prompt: null, lora: null, picture: null, ...region };
+  return { ...empty, negative_prompt: null, lora: null, picture: null, ...region, id: region.id ?? freshId() };
 }
 
 let lastId = 0;
@@ -100,11 +109,11 @@ function freshId() {
   return `r${lastId}`;
 }
 
-const isOffered = (pick) => Boolean(pick.phrase) || known.subjects.some((subject) => subject.name === pick.subject);
+const isOffered = (pick) => Boolean(pick.phrase) || offers.subjects.some((subject) => subject.name === pick.subject);
 
 /** A subject that has no region yet, those of the prompt first. */
 function nextPick() {
-  const names = known.subjects.map((subject) => subject.name);
+  const names = offers.subjects.map((subject) => subject.name);
   const free = names.filter((name) => !page.regions.some((region) => region.subject === name));
   const inPrompt = free
     .filter((name) => page.prompt.includes(`<${name}>`))

@@ -4,7 +4,7 @@
 function namedIn(text) {
   const looks = colours();
   const wanted = [];
-  for (const subject of known.subjects) {
+  for (const subject of offers.subjects) {
     const region = page.regions.find((one) => one.subject === subject.name);
     wanted.push([`<${subject.name}>`, { colour: looks.subject(subject.name), id: region?.id }]);
   }

@@ -231,6 +231,8 @@ class _Page:
             settings["guidance_steps"] = None
         if settings["recurrence"] == 1:
             settings["recurrence_steps"] = None
+        if settings["start"] != "region":
+            settings["region"] = None
         return settings
 
     def controls_of(self, settings: Settings) -> dict[str, Any]:
@@ -338,9 +340,7 @@ class _Page:
                 pictures.append((copy, f"seed {news.seed}"))
                 made.append({"path": copy, "sheet": _copied(news, folder)})
                 kept = news.path.parent
-                yield {self.gallery: [*pictures], self.made: [*made]} | (
-                    {self.sheet: made[0]["sheet"]} if len(made) == 1 else {}
-                )
+                yield {self.gallery: [*pictures], self.made: [*made]}
             said = _said(f"Done in {time.monotonic() - start:.1f} s, kept in {kept}.")
         except Cancelled:
             said = _said("Cancelled.")
@@ -348,7 +348,7 @@ class _Page:
             said = _refused(refused)
         except (ValueError, RuntimeError, OSError) as error:  # what only the model, its scheduler or the disk can tell
             said = _said(f"Stopped: {error}", is_error=True)
-        shown = {self.gallery: [*pictures]} if pictures else {}
+        shown = {self.gallery: [*pictures], self.sheet: made[0]["sheet"]} if pictures else {}
         yield shown | {self.status: said, self.stop: gr.Button(interactive=False)}
 
     def _busy(self, text: str, done: float | None = None) -> dict[Any, Any]:
@@ -404,7 +404,6 @@ class _Page:
         opened = {**read.plain(), "revision": (revision if isinstance(revision, int) else 0) + 1}
         values = self.controls_of(settings)
         regions = gr.Dropdown(_choices(opened), value=values.pop("region"))
-        problems = self.service.problems(opened, asdict(settings))
         said = _said(" ".join(["Opened.", *notes]))
         return [opened, *values.values(), regions, None, said]
 

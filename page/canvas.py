@@ -1,4 +1,4 @@
-"""The canvas: regions drawn over the picture, their list, and the prompt. One component; its value is the document."""
+"""The canvas: regions drawn over the picture, their list, the prompt. One component, whose value is the document."""
 
 from __future__ import annotations
 

@@ -91,7 +91,9 @@ function afterAdding() {
 function redrawTools() {
   for (const each of root.querySelectorAll("[data-tool]"))
     each.setAttribute("aria-pressed", String(each.dataset.tool === tool));
-  $(".brush-width").hidden = tool !== "brush" && tool !== "eraser";
+  const isBrush = tool === "brush" || tool === "eraser";
+  $(".brush-width").hidden = !isBrush;
+  $(".toggle").hidden = isBrush;
   $("[data-do=undo]").disabled = !past.length;
   $("[data-do=redo]").disabled = !future.length;
   $("[data-do=clear]").disabled = !page.regions.length;

@@ -278,9 +278,7 @@ class _Page:
         ):
             show = button.click(self.code(name), asked, [code, other, copied, self.status], **_AT_ONCE)
             show.success(None, copied, None, js=_COPY)
-        self.file.upload(
-            self.open, [self.file, self.canvas], [*asked, self.file, self.status], api_visibility="private"
-        )
+        self.file.upload(self.open, [self.file], [*asked, self.file, self.status], api_visibility="private")
         page.load(None, js=_DROP_ANYWHERE)
 
     def _serve(self) -> None:
@@ -389,7 +387,7 @@ class _Page:
 
         return show
 
-    def open(self, path: str | None, document: Any) -> list[Any]:
+    def open(self, path: str | None) -> list[Any]:
         """A dropped file: everything as it was."""
         nothing = [gr.skip()] * (1 + len(fields(Settings)))
         if not path:
@@ -400,8 +398,7 @@ class _Page:
             read, settings, notes = read_file(data, list(self.service.library.sources()), self.studio.base)
         except (ValueError, TypeError) as error:
             return [*nothing, None, _said(f"Not opened: {error}", is_error=True)]
-        revision = document.get("revision") if isinstance(document, dict) else 0
-        opened = {**read.plain(), "revision": (revision if isinstance(revision, int) else 0) + 1}
+        opened = read.plain()
         values = self.controls_of(settings)
         regions = gr.Dropdown(_choices(opened), value=values.pop("region"))
         said = _said(" ".join(["Opened.", *notes]))

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import base64
 import io
-import shutil
 import socket
 import time
 
 import pytest
+from browser import drag, needs_chromium, started, visited
 from PIL import Image, ImageDraw
 
 from multisubject.visualization import _colours
 
 gr = pytest.importorskip("gradio", reason="the extra `page` is not installed")
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = [pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed"), pytest.mark.slow]
+pytestmark = [needs_chromium, pytest.mark.slow]
 
 SUBJECTS = [
     {"name": name, "class_phrase": phrase, "thumbnail": None}
@@ -87,39 +85,16 @@ def server():
 
 @pytest.fixture(scope="module")
 def browser():
-    with playwright.sync_playwright() as driver:
-        made = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+    with started() as made:
         yield made
-        made.close()
 
 
 @pytest.fixture
 def page(server, browser, request):
-    options = getattr(request, "param", {"viewport": {"width": 1100, "height": 1300}})
-    context = browser.new_context(**options)
-    made = context.new_page()
-    errors: list[str] = []
-    made.on("pageerror", lambda error: errors.append(str(error)))
     server.sent.clear()
     server.problems, server.loaded = [], None
-    made.goto(server.url)
-    made.wait_for_selector(".chip[data-subject=petrucci]", timeout=60_000)
-    yield made
-    context.close()
-    assert not errors
-
-
-def drag(page, start, end, *, steps=4, touch=False):
-    """Press at one place of the picture, given in fractions, and let go at another."""
-    stage = page.locator(".stage")
-    stage.scroll_into_view_if_needed()
-    box = stage.bounding_box()
-    (x, y), (u, v) = ((box["x"] + a * box["width"], box["y"] + b * box["height"]) for a, b in (start, end))
-    page.mouse.move(x, y)
-    page.mouse.down()
-    page.mouse.move((x + u) / 2, (y + v) / 2, steps=steps)
-    page.mouse.move(u, v, steps=steps)
-    page.mouse.up()
+    with visited(browser, server.url, **getattr(request, "param", {})) as made:
+        yield made
 
 
 def boxes(document):

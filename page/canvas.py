@@ -10,7 +10,8 @@ from typing import Any
 import gradio as gr
 
 _HERE = Path(__file__).resolve().parent
-_SCRIPTS = ("shapes.js", "region_list.js", "canvas.js")  # one function in the browser, in this order
+# One function in the browser, in this order.
+_SCRIPTS = ("shapes.js", "region_list.js", "state.js", "words.js", "stage.js", "canvas.js")
 
 
 def canvas(document: Mapping[str, Any], offers: Mapping[str, Any]) -> gr.HTML:

@@ -2,8 +2,8 @@
 
 const NUMBERS = [
   // key, label, default, step, lowest, highest, what it does
-  ["weight", "Weight", 2.5, 0.1, -100, 100, "How strongly the words are pulled here"],
-  ["feather", "Soft edge", 0, 0.01, 0, 1, "Width of the soft edge, as a fraction of the shorter side"],
+  ["weight", "Weight", 2.5, 0.1, 0, 100, "How strongly the words are pulled here"],
+  ["feather", "Soft edge", 0, 0.01, 0, 0.5, "Width of the soft edge, as a fraction of the shorter side"],
   ["begin", "Begin", 0, 0.05, 0, 1, "From which fraction of the steps on it guides"],
   ["end", "End", 1, 0.05, 0, 1, "Up to which fraction of the steps it guides"],
   ["strength", "Strength", 1, 0.1, 0, 100, "A factor of the weight; 0 switches it off"],
@@ -34,14 +34,39 @@ function labelled(text, field, cls = "") {
   return label;
 }
 
-/** What a region is called, as on sheets. */
-function nameOf(region) {
-  const name = region.subject ?? region.phrase;
-  if (name) return region.occurrence ? `${name} ${region.occurrence}` : name;
+/** What a region stands for: words of the prompt, or what it holds. */
+function wordsOf(region) {
+  if (region.subject || region.phrase) return region.subject ?? region.phrase;
   if (region.prompt) return region.prompt;
   if (region.lora && Object.keys(region.lora).length) return Object.keys(region.lora).join(" + ");
   if (region.picture) return "reference picture";
-  return region.negative_prompt ? `no ${region.negative_prompt}` : "?";
+  return region.negative_prompt ? `no ${region.negative_prompt}` : "nothing yet";
+}
+
+/** id -> what a region is called on sheets (`layout.py`: `region_names`). Parts of one subject share a name. */
+function namesOf(regions) {
+  const names = new Map();
+  const addressOf = (region) => {
+    const isNamed = region.subject || (region.phrase && (region.phrase !== BACKGROUND || region.shape));
+    return isNamed ? JSON.stringify([wordsOf(region).toLowerCase(), region.occurrence]) : region.id;
+  };
+  const parts = new Map(); // address -> first region of it
+  for (const region of regions)
+    if (!region.off && !parts.has(addressOf(region))) parts.set(addressOf(region), region);
+  const numbered = ({ occurrence }, words) => (occurrence ? `${words} ${occurrence}` : null);
+  const taken = new Set([...parts.values()].map((region) => numbered(region, wordsOf(region))));
+  for (const [address, region] of parts) {
+    const words = wordsOf(region);
+    const isAlone = [...parts.values()].filter((other) => wordsOf(other) === words).length === 1;
+    let count = 1;
+    if (!isAlone && !region.occurrence) while (taken.has(`${words} ${count}`)) count += 1;
+    const name = numbered(region, words) ?? `${words} ${count}`;
+    taken.add(name);
+    names.set(address, isAlone ? words : name);
+  }
+  return new Map(
+    regions.map((region) => [region.id, names.get(addressOf(region)) ?? numbered(region, wordsOf(region)) ?? wordsOf(region)]),
+  );
 }
 
 function crc32(text) {
@@ -67,12 +92,35 @@ function coloursOf(names) {
   return new Map([...hues].map(([name, hue]) => [name, hsv(hue / 12)]));
 }
 
+/** Names and colours: `region(region)` -> {name, colour}, `subject(name)` -> the colour of its region, or of the next. */
+function looksOf(regions, subjects) {
+  const names = namesOf(regions);
+  const inOrder = [...regions.filter((region) => !region.off), ...regions.filter((region) => region.off)];
+  const hues = coloursOf([...inOrder.map((region) => names.get(region.id)), ...subjects.map((subject) => subject.name)]);
+  const region = ({ id }) => ({ name: names.get(id), colour: hues.get(names.get(id)) });
+  return {
+    region,
+    subject(name) {
+      const first = regions.find((one) => one.subject === name);
+      return first ? region(first).colour : hues.get(name);
+    },
+  };
+}
+
 function hsv(hue) {
   const channel = (n) => {
     const k = (n + hue * 6) % 6;
     return Math.round(255 * (0.95 - 0.95 * 0.95 * Math.max(0, Math.min(k, 4 - k, 1))));
   };
   return `rgb(${channel(5)}, ${channel(3)}, ${channel(1)})`;
+}
+
+/** Give an element a colour, and one to write on it that can be read. */
+function tint(made, colour) {
+  const [red, green, blue] = colour.match(/\d+/g).map(Number);
+  made.style.setProperty("--c", colour);
+  made.style.setProperty("--on", 0.299 * red + 0.587 * green + 0.114 * blue < 140 ? "#fff" : "#202020");
+  return made;
 }
 
 /** One line about what a region holds beside its words. */
@@ -97,13 +145,15 @@ function listEntry(region, number, host) {
   item.dataset.id = region.id;
   item.classList.toggle("off", region.off);
   const head = make("div", "head");
-  const grab = make("span", "grab", "⋮⋮");
-  grab.draggable = true;
-  grab.title = "Drag to change the order";
-  grab.ondragstart = (event) => {
-    event.dataTransfer.setData("text/x-region", region.id);
-    event.dataTransfer.effectAllowed = "move";
+  const grab = button("⋮⋮", `Region ${number}: drag it, or press up or down, to change the order`, () => {});
+  grab.classList.add("grab");
+  grab.onkeydown = (event) => {
+    const name = { ArrowUp: "front", ArrowDown: "back" }[event.key];
+    if (!name) return;
+    event.preventDefault();
+    if (number !== (name === "front" ? count : 1)) host.act(name, region);
   };
+  grab.onpointerdown = (event) => startReorder(event, item, region, host);
 
   // What it is
   const what = make("div", "what");
@@ -147,8 +197,8 @@ function listEntry(region, number, host) {
   });
   off.setAttribute("aria-pressed", String(!region.off));
   off.classList.add("switch");
-  const front = button("▲", "Bring to the front by one", () => host.act("front", region));
-  const back = button("▼", "Send to the back by one", () => host.act("back", region));
+  const front = button("▲", "Bring forward", () => host.act("front", region));
+  const back = button("▼", "Send back", () => host.act("back", region));
   front.disabled = number === count;
   back.disabled = number === 1;
   const isOpen = host.state().open.has(region.id);
@@ -164,28 +214,46 @@ function listEntry(region, number, host) {
   item.append(head, make("div", "holds", holdings(region)), make("ul", "problems"));
   if (isOpen) item.append(fieldsOf(region, number, host, { loras, adapters }));
 
-  item.onpointerdown = item.onfocusin = () => host.choose(region);
-  item.ondragover = (event) => {
-    if (!event.dataTransfer.types.includes("text/x-region")) return;
-    event.preventDefault();
-    event.stopPropagation();
-    item.classList.add("over");
-  };
-  item.ondragleave = () => item.classList.remove("over");
-  item.ondrop = (event) => {
-    const id = event.dataTransfer.getData("text/x-region");
-    if (!id) return;
-    event.preventDefault();
-    event.stopPropagation();
-    host.act("before", region, id);
-  };
+  // What is focused stays so when the list is made anew.
+  [grab, select, phrase, off, front, back, more].forEach((each, index) => (each.dataset.field = `head ${index}`));
+  item.addEventListener("pointerdown", () => host.choose(region));
+  item.addEventListener("focusin", () => host.choose(region));
   return item;
+}
+
+/** Drag an entry of the list to another place in it. */
+function startReorder(event, item, region, host) {
+  if (event.button) return;
+  const grab = event.currentTarget;
+  const others = [...item.parentElement.querySelectorAll(".region")].filter((other) => other !== item);
+  let below = null; // how many of the others stay above it
+  grab.setPointerCapture(event.pointerId);
+  const mark = () => others.forEach((other, index) => {
+    other.classList.toggle("gap-above", index === below);
+    other.classList.toggle("gap-below", index === below - 1 && below === others.length);
+  }); // prettier-ignore
+  grab.onpointermove = ({ clientY }) => {
+    if (below === null && Math.abs(clientY - event.clientY) < 5) return;
+    item.classList.add("carried");
+    below = others.filter((other) => other.getBoundingClientRect().top + other.offsetHeight / 2 < clientY).length;
+    mark();
+  };
+  grab.onpointerup = grab.onpointercancel = ({ type }) => {
+    const place = others.length - below; // the list begins with the front, regions with the back
+    const isMoved = type === "pointerup" && below !== null;
+    below = null;
+    mark();
+    item.classList.remove("carried");
+    grab.onpointermove = grab.onpointerup = grab.onpointercancel = null;
+    if (isMoved) host.act("move", region, place);
+  };
 }
 
 function fieldsOf(region, number, host, { loras, adapters }) {
   const fields = make("div", "fields");
-  const named = (field, name) => {
+  const named = (field, name, key) => {
     field.setAttribute("aria-label", `Region ${number}: ${name}`);
+    field.dataset.field = key;
     return field;
   };
   for (const [key, label, usual, step, low, high, title] of NUMBERS) {
@@ -196,7 +264,7 @@ function fieldsOf(region, number, host, { loras, adapters }) {
       region[key] = value === null || Number.isFinite(value) ? value : null;
       host.change(region, true);
     };
-    fields.append(labelled(label, named(input, label)));
+    fields.append(labelled(label, named(input, label, key)));
   }
   const which = make("input");
   Object.assign(which, { type: "number", step: 1, min: 1, max: 99, placeholder: "–", value: region.occurrence ?? "" });
@@ -206,9 +274,9 @@ function fieldsOf(region, number, host, { loras, adapters }) {
     region.occurrence = Number.isInteger(value) && value > 0 ? value : null;
     host.change(region, true);
   };
-  fields.append(labelled("Which one", named(which, "Which one")));
+  fields.append(labelled("Which one", named(which, "Which one", "occurrence")));
   for (const [key, label, hint] of [
-    ["prompt", "Words of its own", "a red <rex>: seen here alone"],
+    ["prompt", "Words of its own", "seen here alone, as: a dog with white spots"],
     ["negative_prompt", "Not here", "what this region must not show"],
   ]) {
     const input = make("input");
@@ -217,7 +285,7 @@ function fieldsOf(region, number, host, { loras, adapters }) {
       region[key] = input.value.trim() ? input.value : null;
       host.change(region, true);
     };
-    fields.append(labelled(label, named(input, label), "wide"));
+    fields.append(labelled(label, named(input, label, key), "wide"));
   }
   if (loras.length || region.lora) fields.append(labelled("LoRA", loraField(region, number, host, loras), "wide"));
   if (adapters || region.picture) {

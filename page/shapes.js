@@ -6,7 +6,13 @@ const RASTER = 512; // longer side in pixels of a mask that was painted over
 
 const clamp = (value, low = 0, high = 1) => Math.min(high, Math.max(low, value));
 const round = (value) => Math.round(value * 1e4) / 1e4;
-const copy = (value) => JSON.parse(JSON.stringify(value));
+
+/** A copy of plain data. Texts are shared: pictures are long ones, and there are a hundred steps to undo. */
+function copy(value) {
+  if (Array.isArray(value)) return value.map(copy);
+  if (value === null || typeof value !== "object") return value;
+  return Object.fromEntries(Object.entries(value).map(([key, held]) => [key, copy(held)]));
+}
 
 /** The edges of a box or an ellipse; null of a painted shape. */
 const edges = (shape) => shape?.box ?? shape?.ellipse ?? null;
@@ -43,20 +49,24 @@ function caught(value, lines, reach) {
 
 // --- painted shapes --------------------------------------------------------------------------------------------------
 
-const pictures = new Map(); // data URL -> loaded Image
+const pictures = new Map(); // data URL -> loaded Image, or the canvas of which it was made
 
 /** The picture of a data URL, once it is there; `redraw` is called when it comes later. */
 function picture(url, redraw) {
   if (!/^data:image\/(png|jpeg|webp);base64,[\w+/=]+$/.test(url ?? "")) return null;
   let image = pictures.get(url);
   if (!image) {
-    if (pictures.size > 60) pictures.clear();
     image = new Image();
     image.onload = () => redraw?.();
     image.src = url;
-    pictures.set(url, image);
+    keep(url, image);
   }
-  return image.complete && image.naturalWidth ? image : null;
+  return image instanceof HTMLCanvasElement || (image.complete && image.naturalWidth) ? image : null;
+}
+
+function keep(url, image) {
+  if (pictures.size >= 80) pictures.delete(pictures.keys().next().value);
+  pictures.set(url, image);
 }
 
 /** The size in pixels at which shapes of a picture of this size are painted. */
@@ -126,7 +136,9 @@ function asMask(canvas) {
   context.fillStyle = "#000";
   context.fillRect(0, 0, black.width, black.height);
   context.drawImage(canvas, 0, 0);
-  return { mask: black.toDataURL("image/png") };
+  const url = black.toDataURL("image/png");
+  keep(url, black); // nobody has to wait until it is decoded
+  return { mask: url };
 }
 
 /** The edges of what is opaque on a canvas, in fractions; null where nothing is. */
@@ -140,22 +152,31 @@ function extent(canvas) {
   return c < 0 ? null : [a / width, b / height, (c + 1) / width, (d + 1) / height];
 }
 
-/** A painted shape somewhere else. */
-function shifted(shape, dx, dy, size) {
+/** A painted shape whose part of the picture `from` comes to lie in `to`. */
+function fitted(shape, from, to, size) {
+  const scale = [(to[2] - to[0]) / (from[2] - from[0]), (to[3] - to[1]) / (from[3] - from[1])];
   if (shape.strokes) {
-    const move = ([x, y]) => [round(clamp(x + dx, -0.9, 1.9)), round(clamp(y + dy, -0.9, 1.9))];
-    return { strokes: shape.strokes.map((stroke) => ({ ...stroke, points: stroke.points.map(move) })) };
+    const factor = Math.sqrt(scale[0] * scale[1]);
+    const move = (value, axis) => round(clamp(to[axis] + (value - from[axis]) * scale[axis], -0.9, 1.9));
+    const strokes = shape.strokes.map((stroke) => ({
+      ...stroke,
+      width: clamp(round(stroke.width * factor), 0.001, 1),
+      points: stroke.points.map((point) => point.map(move)),
+    }));
+    return { strokes };
   }
-  const from = rastered(shape, size);
-  const to = blank([from.width, from.height]);
-  to.getContext("2d").drawImage(from, dx * from.width, dy * from.height);
-  return asMask(to);
+  const old = rastered(shape, size);
+  const made = blank([old.width, old.height]);
+  const [width, height] = [old.width * scale[0], old.height * scale[1]];
+  made.getContext("2d").drawImage(old, (to[0] - from[0] * scale[0]) * old.width, (to[1] - from[1] * scale[1]) * old.height, width, height);
+  return asMask(made);
 }
 
 // --- files -----------------------------------------------------------------------------------------------------------
 
-/** A file of the user's as a canvas of at most `most` pixels a side. Rejects with a sentence. */
-async function decoded(file, most) {
+/** A file of the user's as a canvas of at most `most` pixels a side, `isSmooth` but for maps of colours. Rejects with a
+ * sentence. */
+async function decoded(file, most, isSmooth = true) {
   if (file.size > 20e6) throw new Error("That file is larger than 20 MB.");
   let bitmap;
   try {
@@ -166,7 +187,7 @@ async function decoded(file, most) {
   const scale = Math.min(1, most / Math.max(bitmap.width, bitmap.height));
   const canvas = blank([Math.max(1, Math.round(bitmap.width * scale)), Math.max(1, Math.round(bitmap.height * scale))]);
   const context = canvas.getContext("2d", { willReadFrequently: true });
-  context.imageSmoothingEnabled = scale < 1;
+  context.imageSmoothingEnabled = isSmooth && scale < 1;
   context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
   return canvas;
 }
@@ -187,29 +208,67 @@ function maskOf(canvas) {
   return { mask: canvas.toDataURL("image/png") };
 }
 
-/** One mask for each colour of a map; the commonest grey, or else the commonest colour, is the background. */
+const far = (a, b) => Math.hypot(...a.map((value, index) => value - b[index]));
+
+/** The main colours of an image's data, as [red, green, blue], the commonest first, and how many pixels are clear. */
+function mainColours(data) {
+  const pixels = data.length / 4;
+  let clear = 0;
+  for (let i = 3; i < data.length; i += 4) clear += data[i] < 128;
+  const counted = (step) => {
+    const counts = new Map(); // colour, its parts rounded to the middle of a step -> pixels
+    const part = (value) => (step === 1 ? value : Math.floor(value / step) * step + step / 2);
+    for (let i = 0; i < data.length; i += 4) {
+      if (data[i + 3] < 128) continue;
+      const key = (part(data[i]) << 16) | (part(data[i + 1]) << 8) | part(data[i + 2]);
+      counts.set(key, (counts.get(key) ?? 0) + 1);
+    }
+    return [...counts]
+      .filter(([, count]) => count >= 0.005 * pixels)
+      .sort((a, b) => b[1] - a[1])
+      .map(([key, count]) => ({ rgb: [key >> 16, (key >> 8) & 255, key & 255], share: count / pixels }));
+  };
+  // A small share that lies between two larger ones is their blended edge.
+  const isBlend = ({ rgb, share }, larger) =>
+    share < 0.03 &&
+    larger.some((a, i) => larger.slice(i + 1).some((b) => far(a.rgb, rgb) + far(b.rgb, rgb) < far(a.rgb, b.rgb) + 12));
+  const apart = (colours, distance) =>
+    colours.reduce((kept, colour) => {
+      const isNear = kept.some((other) => far(other.rgb, colour.rgb) < distance);
+      return isNear || isBlend(colour, kept) ? kept : [...kept, colour];
+    }, []);
+  const exact = counted(1);
+  const isExact = exact.reduce((sum, { share }) => sum + share, clear / pixels) > 0.9;
+  const isNoisy = exact.some((a, i) => exact.slice(i + 1).some((b) => far(a.rgb, b.rgb) < 24));
+  const main = isExact && !isNoisy ? apart(exact, 0) : apart(counted(32), 90); // JPEG leaves many where there was one
+  return { main: main.map(({ rgb }) => rgb), clear: clear / pixels };
+}
+
+/** One mask for each colour of a map, the largest first; the commonest grey, or else the commonest colour, is none.
+ *
+ * A pixel belongs to the nearest of the map's main colours, so that blended edges leave no gaps.
+ */
 function masksOf(canvas, most) {
-  const context = canvas.getContext("2d");
-  const image = context.getImageData(0, 0, canvas.width, canvas.height);
-  const { data } = image;
-  const counts = new Map();
-  const key = (i) => (data[i + 3] < 128 ? -1 : (data[i] << 16) | (data[i + 1] << 8) | data[i + 2]);
-  for (let i = 0; i < data.length; i += 4) counts.set(key(i), (counts.get(key(i)) ?? 0) + 1);
-  const enough = (data.length / 4) * 0.005; // blended edges are no regions
-  const colours = [...counts].filter(([colour, count]) => colour >= 0 && count >= enough).sort((a, b) => b[1] - a[1]);
-  const isGrey = ([colour]) => colour >> 16 === ((colour >> 8) & 255) && (colour & 255) === ((colour >> 8) & 255);
-  const background = (counts.get(-1) ?? 0) >= enough ? null : (colours.find(isGrey) ?? colours[0]);
-  return colours
-    .filter((colour) => colour !== background)
-    .slice(0, most)
-    .map(([colour]) => {
-      const mask = blank([canvas.width, canvas.height]);
-      const out = context.createImageData(canvas.width, canvas.height);
-      for (let i = 0; i < data.length; i += 4) {
-        out.data[i] = out.data[i + 1] = out.data[i + 2] = key(i) === colour ? 255 : 0;
-        out.data[i + 3] = 255;
-      }
-      mask.getContext("2d").putImageData(out, 0, 0);
-      return { mask: mask.toDataURL("image/png") };
+  const { width, height } = canvas;
+  const { data } = canvas.getContext("2d").getImageData(0, 0, width, height);
+  const { main, clear } = mainColours(data);
+  const isGrey = (rgb) => Math.max(...rgb) - Math.min(...rgb) < 16;
+  const background = clear >= 0.005 ? null : (main.find(isGrey) ?? main[0]);
+  const kept = [...main.filter((rgb) => rgb !== background).slice(0, most), ...(background ? [background] : [])];
+  const masks = kept.map(() => new ImageData(width, height));
+  for (const mask of masks) for (let i = 3; i < data.length; i += 4) mask.data[i] = 255;
+  for (let i = 0; i < data.length; i += 4) {
+    if (data[i + 3] < 128) continue;
+    const rgb = [data[i], data[i + 1], data[i + 2]];
+    let nearest = 0;
+    for (let k = 1; k < kept.length; k++) if (far(kept[k], rgb) < far(kept[nearest], rgb)) nearest = k;
+    if (kept.length) masks[nearest].data.fill(255, i, i + 3);
+  }
+  return masks
+    .filter((_, index) => kept[index] !== background)
+    .map((mask) => {
+      const made = blank([width, height]);
+      made.getContext("2d").putImageData(mask, 0, 0);
+      return { mask: made.toDataURL("image/png") };
     });
 }

@@ -189,6 +189,9 @@ def test_ellipse_brush_and_eraser(page, server):
     page.click("[data-tool=box]")
     drag(page, (0.65, 0.7), (0.65, 0.6))  # a painted region moves as a whole
     drawn = server.document(lambda d: d["regions"][1]["shape"]["strokes"][0]["points"][0] == near([0.6, 0.6]))
+    drag(page, (0.95, 0.75), (0.8, 0.65))  # and its grips resize it, with what was rubbed out
+    drawn = server.document(lambda d: d["regions"][1]["shape"]["strokes"][0]["points"][-1][0] < 0.8)
+    assert drawn["regions"][1]["shape"]["strokes"][0]["points"][0] == near([0.581, 0.575])
     page.click("[data-tool=eraser]")
     drag(page, (0.25, 0.3), (0.35, 0.3))  # the chosen region is still the painted one: the ellipse stays
     drawn = server.document(lambda d: len(d["regions"][1]["shape"]["strokes"]) == 4)
@@ -200,12 +203,12 @@ def mask_of(url):
     return Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))).convert("L")
 
 
-def upload(page, kind, picture):
+def upload(page, kind, picture, form="PNG"):
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    picture.save(buffer, form)
     with page.expect_file_chooser() as chooser:
         page.click(f"[data-file={kind}]")
-    chooser.value.set_files({"name": "../x.png", "mimeType": "image/png", "buffer": buffer.getvalue()})
+    chooser.value.set_files({"name": "../x.png", "mimeType": f"image/{form.lower()}", "buffer": buffer.getvalue()})
 
 
 def test_a_box_that_is_rubbed_out_becomes_a_mask(page, server):
@@ -217,6 +220,10 @@ def test_a_box_that_is_rubbed_out_becomes_a_mask(page, server):
     mask = mask_of(drawn["regions"][0]["shape"]["mask"])
     at = [mask.getpixel((int(x * mask.width), int(y * mask.height))) for x, y in ((0.5, 0.5), (0.3, 0.3), (0.1, 0.1))]
     assert at == [0, 255, 0]
+    page.click("[data-tool=box]")
+    drag(page, (0.4, 0.3), (0.3, 0.2))
+    drawn = server.document(lambda d: mask_of(d["regions"][0]["shape"]["mask"]).getpixel((mask.width // 8, 90)) == 255)
+    assert mask_of(drawn["regions"][0]["shape"]["mask"]).getpixel((int(0.4 * mask.width), int(0.4 * mask.height))) == 0
 
 
 def test_masks_and_colour_maps_are_uploaded(page, server):
@@ -234,10 +241,14 @@ def test_masks_and_colour_maps_are_uploaded(page, server):
     draw = ImageDraw.Draw(colours)
     draw.rectangle((0, 0, 20, 63), fill="red")
     draw.rectangle((40, 0, 63, 63), fill="blue")
-    upload(page, "map", colours)
-    drawn = server.document(lambda d: len(d["regions"]) == 2)
-    inside = [mask_of(region["shape"]["mask"]).resize((64, 64)).getpixel((10, 30)) for region in drawn["regions"]]
-    assert sorted(inside) == [0, 255]
+    for form in ("PNG", "JPEG"):  # blended edges and noise are no regions
+        upload(page, "map", colours, form)
+        drawn = server.document(lambda d: len(d["regions"]) == 2)
+        masks = [mask_of(region["shape"]["mask"]) for region in drawn["regions"]]
+        assert sorted(mask.getpixel((10, 30)) for mask in masks) == [0, 255]
+        assert sum(sum(mask.point(bool).getdata()) for mask in masks) == pytest.approx((21 + 24) * 64, rel=0.03)
+        page.click("[data-do=clear]")
+        server.document(lambda d: not d["regions"])
 
 
 def test_what_is_no_picture_is_told(page, server):
@@ -257,7 +268,15 @@ def test_the_list_is_one_with_the_canvas(page, server):
     drag(page, (0.75, 0.5), (0.75, 0.55))
     assert page.locator(".region.chosen").get_attribute("data-id") == drawn["regions"][1]["id"]
     first = page.locator(".region").last
-    first.get_by_label("Bring to the front by one").click()
+    first.get_by_label("Bring forward").click()
+    server.document(lambda d: [region["subject"] for region in d["regions"]] == ["majesty", "petrucci"])
+    grabs = [page.locator(".grab").nth(index).bounding_box() for index in (0, 1)]
+    page.mouse.move(grabs[0]["x"] + 9, grabs[0]["y"] + 9)
+    page.mouse.down()
+    page.mouse.move(grabs[1]["x"] + 9, grabs[1]["y"] + 60, steps=5)  # below the other one
+    page.mouse.up()
+    server.document(lambda d: [region["subject"] for region in d["regions"]] == ["petrucci", "majesty"])
+    page.keyboard.press("ArrowUp")  # the handle that was dragged has the focus
     server.document(lambda d: [region["subject"] for region in d["regions"]] == ["majesty", "petrucci"])
     front = page.locator(".region").first
     front.locator(".switch").click()
@@ -284,6 +303,10 @@ def test_the_list_is_one_with_the_canvas(page, server):
     assert held["subject"] is None
     page.locator(".region select").nth(0).select_option("all that no other region covers")
     server.document(lambda d: d["regions"][1]["phrase"] == "background" and d["regions"][1]["shape"] is None)
+    assert page.locator("[data-do=rest]").is_hidden()
+    for _ in range(2):
+        page.click("[data-do=undo]")
+    server.document(lambda d: d["regions"][1]["phrase"] == "")  # what was typed is undone too, a field at a time
 
 
 def test_words_are_placed_too(page, server):
@@ -291,6 +314,16 @@ def test_words_are_placed_too(page, server):
     drag(page, (0.5, 0.5), (0.9, 0.9))
     drawn = server.document(lambda d: len(d["regions"]) == 1)
     assert (drawn["regions"][0]["subject"], drawn["regions"][0]["phrase"]) == (None, "red ball")
+    page.keyboard.press("Control+d")
+    server.document(lambda d: len(d["regions"]) == 2)
+    assert page.locator(".label").all_inner_texts() == ["red ball", "red ball"]  # parts of one region
+    page.get_by_label("Show what this region holds").first.click()
+    page.get_by_label("Region 2: Which one").fill("2")
+    assert page.locator(".label").all_inner_texts() == ["red ball 1", "red ball 2"]  # as on sheets
+    page.click("[data-do=rest]")
+    page.keyboard.type("palm trees")
+    drawn = server.document(lambda d: d["regions"][0]["prompt"] == "palm trees")
+    assert (drawn["regions"][0]["phrase"], drawn["regions"][0]["shape"]) == ("background", None)
 
 
 def test_prompt_chips_problems_and_typing(page, server):
@@ -298,6 +331,12 @@ def test_prompt_chips_problems_and_typing(page, server):
     server.document(lambda d: d["prompt"] == "a photo of <petrucci> and <majesty> and <biscuit> on the beach")
     drag(page, (0.1, 0.1), (0.5, 0.9))
     region = server.document(lambda d: d["regions"])["regions"][0]
+    assert page.locator(".marks mark").all_inner_texts() == ["<petrucci>", "<majesty>", "<biscuit>"]
+    assert page.locator(".marks .chosen").inner_text() == "<petrucci>"
+    assert (
+        page.evaluate("['.marks', '.prompt'].map((one) => document.querySelector(one).getBoundingClientRect().width)")
+        == [page.locator(".paper").bounding_box()["width"]] * 2
+    )
     server.problems = [
         {"region": region["id"], "text": "<img src=x onerror=alert(1)> is small", "severity": "warning"},
         {"region": None, "text": "Write a prompt.", "severity": "error"},

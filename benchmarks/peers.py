@@ -59,7 +59,8 @@ from torch.overrides import TorchFunctionMode
 from multisubject.base_models import SD
 from multisubject.benchmarks.bases import DrawnBase
 from multisubject.benchmarks.layout_guidance import layout_energy
-from multisubject.benchmarks.placement import METHODS, Task, draw_tasks, score_picture
+from multisubject.benchmarks.placement import METHODS, score_picture
+from multisubject.benchmarks.placement_tasks import Task, draw_tasks
 from multisubject.evaluation.intervals import bootstrap_interval
 from multisubject.guidance_methods import GUIDANCE_METHODS, AttentionLayer, GuidanceMethod
 from multisubject.residual_embeddings import parse_prompt

@@ -191,18 +191,18 @@ def draw_with_loras(
 ) -> tuple[list[Image.Image], float, int, float]:
     """As `draw_pictures`, in one batch for each cast: LoRAs that act everywhere act on a whole batch."""
     pictures: dict[int, Image.Image] = {}
-    seconds, calls, peak = 0.0, 0, 0.0
-    casts = [tuple(target.subject for target in task.targets) for task in tasks]
+    calls, seconds, peak = 0, 0.0, 0.0
+    casts = [tuple(sorted(target.subject for target in task.targets if target.subject)) for task in tasks]
     pipe.enable_lora()
     try:
-        for cast in dict.fromkeys(map(frozenset, casts)):
-            rows = [row for row, of_task in enumerate(casts) if cast == frozenset(of_task)]
-            pipe.set_adapters(sorted(cast))
+        for cast in dict.fromkeys(casts):
+            rows = [row for row, of_task in enumerate(casts) if cast == of_task]
+            pipe.set_adapters(list(cast))
             part = [tasks[row] for row in rows]
             prompts, layouts = zip(*(with_loras(task, in_regions=in_regions) for task in part), strict=True)
-            drawn, *cost = draw_batch(pipe, part, list(prompts), list(layouts), settings, options)
+            drawn, more, calls, most = draw_batch(pipe, part, list(prompts), list(layouts), settings, options)
             pictures.update(zip(rows, drawn, strict=True))
-            seconds, calls, peak = seconds + cost[0], cost[1], max(peak, cost[2])
+            seconds, peak = seconds + more, max(peak, most)
     finally:
         pipe.disable_lora()
     return [pictures[row] for row in range(len(tasks))], seconds, calls, peak

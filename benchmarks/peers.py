@@ -59,8 +59,9 @@ from torch.overrides import TorchFunctionMode
 from multisubject.base_models import SD
 from multisubject.benchmarks.bases import DrawnBase
 from multisubject.benchmarks.layout_guidance import layout_energy
-from multisubject.benchmarks.placement import METHODS, Task, draw_tasks
+from multisubject.benchmarks.placement import METHODS
 from multisubject.benchmarks.placement_scores import score_picture, whole
+from multisubject.benchmarks.placement_tasks import Task, draw_tasks
 from multisubject.evaluation.intervals import bootstrap_interval
 from multisubject.guidance_methods import GUIDANCE_METHODS, AttentionLayer, GuidanceMethod
 from multisubject.residual_embeddings import parse_prompt

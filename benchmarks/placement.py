@@ -7,7 +7,8 @@
 
 Every method draws the same tasks from the same seeds. A cell is a kind of task with a number of regions:
 `described` (different categories, colour and pattern in words), `twins` (one category, different looks in words),
-`subjects` (personal subjects from `embeddings/`), `subject twins` (two personal subjects of one category). The suffixes
+`subjects` (personal subjects from `embeddings/`), `subject twins` (two personal subjects of one category), `loras`
+(those of `subjects` that `embeddings/loras/` has as LoRAs too, with rows for both). The suffixes
 `small`, `overlap` and `masks` change the regions of two described objects. What cannot be seen in a setting (black at
 night) is not asked for. A region succeeds when its object looks right and its box and the one asked for have at least
 half of what they cover together in common (IoU); a picture, when all its regions do. `rendered` are the same scenes as
@@ -22,12 +23,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +36,18 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from multisubject.base_models import SD
-from multisubject.benchmarks.bases import DrawnBase
+from multisubject.benchmarks.bases import ROOT, DrawnBase
 from multisubject.benchmarks.layout_guidance import LayoutGuidance
 from multisubject.benchmarks.placement_scores import RENDERED, SCORES, TITLES, headline, rendered, score_picture, whole
+from multisubject.benchmarks.placement_tasks import (
+    CELLS,
+    LORAS,
+    Task,
+    draw_tasks,
+    has_subjects,
+    with_loras,
+    with_own_words,
+)
 from multisubject.benchmarks.results import digest_of_weights, load_results, read_results, side_by_side
 from multisubject.benchmarks.speed import measure
 from multisubject.evaluation.intervals import bootstrap_interval
@@ -54,27 +62,10 @@ from multisubject.guidance_methods import (
 from multisubject.subject_file import write_atomically
 from multisubject.tiny_world import EMBEDDED_BASE
 from multisubject.tiny_world.judge import CHECKPOINT, Judge
-from multisubject.tiny_world.scenes import (
-    Box,
-    Look,
-    World,
-    article,
-    is_visible,
-    phrase,
-    random_boxes,
-    random_look,
-)
 from multisubject.tiny_world.subjects import SUBJECTS
 from multisubject.training.devices import quick_dtype
 from multisubject.visualization import contact_sheet
 
-CELLS = (
-    *(f"described {count}" for count in (1, 2, 3, 4)),
-    *(f"twins {count}" for count in (2, 3)),
-    *(f"subjects {count}" for count in (1, 2, 3, 4)),
-    "subject twins 2",
-    *(f"described 2 {shape}" for shape in ("small", "overlap", "masks")),
-)
 METHODS_OF_OTHERS: dict[str, dict[str, Any]] = {
     "none": {"guidance_steps": 0},
     "masked": {"guidance_method": "masked"},
@@ -95,6 +86,10 @@ METHODS: dict[str, dict[str, Any]] = {
     # Objects that only their regions' own words describe, in a prompt of the setting alone or that counts them
     "multisubject, own words": {"own_words": ""},
     "multisubject, own words counted": {"own_words": " and a"},
+    # Subjects as LoRAs: all of them everywhere, as is usual, without a layout and with one; each in its region
+    "LoRAs everywhere, no layout": {"loras": "everywhere", "guidance_steps": 0},
+    "LoRAs everywhere": {"loras": "everywhere"},
+    "a LoRA per region": {"loras": "in regions"},
     # What each ingredient brings
     "cones2_padding_hidden": {"guidance_method": "cones2_padding_hidden"},
     "cones2 + own words": {"guidance_method": uses_own_words(lambda layer: cones2(layer))},
@@ -127,118 +122,58 @@ SD_ALONE = tuple(
 )
 """Methods that know the samplers and the UNets of Stable Diffusion 1.x and 2.x alone."""
 
+LORA_FOLDER = ROOT / "embeddings" / "loras"
 OURS = ("multisubject", "multisubject, first steps twice")
 
 
-@dataclass(frozen=True)
-class Target:
-    """What one region should show. `words` is its key in the layout; `subject` a personal subject's name."""
-
-    words: str
-    category: str
-    look: Look
-    box: Box
-    subject: str | None = None
-
-
-@dataclass(frozen=True)
-class Task:
-    """One picture to draw."""
-
-    prompt: str
-    setting: str
-    targets: tuple[Target, ...]
-    masks: bool
-    seed: int
-
-    @property
-    def layout(self) -> dict[str, Any]:
-        """As the pipeline takes it: boxes, or the ellipses inside them."""
-        return {target.words: ellipse(target.box) if self.masks else target.box for target in self.targets}
-
-
-def ellipse(box: Box, size: int = 64) -> np.ndarray:
-    """`(size, size)` float32, 1 inside the ellipse that touches the box's four sides."""
-    x, y = np.meshgrid(*[(np.arange(size) + 0.5) / size] * 2)
-    across = (x - (box[0] + box[2]) / 2) / ((box[2] - box[0]) / 2)
-    down = (y - (box[1] + box[3]) / 2) / ((box[3] - box[1]) / 2)
-    return (across**2 + down**2 <= 1).astype(np.float32)
-
-
-# --- tasks ---------------------------------------------------------------------------------------------------------
-
-
-def draw_tasks(cell: str, count: int, seed: int, world: World) -> list[Task]:
-    """The first `count` tasks of a cell; the same for the same seed, whatever `count` is."""
-    rng = random.Random(f"{cell}/{seed}")
-    return [draw_task(cell, rng, world, seed=1000 * seed + index) for index in range(count)]
-
-
-def draw_task(cell: str, rng: random.Random, world: World, seed: int) -> Task:
-    """One task of a cell such as `described 2 small`."""
-    kind, _, rest = cell.partition(" 2 ") if " 2 " in cell else (cell[:-2], "", "")
-    regions = 2 if rest else int(cell[-1])
-    setting = rng.choice(world.settings)
-    named: list[tuple[str, str, Look, str | None]] = []  # words, category, look, subject
-    if kind.startswith("subject"):
-        cast = [subject for subject in SUBJECTS.values() if is_visible(subject.look.colour, setting)]
-        while True:
-            chosen = rng.sample(cast, regions)
-            categories = {subject.category for subject in chosen}
-            if len(categories) == (1 if kind == "subject twins" else regions):
-                break
-        named = [(subject.name, subject.category, subject.look, subject.name) for subject in chosen]
-    else:
-        categories_drawn = (
-            [rng.choice(world.categories)] * regions if kind == "twins" else rng.sample(world.categories, regions)
-        )
-        colours: set[str] = set()
-        for category in categories_drawn:
-            look = random_look(rng, world, setting)
-            while look.colour in colours:
-                look = random_look(rng, world, setting)
-            colours.add(look.colour)
-            named.append((phrase(category, look), category, look, None))
-    boxes = random_boxes(rng, [category for _, category, _, _ in named])
-    if rest == "small":
-        boxes = [scaled(box, 0.6) for box in boxes]
-    elif rest == "overlap":
-        boxes = [scaled(box, 1.4) for box in boxes]
-    targets = tuple(
-        Target(words, category, look, box, subject)
-        for (words, category, look, subject), box in zip(named, boxes, strict=True)
-    )
-    said = [f"a <{t.subject}>" if t.subject else f"{article(t.words)} {t.words}" for t in targets]
-    return Task(f"a photo of {' and '.join(said)} {setting}", setting, targets, rest == "masks", seed)
-
-
-def with_own_words(task: Task) -> list[dict[str, Any]]:
-    """The task's layout with what stands there in the regions' own words, which the prompt then need not have."""
-    said = [f"a <{t.subject}>" if t.subject else f"{article(t.words)} {t.words}" for t in task.targets]
-    places = ({"mask": place} if task.masks else {"box": place} for place in task.layout.values())
-    return [{"prompt": words, **place} for words, place in zip(said, places, strict=True)]
-
-
-def scaled(box: Box, factor: float) -> Box:
-    """The box about its centre, cut at the picture's edge."""
-    x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
-    width, height = factor * (box[2] - box[0]) / 2, factor * (box[3] - box[1]) / 2
-    return max(0.0, x - width), max(0.0, y - height), min(1.0, x + width), min(1.0, y + height)
-
-
-# --- pictures -------------------------------------------------------------------------------------
+# --- pictures --------------------------------------------------------------------------------------------------------
 
 
 def draw_pictures(
     pipe: Any, tasks: Sequence[Task], settings: dict[str, Any], options: argparse.Namespace
 ) -> tuple[list[Image.Image], float, int, float]:
     """One picture per task in one batch; also its seconds, its UNet calls and its peak memory in MiB."""
-    calls, steps, settings = 0, options.num_inference_steps, dict(settings)
-    prompts = [task.prompt for task in tasks]
-    layouts: list[Any] = [task.layout for task in tasks]
+    settings = dict(settings)
+    if held := settings.pop("loras", None):
+        return draw_with_loras(pipe, tasks, held == "in regions", settings, options)
     if (count_word := settings.pop("own_words", None)) is not None:
         prompts = [f"a photo {task.setting}{count_word * len(task.targets)}" for task in tasks]
-        layouts = [with_own_words(task) for task in tasks]
+        return draw_batch(pipe, tasks, prompts, [with_own_words(task) for task in tasks], settings, options)
+    return draw_batch(pipe, tasks, [task.prompt for task in tasks], [task.layout for task in tasks], settings, options)
+
+
+def draw_with_loras(
+    pipe: Any, tasks: Sequence[Task], in_regions: bool, settings: dict[str, Any], options: argparse.Namespace
+) -> tuple[list[Image.Image], float, int, float]:
+    """As `draw_pictures`, in one batch for each cast: LoRAs that act everywhere act on a whole batch."""
+    pictures: dict[int, Image.Image] = {}
+    calls, seconds, peak = 0, 0.0, 0.0
+    casts = [tuple(sorted(target.subject for target in task.targets if target.subject)) for task in tasks]
+    pipe.enable_lora()
+    try:
+        for cast in dict.fromkeys(casts):
+            rows = [row for row, of_task in enumerate(casts) if cast == of_task]
+            pipe.set_adapters(list(cast))
+            part = [tasks[row] for row in rows]
+            prompts, layouts = zip(*(with_loras(task, in_regions=in_regions) for task in part), strict=True)
+            drawn, more, calls, most = draw_batch(pipe, part, list(prompts), list(layouts), settings, options)
+            pictures.update(zip(rows, drawn, strict=True))
+            seconds, peak = seconds + more, max(peak, most)
+    finally:
+        pipe.disable_lora()
+    return [pictures[row] for row in range(len(tasks))], seconds, calls, peak
+
+
+def draw_batch(
+    pipe: Any,
+    tasks: Sequence[Task],
+    prompts: list[str],
+    layouts: list[Any],
+    settings: dict[str, Any],
+    options: argparse.Namespace,
+) -> tuple[list[Image.Image], float, int, float]:
+    """As `draw_pictures`, of these prompts and layouts."""
+    calls, steps = 0, options.num_inference_steps
     if revisits := round(settings.pop("second_visits", 0) * steps):
         steps -= revisits
         settings.update(recurrence=2, recurrence_steps=revisits)
@@ -288,7 +223,7 @@ def table(results: dict[str, Any]) -> str:
             share = {key: sum(r[key] for r in rows) / regions for key in ("category", "look", "identity", "leaked")}
             missing = sum(row["missing"] for row in rows) / regions
             sharp = np.mean([row["sharpness"] for row in rows]) / np.mean(plain) if plain else float("nan")
-            identity = f"{share['identity']:.0%}" if cell.startswith("subject") else "–"
+            identity = f"{share['identity']:.0%}" if has_subjects(cell) else "–"
             exact = "– | – | – | – | – | –"  # results from before this was measured
             if headline(rows) == "success":
                 ious = np.array([one for row in rows for one in row["ious"]])
@@ -406,9 +341,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     methods = options.methods or [RENDERED, *possible]
     if base.architecture is not SD and (unfit := [name for name in methods if name in SD_ALONE]):
         raise ValueError(f"--methods: {unfit} are for {SD.family}; {base.name} is of {base.architecture.family}.")
-    subjects = list(SUBJECTS) if any(cell.startswith("subject") for cell in options.cells) else []
+    subjects = list(SUBJECTS) if any(map(has_subjects, options.cells)) else []
+    loras = [LORA_FOLDER / f"{name}.safetensors" for name in LORAS if any("loras" in cell for cell in options.cells)]
+    if loras and base.folder.resolve() != EMBEDDED_BASE.resolve():
+        raise ValueError(f"--cells: the LoRAs of {LORA_FOLDER} are of {EMBEDDED_BASE}, not of {base.name}.")
     settings = {
-        "models": digest_of_weights(base.folder, *sorted(base.embeddings.glob("*.safetensors")), CHECKPOINT),
+        "models": digest_of_weights(base.folder, *sorted(base.embeddings.glob("*.safetensors")), CHECKPOINT, *loras),
         "seed": options.seed,
         "num_inference_steps": options.num_inference_steps,
         "guidance_scale": options.guidance_scale,
@@ -418,12 +356,17 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     results = load_results(options.results, base.name, settings, "--results")
     judge = Judge.load()
     pipe = base.load(subjects, dtype=getattr(torch, options.dtype), device=options.device)
-    with tqdm(total=len(options.cells) * len(methods) * options.num_pictures, unit="picture") as progress:
+    for file in loras:
+        pipe.load_lora_weights(str(file), adapter_name=file.stem)
+    if loras:
+        pipe.disable_lora()
+    rows = {cell: [m for m in methods if "loras" in cell or "loras" not in METHODS[m]] for cell in options.cells}
+    with tqdm(total=sum(map(len, rows.values())) * options.num_pictures, unit="picture") as progress:
         for cell in options.cells:
             tasks = draw_tasks(cell, options.num_pictures, options.seed, base.world)
-            # A loaded subject also answers to its class phrase, which tasks in words use for somebody else.
-            pipe.set_subjects(subjects if cell.startswith("subject") else [])
-            for method in methods:
+            for method in rows[cell]:
+                # A loaded subject also answers to its class phrase, which tasks in words use for somebody else.
+                pipe.set_subjects(subjects if has_subjects(cell) and "loras" not in METHODS[method] else [])
                 found = (
                     results["cells"]
                     .setdefault(cell, {})

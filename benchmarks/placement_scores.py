@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from multisubject.benchmarks.placement_tasks import Target, Task
 from multisubject.tiny_world.judge import Detection, Judge, Verdict
 from multisubject.tiny_world.scenes import Scene, SceneObject, iou, render
-
-if TYPE_CHECKING:
-    from multisubject.benchmarks.placement import Target, Task
 
 RENDERED = "rendered"
 """In place of a method: the scenes as the renderer draws them, which shows how much the judge itself errs."""

@@ -7,7 +7,7 @@ from multisubject.benchmarks import peers
 from multisubject.benchmarks.bases import DrawnBase
 from multisubject.benchmarks.layout_guidance import layout_energy
 from multisubject.benchmarks.peers import Peer, Seen, SoftmaxWatcher, agreement, box_mask, load_code, main
-from multisubject.benchmarks.placement import draw_tasks
+from multisubject.benchmarks.placement_tasks import draw_tasks
 from multisubject.guidance_methods import HIDDEN, cones2, masked
 from multisubject.residual_embeddings import parse_prompt
 from multisubject.tests.test_guidance_methods import make_layer

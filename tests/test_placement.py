@@ -10,19 +10,17 @@ from PIL import Image
 from multisubject.benchmarks import placement
 from multisubject.benchmarks.bases import ROOT, DrawnBase
 from multisubject.benchmarks.placement import (
-    CELLS,
     METHODS,
     OURS,
     SD_ALONE,
     claims,
-    draw_tasks,
-    ellipse,
     main,
     plot,
     run,
     table,
 )
 from multisubject.benchmarks.placement_scores import RENDERED, rendered, score_picture
+from multisubject.benchmarks.placement_tasks import CELLS, LORAS, draw_tasks, ellipse
 from multisubject.benchmarks.results import digest_of_weights, load_results, read_results, side_by_side
 from multisubject.pipeline_multisubject import MultiSubjectPipeline
 from multisubject.tiny_world import EMBEDDED_BASE
@@ -42,7 +40,8 @@ def test_tasks_are_what_their_cell_says_and_do_not_depend_on_their_number(cell):
         assert all(target.words in task.prompt for target in task.targets)
         assert all(is_visible(target.look.colour, task.setting) for target in task.targets)
         categories = {target.category for target in task.targets}
-        assert len(categories) == (1 if "twins" in cell else len(task.targets))
+        assert len(categories) == (1 if "twins" in cell else min(len(task.targets), len(World().categories)))
+        assert "loras" not in cell or {target.subject for target in task.targets} <= {*LORAS}
 
 
 def test_ellipse_fills_its_box():
@@ -222,12 +221,46 @@ def test_every_method_of_ours_runs_on_a_base_of_xl(options, xl_base_path, xl_emb
     results = run(options)
     assert results["base"] == Path(xl_base_path).name
     for cell in options.cells:
-        assert set(results["cells"][cell]) == {RENDERED, *METHODS} - set(SD_ALONE)
+        shown = {RENDERED, *(name for name in METHODS if "loras" not in METHODS[name])}
+        assert set(results["cells"][cell]) == shown - set(SD_ALONE)
     calls = {method: found["unet_calls"] for method, found in results["cells"]["described 2"].items()}
     assert calls["none"] == calls["multisubject, first steps twice"] == 3
     assert calls["cones2, recurrence 2"] == 6
     options.methods = [*SD_ALONE]
     with pytest.raises(ValueError, match=r"'layout guidance'.* are for Stable Diffusion 1.x and 2.x; .* Diffusion XL"):
+        run(options)
+
+
+def test_loras_act_everywhere_or_in_regions_and_subjects_beside_them_are_off(options, monkeypatch):
+    calls, call = [], MultiSubjectPipeline.__call__
+
+    def noted(self, prompt, *args, **kwargs):
+        layer = next(module for module in self.unet.modules() if hasattr(module, "lora_A"))
+        loras = [] if layer.disable_adapters else sorted(layer.active_adapters)
+        calls.append((prompt, kwargs["layout"], loras))
+        return call(self, prompt, *args, **kwargs)
+
+    monkeypatch.setattr(MultiSubjectPipeline, "__call__", noted)
+    options.cells, options.num_pictures, options.batch_size = ["loras 2"], 3, 3
+    options.methods = ["multisubject", "LoRAs everywhere", "a LoRA per region"]
+    tasks = draw_tasks("loras 2", 3, 1, World())
+    casts = {tuple(sorted(target.subject for target in task.targets)) for task in tasks}
+    assert len(casts) > 1
+    results = run(options)
+    assert all(len(found["pictures"]) == 3 for found in results["cells"]["loras 2"].values())
+    (subjects, *with_loras) = calls
+    assert all("<" in prompt for prompt in subjects[0]) and not subjects[2]
+    everywhere, in_regions = with_loras[: len(casts)], with_loras[len(casts) :]
+    assert {tuple(active) for _, _, active in everywhere} == casts
+    for prompts, layouts, active in in_regions:
+        assert not any("<" in prompt for prompt in prompts)
+        assert all(sorted(region["lora"] for region in layout) == active for layout in layouts)
+    assert not any("lora" in region for _, layouts, _ in everywhere for layout in layouts for region in layout)
+
+
+def test_loras_are_of_the_embedded_base(options, xl_base_path, xl_embeddings):
+    options.base, options.embeddings, options.cells = Path(xl_base_path), xl_embeddings, ["loras 1"]
+    with pytest.raises(ValueError, match=r"--cells: the LoRAs of .*loras are of .*base, not of "):
         run(options)
 
 

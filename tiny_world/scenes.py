@@ -178,7 +178,7 @@ def random_look(rng: random.Random, world: World, setting: str) -> Look:
 
 
 # Object heights by the number of objects in the scene, for an object of aspect 1.
-_HEIGHTS = {1: (0.52, 0.86), 2: (0.42, 0.60), 3: (0.38, 0.48), 4: (0.36, 0.42)}
+_HEIGHTS = {1: (0.52, 0.86), 2: (0.42, 0.60), 3: (0.38, 0.48), 4: (0.36, 0.42), 6: (0.28, 0.34)}
 _MAX_OVERLAP = 0.06  # of the smaller box's area
 
 

@@ -360,7 +360,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         pipe.load_lora_weights(str(file), adapter_name=file.stem)
     if loras:
         pipe.disable_lora()
-    rows = {cell: [m for m in methods if "loras" in cell or "loras" not in METHODS[m]] for cell in options.cells}
+    rows = {
+        cell: [m for m in methods if "loras" in cell or "loras" not in METHODS.get(m, {})] for cell in options.cells
+    }
     with tqdm(total=sum(map(len, rows.values())) * options.num_pictures, unit="picture") as progress:
         for cell in options.cells:
             tasks = draw_tasks(cell, options.num_pictures, options.seed, base.world)

@@ -54,12 +54,12 @@ def says(page, text, seconds=60):
 
 def run(page):
     """Generate, and wait for the end."""
-    before = page.inner_text("#status")
+    before = page.locator("#status p").first.inner_text()
     page.click("#go")
     page.wait_for_function(
         """(before) => {
-            const said = document.querySelector("#status").innerText;
-            return said.includes("Done in") && said !== before;
+            const said = document.querySelector("#status p")?.innerText ?? "";
+            return said.startsWith("Done in") && said !== before;
         }""",
         arg=before,
         timeout=90_000,
@@ -75,7 +75,7 @@ def generate(page, pictures=1, steps=3):
 
 def newest(page_server, count=1):
     """The pictures that were kept last."""
-    folder = max(page_server.output.iterdir(), key=lambda folder: folder.stat().st_mtime_ns)
+    folder = max(page_server.output.glob("20*"), key=lambda folder: folder.stat().st_mtime_ns)
     files = sorted(folder.glob("000?.png"))
     assert len(files) == count
     return files

@@ -141,14 +141,19 @@ function asMask(canvas) {
   return { mask: url };
 }
 
-/** The edges of what is opaque on a canvas, in fractions; null where nothing is. */
+/** The edges of what is hardly transparent on a canvas, in fractions; null where nothing is. */
 function extent(canvas) {
   const { width, height } = canvas;
   const { data } = canvas.getContext("2d").getImageData(0, 0, width, height);
   let [a, b, c, d] = [width, height, -1, -1];
   for (let y = 0; y < height; y++)
     for (let x = 0; x < width; x++)
-      if (data[4 * (y * width + x) + 3] > 127) [a, b, c, d] = [Math.min(a, x), Math.min(b, y), Math.max(c, x), Math.max(d, y)];
+      if (data[4 * (y * width + x) + 3] > 25) {
+        if (x < a) a = x;
+        if (x > c) c = x;
+        if (y < b) b = y;
+        d = y;
+      }
   return c < 0 ? null : [a / width, b / height, (c + 1) / width, (d + 1) / height];
 }
 

@@ -14,6 +14,7 @@ function redrawStage() {
   stage.style.backgroundImage = under ? `url("${page.underlay}")` : "";
   stage.classList.toggle("fine", Boolean(under) && under.naturalWidth < 256);
   const looks = colours();
+  const shorter = Math.min(stage.clientWidth, stage.clientHeight);
   const layers = [];
   for (const region of page.regions) {
     if (!region.shape) continue;
@@ -23,7 +24,8 @@ function redrawStage() {
     layer.classList.toggle("off", region.off);
     layer.classList.toggle("chosen", !isPainted(region) && region.id === chosen);
     layer.dataset.id = region.id;
-    layer.style.setProperty("--blur", `${(region.feather ?? 0) * Math.min(stage.clientWidth, stage.clientHeight)}px`);
+    layer.classList.toggle("soft", Boolean(region.feather));
+    if (region.feather) layer.style.setProperty("--blur", `${region.feather * shorter}px`);
     tint(layer, colour);
     layers.push(layer);
     const box = extentOf(region);
@@ -81,22 +83,23 @@ function extentOf(region) {
   return region.shape && (edges(region.shape) ?? raster(region).box);
 }
 
-/** A painted region in its colour; while it is dragged, where it is dragged to. */
+/** What is painted of a region, in its colour; while it is dragged, where it is dragged to. */
 function painted(region, colour) {
   const source = raster(region);
-  const shown = source.colour === colour && source.shown ? source.shown : blank([source.canvas.width, source.canvas.height]);
-  if (source.colour !== colour || !source.shown) {
+  const { canvas, box } = source;
+  if (!box) return make("canvas", "layer painted");
+  if (source.colour !== colour || drag?.canvas === canvas) {
+    const [x, y] = [box[0] * canvas.width, box[1] * canvas.height];
+    const shown = blank([box[2] * canvas.width - x, box[3] * canvas.height - y].map(Math.round));
     const context = shown.getContext("2d");
-    context.drawImage(source.canvas, 0, 0);
+    context.drawImage(canvas, -x, -y);
     context.globalCompositeOperation = "source-in";
     context.fillStyle = colour;
     context.fillRect(0, 0, shown.width, shown.height);
     Object.assign(source, { colour, shown });
   }
-  shown.className = "layer painted";
-  const [from, to] = drag?.region === region && drag.to ? [drag.box, drag.to] : [[0, 0, 1, 1], [0, 0, 1, 1]]; // prettier-ignore
-  const [w, h] = [(to[2] - to[0]) / (from[2] - from[0]), (to[3] - to[1]) / (from[3] - from[1])];
-  return place(shown, [to[0] - from[0] * w, to[1] - from[1] * h, to[0] + (1 - from[0]) * w, to[1] + (1 - from[1]) * h]);
+  source.shown.className = "layer painted";
+  return place(source.shown, extentOf(region));
 }
 
 /** The ring that shows how wide the brush is. */

@@ -12,6 +12,7 @@ import numpy as np
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image, ImageDraw, ImageFont
 
+from multisubject.page.canvas import offering
 from multisubject.page.safety import MOST_BYTES, opaque, read_data_url, read_picture
 from multisubject.page.subjects import THUMBNAIL_SIZE, SubjectLibrary
 from multisubject.page.training import MOST_PICTURES, MOST_STEPS, Job, TrainingJobs, TrainingPicture
@@ -208,7 +209,7 @@ class _SubjectsTab:
         }
         self.timer.tick(self.look, **look, **at_once)
         self.job.input(self.look, **look, **at_once)
-        self.names.change(self.refresh, canvas, [self.gallery, canvas], **at_once)
+        self.names.change(self.refresh, None, [self.gallery, canvas], **at_once)
 
         self.gallery.select(self.choose_subject, None, [self.chosen_subject, self.remove_subject], **at_once)
         self.remove_subject.click(
@@ -251,12 +252,11 @@ class _SubjectsTab:
                 self.look, **look, **at_once
             )
 
-    def refresh(self, document: Any) -> tuple[Any, Any]:
-        """The gallery, and the canvas with these subjects."""
+    def refresh(self) -> tuple[Any, Any]:
+        """The gallery, and what the canvas has to choose from."""
         subjects = self.library.subjects()
         shown = [(_tile(one.name, one.thumbnail), f"{one.name} · {one.class_phrase}") for one in subjects]
-        told = {**document, "subjects": self.library.listing()} if isinstance(document, dict) else gr.skip()
-        return gr.Gallery(shown, selected_index=None), told
+        return gr.Gallery(shown, selected_index=None), offering({"subjects": self.library.listing()})
 
     def choose_subject(self, event: gr.SelectData) -> tuple[Any, Any]:
         """A subject that was added here can be removed."""
@@ -299,7 +299,7 @@ class _SubjectsTab:
         pictures, problems = [*pictures], []
         for path in map(Path, paths or ()):
             if len(pictures) == MOST_PICTURES:
-                problems.append(f"{MOST_PICTURES} pictures are the most; the rest was left out.")
+                problems.append(f"all beyond {MOST_PICTURES} pictures, the most.")
                 break
             try:
                 with path.open("rb") as file:
@@ -311,7 +311,12 @@ class _SubjectsTab:
             alpha = picture.getchannel("A") if picture.mode == "RGBA" else None
             has_mask = alpha is not None and min(alpha.tobytes()) < 255 and alpha.getbbox()
             pictures.append(TrainingPicture(opaque(picture), alpha if has_mask else None))
-        return pictures, *_strip(pictures), None, _said(ValueError(" ".join(problems))) if problems else ""
+        return (
+            pictures,
+            *_strip(pictures),
+            None,
+            _said(ValueError(f"Left out: {' '.join(problems)}")) if problems else "",
+        )
 
     def choose_picture(self, pictures: list[TrainingPicture], event: gr.SelectData) -> tuple[Any, Any, Any]:
         """Open a picture for cropping and painting."""

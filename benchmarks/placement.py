@@ -368,7 +368,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             tasks = draw_tasks(cell, options.num_pictures, options.seed, base.world)
             for method in rows[cell]:
                 # A loaded subject also answers to its class phrase, which tasks in words use for somebody else.
-                pipe.set_subjects(subjects if has_subjects(cell) and "loras" not in METHODS[method] else [])
+                pipe.set_subjects(subjects if has_subjects(cell) and "loras" not in METHODS.get(method, {}) else [])
                 found = (
                     results["cells"]
                     .setdefault(cell, {})

@@ -31,6 +31,7 @@ from multisubject.training.config import (
     parse_config,
     read_concepts,
 )
+from multisubject.training.progress import ProgressFile
 from multisubject.training.stopping import Interrupted, StopRequest
 
 if TYPE_CHECKING:  # torch, diffusers and accelerate take seconds: they are imported when the configuration is sound
@@ -51,6 +52,12 @@ def train(config: TrainConfig) -> dict[str, ResidualEmbedding]:
         FloatingPointError: the loss is not a number any more; the last good checkpoint is kept.
         Interrupted: SIGINT or SIGTERM came; a checkpoint of that moment is kept.
     """
+    with ProgressFile(config.progress_file) as news:
+        return _train(config, news)
+
+
+def _train(config: TrainConfig, news: ProgressFile) -> dict[str, ResidualEmbedding]:
+    """`train`, which tells `news` how far it is."""
     # 1. Configuration: what is asked for, on what, and where it goes.
     concept_configs = read_concepts(config)
     check_inputs(config, concept_configs)
@@ -73,6 +80,7 @@ def train(config: TrainConfig) -> dict[str, ResidualEmbedding]:
         models = load_encoders(config, accelerator)
 
         # 3. Data: every picture's latents and every prompt's embeddings, computed once.
+        news.tell("encoding")
         concepts = []
         for item in concept_configs:
             with errors_named(config, item):
@@ -94,7 +102,8 @@ def train(config: TrainConfig) -> dict[str, ResidualEmbedding]:
             for number, concept in enumerate(concepts, start=1):
                 tuned = text_encoders if number == len(concepts) else copy.deepcopy(text_encoders)
                 with StopRequest() as stop:
-                    progress = fit(concept, models, accelerator, stop, tuned)
+                    progress = fit(concept, models, accelerator, stop, tuned, news)
+                news.tell("drawing")
                 if accelerator.is_main_process:
                     subjects[concept.config.subject_name] = save_result(concept, progress, models)
                 accelerator.wait_for_everyone()

@@ -153,6 +153,10 @@ class TrainConfig:
     )
     validation_guidance_scale: float = _flag(7.5, "Classifier-free guidance of those pictures.")
     validation_inference_steps: int = _flag(25, "Denoising steps of those pictures.")
+    progress_file: str | None = _flag(
+        None,
+        "JSON file for other programs, written anew as the run goes on: phase, step, losses (see docs/training.md).",
+    )
     report_to: str | None = _flag(
         None, "Tracker: tensorboard, wandb, or another that accelerate knows; all: every installed one."
     )

@@ -28,7 +28,7 @@ from multisubject.training.config import TrainConfig
 from multisubject.training.learners import make_learner, with_residual
 from multisubject.training.loss import denoising_loss, draw_batch, draw_sample
 from multisubject.training.models import Models, TextEncoders
-from multisubject.training.progress import ProgressBar
+from multisubject.training.progress import ProgressBar, ProgressFile
 from multisubject.training.results import save_config, save_validation_sheet, validation_pictures
 from multisubject.training.stopping import Interrupted, StopRequest
 
@@ -36,7 +36,12 @@ logger = logging.getLogger(__name__)
 
 
 def fit(
-    concept: Concept, models: Models, accelerator: Accelerator, stop: StopRequest, text_encoders: TextEncoders | None
+    concept: Concept,
+    models: Models,
+    accelerator: Accelerator,
+    stop: StopRequest,
+    text_encoders: TextEncoders | None,
+    news: ProgressFile,
 ) -> Progress:
     """Learn one subject. Returns the finished progress with `best_residual` set to the delta to keep."""
     config = concept.config
@@ -56,6 +61,7 @@ def fit(
     accelerator.wait_for_everyone()
 
     silent = not accelerator.is_main_process
+    news.begin(config.subject_name, config.max_train_steps, progress.losses)
     with ProgressBar(config.subject_name, config.max_train_steps, "step", done=progress.step, silent=silent) as bar:
         while progress.step < config.max_train_steps:
             for group in optimizer.param_groups:
@@ -82,6 +88,7 @@ def fit(
             progress.step += 1
             progress.losses.append(mean_loss)
             bar.advance(loss=f"{np.mean(progress.losses[-50:]):.4f}")
+            news.advance()
             values = {"loss": mean_loss, "learning_rate": optimizer.param_groups[0]["lr"]}
             accelerator.log(
                 {f"{config.subject_name}/{key}": value for key, value in values.items()}, step=progress.step

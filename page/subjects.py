@@ -19,7 +19,7 @@ from multisubject.residual_embeddings import ResidualEmbedding
 from multisubject.shared_models import in_turn
 from multisubject.subject_file import MAX_FILE_BYTES, check_class_phrase, check_subject_name, write_atomically
 
-THUMBNAIL_SIDE = 128
+THUMBNAIL_SIDE = 96
 """Of a thumbnail, which is a square, in pixels."""
 
 MOST_SUBJECTS = 500
@@ -58,6 +58,7 @@ class SubjectLibrary:
     def __init__(self, folder: Path, base: BaseModel, text_encoders: Mapping[str, Any]):
         self.folder, self.base, self._text_encoders = folder.resolve(), base, dict(text_encoders)
         self._entries: dict[str, _Entry] = {}
+        self.version = 0  # rises with every change
         self._lock = threading.Lock()  # of the entries, held for a moment
         self._adding = threading.RLock()  # of the folder, and of the order in which subjects come
         for file in sorted(self.folder.glob("*.safetensors")):
@@ -176,6 +177,7 @@ class SubjectLibrary:
             if entry is None or entry.file.parent != self.folder:
                 raise ValueError(f"<{name}> was not added here; expected a subject that was.")
             del self._entries[name]
+            self.version += 1
             if all(entry.file != other.file for other in self._entries.values()):
                 entry.file.unlink(missing_ok=True)
                 _thumbnail_file(entry.file).unlink(missing_ok=True)
@@ -207,6 +209,7 @@ class SubjectLibrary:
             }
             with self._lock:
                 self._entries |= entries
+                self.version += 1
             return list(entries)
 
     def _check(self, subjects: Mapping[str, ResidualEmbedding]) -> None:
@@ -226,10 +229,10 @@ class SubjectLibrary:
 
 
 def thumbnail_of(picture: Image.Image) -> Image.Image:
-    """The middle of a picture as a small square."""
+    """The middle of a picture as a small square of few colours: a few KB, which every tab gets of every subject."""
     picture = split_alpha(picture)[0]
     side = min(THUMBNAIL_SIDE, *picture.size)
-    return ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS)
+    return ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS).quantize(64)
 
 
 def _thumbnail_file(file: Path) -> Path:

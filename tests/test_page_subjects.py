@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,8 @@ def test_a_folder_is_listed_where_it_lies(library):
     assert library.add_source(EMBEDDINGS) == sorted(path.stem for path in EMBEDDINGS.glob("*.safetensors"))
     assert library.sources()["petrucci"] == str((EMBEDDINGS / "petrucci.safetensors").resolve())
     assert {said["name"]: said["class_phrase"] for said in library.listing()}["majesty"] == "guitar"
+    assert all(said["thumbnail"].startswith("data:image/png;base64,") for said in library.listing())
+    assert sum(len(said["thumbnail"]) for said in library.listing()) < 2**16
     assert not library.folder.exists() and not library.is_own("petrucci")
 
 
@@ -103,14 +106,14 @@ def test_one_of_many_threads_gets_a_name(library):
 
     def add():
         barrier.wait()
-        try:
+        with suppress(ValueError):
             won.extend(library.add_file(EMBEDDINGS / "slash.safetensors", "rex"))
-        except ValueError:
-            pass
 
     threads = [threading.Thread(target=add) for _ in range(8)]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert won == ["rex"] == names(library) and len([*library.folder.iterdir()]) == 1
 
 
@@ -176,6 +179,11 @@ def test_listing_waits_for_no_download(library, monkeypatch):
     go_on.set()
     thread.join()
     assert names(library) == ["slash", "petrucci"]
+
+
+@pytest.mark.parametrize("folder", [EMBEDDINGS, EMBEDDINGS / "xl"])
+def test_every_subject_that_comes_along_has_a_thumbnail(folder):
+    assert {file.stem for file in folder.glob("*.safetensors")} == {file.stem for file in folder.glob("thumbnails/*")}
 
 
 def test_thumbnails_are_small_squares():

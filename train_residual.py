@@ -46,18 +46,20 @@ logger = logging.getLogger("multisubject.training")  # above those of its rooms:
 def train(config: TrainConfig) -> dict[str, ResidualEmbedding]:
     """Learn every subject that `config` names; returns them by name, as they are saved in the output folders.
 
+    A `--progress_file` says how far it is, and how it ended.
+
     Raises:
         ValueError: something about the configuration, the folder or its pictures; the message says what to do.
         OSError: the output folder or the disk.
         FloatingPointError: the loss is not a number any more; the last good checkpoint is kept.
         Interrupted: SIGINT or SIGTERM came; a checkpoint of that moment is kept.
     """
-    with ProgressFile(config.progress_file) as news:
-        return _train(config, news)
+    progress_file = ProgressFile(config.progress_file)
+    with progress_file.outcome():
+        return _train(config, progress_file)
 
 
-def _train(config: TrainConfig, news: ProgressFile) -> dict[str, ResidualEmbedding]:
-    """`train`, which tells `news` how far it is."""
+def _train(config: TrainConfig, progress_file: ProgressFile) -> dict[str, ResidualEmbedding]:
     # 1. Configuration: what is asked for, on what, and where it goes.
     concept_configs = read_concepts(config)
     check_inputs(config, concept_configs)
@@ -80,7 +82,6 @@ def _train(config: TrainConfig, news: ProgressFile) -> dict[str, ResidualEmbeddi
         models = load_encoders(config, accelerator)
 
         # 3. Data: every picture's latents and every prompt's embeddings, computed once.
-        news.tell("encoding")
         concepts = []
         for item in concept_configs:
             with errors_named(config, item):
@@ -102,8 +103,7 @@ def _train(config: TrainConfig, news: ProgressFile) -> dict[str, ResidualEmbeddi
             for number, concept in enumerate(concepts, start=1):
                 tuned = text_encoders if number == len(concepts) else copy.deepcopy(text_encoders)
                 with StopRequest() as stop:
-                    progress = fit(concept, models, accelerator, stop, tuned, news)
-                news.tell("drawing")
+                    progress = fit(concept, models, accelerator, stop, tuned, progress_file)
                 if accelerator.is_main_process:
                     subjects[concept.config.subject_name] = save_result(concept, progress, models)
                 accelerator.wait_for_everyone()

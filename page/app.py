@@ -15,21 +15,27 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from multisubject.page.canvas import canvas
+from multisubject.page.canvas import canvas, noting, underlaying
 from multisubject.page.entries import DEFAULTS, LIMITS, METHODS, MOST_IMAGES, MOST_SEED, MOST_STEPS, STARTS, Settings
 from multisubject.page.reading import read_file
 from multisubject.page.safety import MOST_BYTES
 from multisubject.page.service import Service
 from multisubject.page.studio import Cancelled, Picture, Progress, Refused
+from multisubject.page.subjects_tab import CSS as SUBJECTS_CSS
+from multisubject.page.subjects_tab import subjects_tab
+from multisubject.page.training import TrainingJobs
 from multisubject.pictures import data_url
 
-CSS = """
+CSS = (
+    """
 #status progress { width: 100%; height: 0.6rem; }
 #status p { margin: 0; }
 #results .grid-wrap { max-height: 40rem; overflow-y: auto; }
 .fine img { image-rendering: pixelated; }
 footer { display: none !important; }
 """
+    + SUBJECTS_CSS
+)
 
 # Wherever a file is dropped that the canvas does not take, it goes to the field that opens files.
 _DROP_ANYWHERE = """() => {
@@ -52,19 +58,20 @@ _AT_ONCE: dict[str, Any] = {**_QUIET, "queue": False}
 _COPY = "(text) => { navigator.clipboard?.writeText(text); return text; }"
 
 
-def build(service: Service, work: Path) -> gr.Blocks:
+def build(service: Service, jobs: TrainingJobs, work: Path) -> gr.Blocks:
     """The page.
 
     Args:
         service: what it does.
+        jobs: its trainings.
         work: folder for files that go when the server stops.
     """
-    return _Page(service, work).blocks()
+    return _Page(service, jobs, work).blocks()
 
 
 class _Page:
-    def __init__(self, service: Service, work: Path):
-        self.service, self.studio, self.work = service, service.studio, work
+    def __init__(self, service: Service, jobs: TrainingJobs, work: Path):
+        self.service, self.studio, self.jobs, self.work = service, service.studio, jobs, work
         call = inspect.signature(type(self.studio.pipe).__call__)
         self.own_scale: float = call.parameters["guidance_scale"].default
 
@@ -76,9 +83,10 @@ class _Page:
         ) as page:
             with gr.Tab("Pictures", id="pictures"), gr.Row():
                 with gr.Column(scale=3, min_width=340):
-                    self.canvas = canvas(self.shown(self.example(), []))
+                    self.canvas = canvas(self.example(), self.offers())
                 with gr.Column(scale=2, min_width=340):
                     self._pictures()
+            subjects_tab(self.service.library, self.jobs, self.canvas)
             self.made = gr.State([])
             self._serve()
             self._wire(page)
@@ -126,19 +134,19 @@ class _Page:
                 format="png",
                 buttons=["download", "fullscreen"],
             )
-        with gr.Accordion("Take it along, bring it back", open=False, elem_id="along"):
+        with gr.Accordion("Take it along", open=False, elem_id="along"):
             with gr.Row():
                 self.as_python = gr.Button("Copy as Python", elem_id="as_python", min_width=120)
                 self.as_config = gr.Button("Copy as config", elem_id="as_config", min_width=120)
-            gr.Markdown("A picture that was made here, or its config, brings everything back: drop it anywhere.")
             self.python = gr.Code(language="python", label="Python", visible=False, elem_id="python", max_lines=20)
             self.config = gr.Code(language="json", label="page.json", visible=False, elem_id="config", max_lines=20)
-            self.file = gr.File(
-                label="Open a picture, a config or a zip",
-                elem_id="open",
-                file_types=[".png", ".json", ".zip"],
-                height=150,
-            )
+        # Not in a part that is closed at first, which the browser has no field of before it is opened.
+        self.file = gr.File(
+            label="Bring back: a picture made here, or its config",
+            elem_id="open",
+            file_types=[".png", ".json", ".zip"],
+            height=130,
+        )
         self.controls = controls
 
     def _start_controls(self) -> dict[str, Any]:
@@ -231,6 +239,8 @@ class _Page:
             settings["guidance_steps"] = None
         if settings["recurrence"] == 1:
             settings["recurrence_steps"] = None
+        if settings["start"] != "region":
+            settings["region"] = None
         return settings
 
     def controls_of(self, settings: Settings) -> dict[str, Any]:
@@ -276,9 +286,7 @@ class _Page:
         ):
             show = button.click(self.code(name), asked, [code, other, copied, self.status], **_AT_ONCE)
             show.success(None, copied, None, js=_COPY)
-        self.file.upload(
-            self.open, [self.file, self.canvas], [*asked, self.file, self.status], api_visibility="private"
-        )
+        self.file.upload(self.open, [self.file], [*asked, self.file, self.status], api_visibility="private")
         page.load(None, js=_DROP_ANYWHERE)
 
     def _serve(self) -> None:
@@ -297,15 +305,13 @@ class _Page:
         prompt = f"a photo of {things} on the beach" if things else ""
         return {"size": [width, height], "prompt": prompt, "negative_prompt": "", "regions": [], "underlay": None}
 
-    def shown(self, document: dict[str, Any], problems: list[dict[str, Any]]) -> dict[str, Any]:
-        """A document with what the page itself fills in."""
+    def offers(self) -> dict[str, Any]:
+        """What the canvas has to choose from."""
         return {
-            **document,
             "sizes": self.studio.sizes(),
             "subjects": self.service.library.listing(),
             "loras": list(self.studio.loras),
             "adapters": 0,
-            "problems": problems,
         }
 
     def review(self, document: Any, *given: Any) -> tuple[Any, Any]:
@@ -317,7 +323,7 @@ class _Page:
         chosen = given[[field.name for field in fields(Settings)].index("region")]
         keys = [key for _, key in regions]
         value = chosen if chosen in keys else keys[0] if keys else None
-        return self.shown(document, problems), gr.Dropdown(regions, value=value)
+        return noting(problems), gr.Dropdown(regions, value=value)
 
     def generate(self, request: gr.Request, document: Any, *given: Any) -> Iterator[dict[Any, Any]]:
         """Pictures one by one, with a preview of the one that is being made."""
@@ -340,9 +346,7 @@ class _Page:
                 pictures.append((copy, f"seed {news.seed}"))
                 made.append({"path": copy, "sheet": _copied(news, folder)})
                 kept = news.path.parent
-                yield {self.gallery: [*pictures], self.made: [*made]} | (
-                    {self.sheet: made[0]["sheet"]} if len(made) == 1 else {}
-                )
+                yield {self.gallery: [*pictures], self.made: [*made]}
             said = _said(f"Done in {time.monotonic() - start:.1f} s, kept in {kept}.")
         except Cancelled:
             said = _said("Cancelled.")
@@ -350,7 +354,7 @@ class _Page:
             said = _refused(refused)
         except (ValueError, RuntimeError, OSError) as error:  # what only the model, its scheduler or the disk can tell
             said = _said(f"Stopped: {error}", is_error=True)
-        shown = {self.gallery: [*pictures]} if pictures else {}
+        shown = {self.gallery: [*pictures], self.sheet: made[0]["sheet"]} if pictures else {}
         yield shown | {self.status: said, self.stop: gr.Button(interactive=False)}
 
     def _busy(self, text: str, done: float | None = None) -> dict[Any, Any]:
@@ -373,7 +377,7 @@ class _Page:
         if not isinstance(document, dict) or not isinstance(event.index, int) or not 0 <= event.index < len(made):
             return gr.skip(), gr.skip()
         with Image.open(made[event.index]["path"]) as picture:
-            return {**document, "underlay": data_url(picture)}, made[event.index]["sheet"]
+            return underlaying(data_url(picture)), made[event.index]["sheet"]
 
     def code(self, name: str) -> Any:
         """What a Copy button calls."""
@@ -391,7 +395,7 @@ class _Page:
 
         return show
 
-    def open(self, path: str | None, document: Any) -> list[Any]:
+    def open(self, path: str | None) -> list[Any]:
         """A dropped file: everything as it was."""
         nothing = [gr.skip()] * (1 + len(fields(Settings)))
         if not path:
@@ -402,13 +406,11 @@ class _Page:
             read, settings, notes = read_file(data, list(self.service.library.sources()), self.studio.base)
         except (ValueError, TypeError) as error:
             return [*nothing, None, _said(f"Not opened: {error}", is_error=True)]
-        revision = document.get("revision") if isinstance(document, dict) else 0
-        opened = {**read.plain(), "revision": (revision if isinstance(revision, int) else 0) + 1}
+        opened = read.plain()
         values = self.controls_of(settings)
         regions = gr.Dropdown(_choices(opened), value=values.pop("region"))
-        problems = self.service.problems(opened, asdict(settings))
         said = _said(" ".join(["Opened.", *notes]))
-        return [self.shown(opened, problems), *values.values(), regions, None, said]
+        return [opened, *values.values(), regions, None, said]
 
 
 def _choices(document: dict[str, Any]) -> list[tuple[str, str]]:

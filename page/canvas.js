@@ -15,7 +15,8 @@ const MOST_REGIONS = 24;
 const USERS = ["size", "prompt", "negative_prompt", "regions", "underlay"];
 
 let page = { size: [512, 512], prompt: "", negative_prompt: "", regions: [], underlay: null, revision: 0 };
-let known = { sizes: [], subjects: [], loras: [], adapters: 0, problems: [] };
+let offers = { sizes: [], subjects: [], loras: [], adapters: 0 };
+let problems = [];
 let picked = null; // what the next region is: {subject} or {phrase}
 let chosen = null; // id of the chosen region
 let tool = "box";
@@ -35,12 +36,12 @@ function send(isTyped) {
   clearTimeout(timer);
   page.revision += 1;
   if (!isTyped) settled = snapshot();
-  const now = () => {
-    props.value = copy({ ...known, ...page });
-    trigger("change");
-  };
-  if (isTyped) timer = setTimeout(now, 200);
-  else now();
+  if (isTyped) timer = setTimeout(sendNow, 200);
+  else sendNow();
+}
+
+function sendNow() {
+  props.value = copy(page); // Gradio sends it with its `change` event
 }
 
 /** The user changed something: `isTyped` in a field that must keep its focus. */
@@ -66,23 +67,36 @@ function step(from, to) {
   changed();
 }
 
+/** A document was loaded: it takes the place of what is there. */
 function take() {
   const value = props.value ?? {};
-  for (const key of Object.keys(known)) if (value[key] !== undefined) known[key] = copy(value[key]);
-  const revision = value.revision ?? 0;
-  const isLoaded = revision > page.revision;
-  if (isLoaded || (revision === 0 && page.revision === 0)) {
-    if (isLoaded && page.revision > 0) remember();
-    for (const key of USERS) if (value[key] !== undefined) page[key] = copy(value[key]);
-    page.regions = page.regions.map(completed);
-    page.revision = revision;
-    chosen = null;
-    settled = snapshot();
-  } else if (revision === page.revision && value.underlay !== undefined) page.underlay = value.underlay;
+  if (page.revision) remember(settled);
+  for (const key of USERS) if (value[key] !== undefined) page[key] = copy(value[key]);
+  page.regions = page.regions.map(completed);
+  page.revision += 1;
+  [chosen, picked, settled] = [null, nextPick(), snapshot()];
+  redraw();
+  if (page.revision > 1) sendNow();
+}
+
+/** There are other subjects, LoRAs or sizes to choose from. */
+function takeOffers() {
+  offers = { ...offers, ...copy(props.offers ?? {}) };
   if (!picked || !isOffered(picked)) picked = nextPick();
-  if (root.contains(document.activeElement) && /INPUT|TEXTAREA|SELECT/.test(document.activeElement.tagName) && !isLoaded)
-    redrawStage(), redrawNotes();
-  else redraw();
+  redraw();
+}
+
+/** What is wrong, or a picture to lie under the regions: what is pressed or typed in just now stays where it is. */
+function takeNotes() {
+  problems = copy(props.problems ?? []);
+  redrawNotes();
+}
+function takeUnderlay() {
+  if (!props.underlay?.url) return;
+  page.underlay = props.underlay.url;
+  redrawTools();
+  redrawStage();
+  send();
 }
 
 /** A region with all its keys. */
@@ -99,11 +113,11 @@ function freshId() {
   return `r${lastId}`;
 }
 
-const isOffered = (pick) => Boolean(pick.phrase) || known.subjects.some((subject) => subject.name === pick.subject);
+const isOffered = (pick) => Boolean(pick.phrase) || offers.subjects.some((subject) => subject.name === pick.subject);
 
 /** A subject that has no region yet, those of the prompt first. */
 function nextPick() {
-  const names = known.subjects.map((subject) => subject.name);
+  const names = offers.subjects.map((subject) => subject.name);
   const free = names.filter((name) => !page.regions.some((region) => region.subject === name));
   const inPrompt = free
     .filter((name) => page.prompt.includes(`<${name}>`))
@@ -133,7 +147,7 @@ function redraw() {
   redrawNotes();
 }
 
-const colours = () => coloursOf([...page.regions.map(nameOf), ...known.subjects.map((subject) => subject.name)]);
+const colours = () => coloursOf([...page.regions.map(nameOf), ...offers.subjects.map((subject) => subject.name)]);
 
 function hint(text) {
   $(".hint").textContent = text;
@@ -142,7 +156,7 @@ function hint(text) {
 function redrawChips() {
   const hues = colours();
   const words = $(".chips input")?.value ?? "";
-  const chips = known.subjects.map((subject) => {
+  const chips = offers.subjects.map((subject) => {
     const chip = button(subject.name, `${subject.name}, a ${subject.class_phrase}: press, then drag its place`, (event) =>
       pick({ subject: subject.name }, event.detail === 0),
     );
@@ -173,7 +187,7 @@ function redrawChips() {
   };
   $(".chips").replaceChildren(...chips, field);
   $(".names").replaceChildren(
-    ...known.subjects.map((subject) =>
+    ...offers.subjects.map((subject) =>
       button(`<${subject.name}>`, `Put <${subject.name}> into the prompt`, () => insert(`<${subject.name}>`)),
     ),
   );
@@ -208,7 +222,7 @@ function redrawTools() {
   $("[data-do=clear]").disabled = !page.regions.length;
   $("[data-do=bare]").hidden = !page.underlay;
   const size = $(".size");
-  const sizes = known.sizes.map(({ size, label }) => [size.join("x"), `${label}  ${size.join(" × ")}`]);
+  const sizes = offers.sizes.map(({ size, label }) => [size.join("x"), `${label}  ${size.join(" × ")}`]);
   const now = page.size.join("x");
   if (!sizes.some(([value]) => value === now)) sizes.push([now, page.size.join(" × ")]);
   size.replaceChildren(...sizes.map(([value, label]) => new Option(label, value)));
@@ -220,7 +234,6 @@ function redrawStage() {
   stage.style.aspectRatio = `${width} / ${height}`;
   const under = picture(page.underlay, redrawStage);
   stage.style.backgroundImage = under ? `url("${page.underlay}")` : "";
-  stage.classList.toggle("pictured", Boolean(under));
   stage.classList.toggle("fine", Boolean(under) && under.naturalWidth < 256);
   const hues = colours();
   const layers = [];
@@ -284,7 +297,7 @@ function painted(region, colour) {
 }
 
 const host = {
-  state: () => ({ ...known, open, count: page.regions.length }),
+  state: () => ({ ...offers, open, count: page.regions.length }),
   redraw,
   file: choosePicture,
   change(region, isTyped) {
@@ -349,7 +362,7 @@ function redrawNotes() {
     if (!region) continue;
     item.style.setProperty("--c", hues.get(nameOf(region)));
     item.querySelector(".holds").textContent = holdings(region);
-    const notes = known.problems.filter((problem) => problem.region === region.id).map(noteOf);
+    const notes = problems.filter((problem) => problem.region === region.id).map(noteOf);
     if (region.subject && !page.prompt.includes(`<${region.subject}>`) && !region.prompt && notes.length)
       notes.at(-1).append(button("Name it", `Put <${region.subject}> into the prompt`, () => insert(`<${region.subject}>`)));
     item.querySelector(".problems").replaceChildren(...notes);
@@ -357,7 +370,7 @@ function redrawNotes() {
   const ids = new Set(page.regions.map((region) => region.id));
   root
     .querySelector(":scope > .problems")
-    .replaceChildren(...known.problems.filter((problem) => !ids.has(problem.region)).map(noteOf));
+    .replaceChildren(...problems.filter((problem) => !ids.has(problem.region)).map(noteOf));
   for (const [selector, key] of [[".prompt", "prompt"], [".negative", "negative_prompt"]]) {
     const area = $(selector);
     if (area !== document.activeElement && area.value !== page[key]) area.value = page[key];
@@ -688,4 +701,9 @@ $(".picker").onchange = async () => {
 };
 
 watch("value", take);
+watch("offers", takeOffers);
+watch("problems", takeNotes);
+watch("underlay", takeUnderlay);
+takeOffers();
 take();
+takeNotes();

@@ -1,8 +1,9 @@
-"""The canvas: regions drawn over the picture, their list, and the prompt. One component, whose value is the document."""
+"""The canvas: regions drawn over the picture, their list, the prompt. One component, whose value is the document."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import secrets
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,14 @@ _HERE = Path(__file__).resolve().parent
 _SCRIPTS = ("shapes.js", "region_list.js", "canvas.js")  # one function in the browser, in this order
 
 
-def canvas(document: Mapping[str, Any]) -> gr.HTML:
-    """The component.
+def canvas(document: Mapping[str, Any], offers: Mapping[str, Any]) -> gr.HTML:
+    """The component. Its value is the user's: the server answers with `noting`, `offering` and `underlaying`, which
+    leave it alone, and sets a value only where a document is loaded.
 
     Args:
-        document: what it shows first, as plain JSON. Of the user: `size` (width, height in pixels), `prompt`,
-            `negative_prompt`, `regions` (bottom to top) and `underlay`; of the server: `sizes`, `subjects`, `loras`,
-            `adapters` and `problems`. The user's part of a new value is taken where its `revision` is higher than that
-            of what the user has drawn meanwhile.
+        document: what it shows first, as plain JSON: `size` (width, height in pixels), `prompt`, `negative_prompt`,
+            `regions` (bottom to top) and `underlay`. Where it comes back, `revision` counts the user's changes.
+        offers: what there is to choose from: `sizes`, `subjects`, `loras` and `adapters`.
 
     Returns:
         The component. Its `change` event comes when a gesture ends, and a moment after text was typed.
@@ -35,4 +36,22 @@ def canvas(document: Mapping[str, Any]) -> gr.HTML:
         js_on_load="\n".join(map(read, _SCRIPTS)),
         elem_id="canvas",
         apply_default_css=False,
+        offers=dict(offers),
+        problems=[],
+        underlay=None,
     )
+
+
+def noting(problems: Sequence[Mapping[str, Any]]) -> gr.HTML:
+    """An answer to the canvas: what is wrong, each with `text`, `severity` and, where it is about one, `region`."""
+    return gr.HTML(problems=[dict(problem) for problem in problems])
+
+
+def offering(offers: Mapping[str, Any]) -> gr.HTML:
+    """An answer to the canvas: what there is to choose from now."""
+    return gr.HTML(offers=dict(offers))
+
+
+def underlaying(url: str) -> gr.HTML:
+    """An answer to the canvas: this picture, a data URL, lies under the regions."""
+    return gr.HTML(underlay={"url": url, "answer": secrets.token_hex(8)})  # the same one may be asked for again

@@ -1,5 +1,5 @@
 // Shapes of regions: where they are, what a drag makes of them, how they are painted. Fractions of width and height.
-// Part of the canvas's one function; `element`, `props`, `trigger` and `watch` come from Gradio.
+// Part of the canvas's one function; `element`, `props` and `watch` come from Gradio.
 
 const SMALLEST = 0.02; // side of a box
 const RASTER = 512; // longer side in pixels of a mask that was painted over

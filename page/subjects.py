@@ -1,246 +1,255 @@
-"""The page's subjects: where their files are, how they look in a list, and how new ones come in."""
+"""The subjects of the page: each has a name, a file that the page itself chose, a class phrase and a thumbnail."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
-from multisubject.base_models import check_class_phrase_fits, check_subject_fits
-from multisubject.generation.base_model import BaseModel
-from multisubject.hub_utils import load_subject, pull_subject, save_subject
-from multisubject.pictures import PICTURE_ERRORS, data_url, open_picture, png_bytes, split_alpha
-from multisubject.residual_embeddings import ResidualEmbedding
-from multisubject.shared_models import in_turn
-from multisubject.subject_file import MAX_FILE_BYTES, check_class_phrase, check_subject_name, write_atomically
+from multisubject.hub_client import parse_hub_source
+from multisubject.hub_utils import inspect_subject, load_subject, pull_subject, save_subject
+from multisubject.page.safety import opaque, read_picture
+from multisubject.pictures import data_url, png_bytes
+from multisubject.subject_file import check_class_phrase, check_subject_name, some_of, write_atomically
 
-THUMBNAIL_SIDE = 96
-"""Of a thumbnail, which is a square, in pixels."""
+if TYPE_CHECKING:
+    from multisubject.residual_embeddings import ResidualEmbedding
 
 MOST_SUBJECTS = 500
-"""Of a page."""
+"""That one page holds."""
+
+THUMBNAIL_SIZE = 128
+"""Longer side of a thumbnail, in pixels."""
+
+THUMBNAILS = "thumbnails"
+"""Folder beside subject files: `rex.png` in it shows the subject of `rex.safetensors`."""
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """A subject of the library.
+class LibrarySubject:
+    """One subject of the page.
 
     Args:
-        file: where it is read from.
-        class_phrase: the words that it stands for.
-        thumbnail: as text, `data:image/png;base64,…`; None where there is none.
+        name: as prompts call it, `<name>`.
+        file: what the pipeline loads.
+        class_phrase: what it is.
+        thumbnail: a PNG as a data URL, or None.
+        is_own: whether it was added on the page and can be removed there.
     """
 
+    name: str
     file: Path
     class_phrase: str
-    thumbnail: str | None
+    thumbnail: str | None = None
+    is_own: bool = False
 
 
 class SubjectLibrary:
-    """Names -> subjects that fit one base, for all tabs. Any thread may call it, and none waits for the model.
-
-    A subject that is uploaded, pulled or trained is written anew to a file of `folder`, under its name. So no name and
-    no path that somebody else chose is ever opened, and the folder can be given to `--subjects` later. Beside a
-    subject's file may lie its thumbnail, `thumbnails/<the file's stem>.png`.
+    """The subjects of one base, for all tabs and threads. It has a lock of its own, in which nothing is downloaded.
 
     Args:
-        folder: for the files of subjects that are added. What is there already is added; what does not fit the base
-            stays where it is.
-        base: the model that they are for.
-        text_encoders: its text encoders by their names; only looked at.
+        embed_dims: text encoder -> its width, as `BaseModel.embed_dims`; other subjects do not fit this base.
+        folder: where subjects are kept that are added here; those that lie there and fit are there again.
     """
 
-    def __init__(self, folder: Path, base: BaseModel, text_encoders: Mapping[str, Any]):
-        self.folder, self.base, self._text_encoders = folder.resolve(), base, dict(text_encoders)
-        self._entries: dict[str, _Entry] = {}
-        self.version = 0  # rises with every change
-        self._lock = threading.Lock()  # of the entries, held for a moment
-        self._adding = threading.RLock()  # of the folder, and of the order in which subjects come
-        for file in sorted(self.folder.glob("*.safetensors")):
+    def __init__(self, embed_dims: Mapping[str, int], folder: Path):
+        self.embed_dims, self.folder = dict(embed_dims), folder
+        self._subjects: dict[str, LibrarySubject] = {}  # by casefolded name: prompts know no capital letters
+        self._lock = threading.Lock()
+        for file in sorted(folder.glob("*.safetensors")):
             try:
-                self.add_source(file)
-            except (ValueError, OSError):  # of another base, which the same folder may serve
+                self._take(self._fitting(load_subject(file)), file)
+            except (ValueError, OSError):  # another base's, or not of this program
                 continue
 
-    # --- what is there -----------------------------------------------------------------------------------------------
+    # --- what there is -----------------------------------------------------------------------------------------------
 
     def sources(self) -> dict[str, str]:
         """Name -> file."""
         with self._lock:
-            return {name: str(entry.file) for name, entry in self._entries.items()}
+            return {subject.name: str(subject.file) for subject in self._subjects.values()}
 
     def listing(self) -> list[dict[str, Any]]:
-        """The subjects in the order of their coming, as `{"name", "class_phrase", "thumbnail"}`; the thumbnail is a PNG
-        as text (`data:image/png;base64,…`) or None."""
-        with self._lock:
-            return [
-                {"name": name, "class_phrase": entry.class_phrase, "thumbnail": entry.thumbnail}
-                for name, entry in self._entries.items()
-            ]
+        """The subjects as the canvas shows them: `name`, `class_phrase`, `thumbnail`."""
+        return [
+            {"name": one.name, "class_phrase": one.class_phrase, "thumbnail": one.thumbnail} for one in self.subjects()
+        ]
 
-    def is_own(self, name: str) -> bool:
-        """Whether a subject was added here, so that it can be removed."""
+    def subjects(self) -> list[LibrarySubject]:
+        """All of them, in the order in which they came."""
         with self._lock:
-            return name in self._entries and self._entries[name].file.parent == self.folder
+            return [*self._subjects.values()]
 
-    def check_new_name(self, name: str) -> str:
-        """Return a name that a new subject can have. Raises `ValueError` for any other."""
+    def check_free(self, name: str) -> str:
+        """Return `name` if it can name a new subject. Raises `ValueError`."""
         check_subject_name(name)
         with self._lock:
-            taken = next((other for other in self._entries if other.casefold() == name.casefold()), None)
-        if taken is not None:
-            raise ValueError(f"There is a subject <{taken}> already; expected a name of its own.")
-        if f"<{name}>".casefold() in map(str.casefold, self.base.learned):
-            raise ValueError(f"The base has learned a token <{name}> already; expected another name.")
+            self._check_new([name])
         return name
 
-    # --- how subjects come in ----------------------------------------------------------------------------------------
+    # --- adding and removing -----------------------------------------------------------------------------------------
 
-    def add_source(self, source: str | Path, name: str | None = None) -> list[str]:
-        """Add the subjects of a file, a folder or a Hub id that this machine's user chose; files stay where they are.
-
-        Returns:
-            Their names.
-
-        Raises:
-            ValueError: a name is taken, or a subject does not fit the base; then none is added.
-            OSError: it cannot be read.
-        """
-        path = Path(source)
-        if path.is_dir():
-            files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.pt"))
-            if not files:
-                raise ValueError(f"{str(source)!r} has no subject in it; expected files ending in .safetensors.")
-        else:
-            files = [path] if path.exists() else pull_subject(str(source), name=name)
-        found: dict[str, tuple[Path, ResidualEmbedding]] = {}
-        for file in files:
-            for key, subject in load_subject(file, name=name if len(files) == 1 else None).items():
-                found[key] = (file.resolve(), subject)
-        return self._add(found)
-
-    def add_file(self, file: Path, name: str | None = None, class_phrase: str | None = None) -> list[str]:
-        """Add the subjects of a file that somebody sent.
+    def read(self, source: str) -> list[str]:
+        """Take subjects from where they are: what the one who starts the server says. Those of the same name that were
+        kept here give way.
 
         Args:
-            file: the file, wherever the server put it.
-            name: the subject's name, where it is one; default: what the file says.
-            class_phrase: the words that it stands for; needed by a `.pt`, which does not say.
+            source: a file, a folder or a Hub id, as for `load_subject`.
 
         Returns:
             Their names.
 
         Raises:
-            ValueError: it is no subject, does not fit the base, or a name is taken.
+            ValueError, OSError: as `load_subject`; or they do not fit the base, or a name is taken.
         """
-        if file.suffix not in (".safetensors", ".pt"):
-            raise ValueError(f"The file ends in {file.suffix[:20]!r}; expected .safetensors, or .pt from Cones 2.")
-        if file.stat().st_size > MAX_FILE_BYTES:
-            raise ValueError(f"The file is too large for a subject, which has a few KB (at most {MAX_FILE_BYTES:,}).")
+        subjects = self._fitting(load_subject(source))
+        files = {name: Path(entry["file"]).absolute() for name, entry in inspect_subject(source).items()}
+        with self._lock:
+            self._check_new([name for name in subjects if not self._is_own(name)])
+            for name, subject in subjects.items():
+                self._subjects[name.casefold()] = self._entry(name, subject, files[name], is_own=False)
+        return [*subjects]
+
+    def add_file(self, path: Path, *, name: str | None = None, class_phrase: str | None = None) -> list[str]:
+        """Keep a copy of the subjects in a file that somebody sent.
+
+        Args:
+            path: a `.safetensors`, or a `.pt` of Cones 2, which knows neither its name nor its class phrase.
+            name: what to call the subject, where the file holds one; which to take, where it holds several.
+            class_phrase: what it is. Default: what the file says.
+
+        Returns:
+            The new names.
+
+        Raises:
+            ValueError: the file is damaged or no subject's, does not fit the base, or a name is taken or missing.
+        """
+        if path.suffix == ".pt" and (not name or not class_phrase):
+            raise ValueError("a .pt file knows neither its subject's name nor what it is: fill in both.")
         if class_phrase:
             check_class_phrase(class_phrase)
-        return self._keep(load_subject(file, name=name or None, class_phrase=class_phrase or None))
+        try:
+            subjects = load_subject(path, name=name or None, class_phrase=class_phrase or None)
+        except (ValueError, OSError) as error:  # without the folder, which is nobody's business
+            raise ValueError(str(error).replace(str(path), path.name)) from None
+        return self._keep(self._fitting(subjects))
 
-    def add_from_hub(self, source: str, name: str | None = None) -> list[str]:
-        """Ask the Hub for a repository's subjects and add them.
+    def add_from_hub(self, source: str, *, name: str | None = None) -> list[str]:
+        """Keep a copy of a Hub repository's subjects. It downloads, which may take a while.
 
         Args:
-            source: `user/repo`, `user/repo/subfolder` or `user/repo/file.safetensors`, with `@revision` if need be.
-                Never a path of this machine.
-            name: which one to take of several, or what to call the only one.
+            source: `user/repo[/path][@revision]`; never a path of this machine.
+            name: as for `add_file`.
+
+        Returns:
+            The new names.
 
         Raises:
-            ValueError: as `add_file`.
-            OSError: the Hub has no such repository, or cannot be reached.
+            ValueError, OSError: as `add_file`, or the Hub has nothing there or does not answer.
         """
-        files = pull_subject(source.strip(), name=name or None)
-        subjects: dict[str, ResidualEmbedding] = {}
+        try:
+            parse_hub_source(source)
+        except FileNotFoundError:
+            raise ValueError(f"{source!r} is no Hub id; expected one such as user/petrucci.") from None
+        files = pull_subject(source, name=name or None)
+        subjects = dict[str, Any]()
         for file in files:
-            subjects |= load_subject(file, name=(name or None) if len(files) == 1 else None)
-        if name and name not in subjects:
-            raise ValueError(f"{source} holds {', '.join(sorted(subjects)[:8])}; expected one of these names.")
-        return self._keep({name: subjects[name]} if name else subjects)
+            for key, subject in load_subject(file, name=name if name and len(files) == 1 else None).items():
+                if name and key.casefold() != name.casefold():
+                    continue
+                subjects[key] = subject
+        if not subjects:
+            raise ValueError(f"{source} has no subject {name!r}.")
+        if nameless := [key for key, subject in subjects.items() if not subject.class_phrase]:
+            raise ValueError(
+                f"{source} does not say what {some_of(nameless)} is. Download its file and add it from there."
+            )
+        return self._keep(self._fitting(subjects))
 
-    def add_trained(self, file: Path, name: str, picture: Image.Image | None = None) -> None:
-        """Add a subject that a training left in `file`, with a picture of it. Raises as `add_file`."""
-        self._keep({name: load_subject(file, name=name)[name]}, picture)
+    def add_trained(self, file: Path, thumbnail: Image.Image | None) -> list[str]:
+        """Keep a copy of what was trained here, and of its picture."""
+        return self._keep(self._fitting(load_subject(file)), thumbnail)
 
     def remove(self, name: str) -> None:
-        """Forget a subject that was added here, and its file. Raises `ValueError` for any other."""
-        with self._adding, self._lock:
-            entry = self._entries.get(name)
-            if entry is None or entry.file.parent != self.folder:
-                raise ValueError(f"<{name}> was not added here; expected a subject that was.")
-            del self._entries[name]
-            self.version += 1
-            if all(entry.file != other.file for other in self._entries.values()):
-                entry.file.unlink(missing_ok=True)
-                _thumbnail_file(entry.file).unlink(missing_ok=True)
+        """Forget a subject that was added here, its file and its thumbnail. Raises `ValueError` for others."""
+        with self._lock:
+            subject = self._subjects.get(name.casefold()) if isinstance(name, str) else None
+            if subject is None or not subject.is_own:
+                raise ValueError(f"{name!r} was not added on this page, so it is not removed here.")
+            subject.file.unlink(missing_ok=True)
+            _thumbnail_file(subject.file).unlink(missing_ok=True)
+            del self._subjects[name.casefold()]
 
-    def _keep(self, subjects: Mapping[str, ResidualEmbedding], picture: Image.Image | None = None) -> list[str]:
-        """Write subjects to the folder, each to a file of its own, and add them; a picture is of the only one."""
-        with self._adding:
-            self._check(subjects)
-            found = {}
-            for name, subject in subjects.items():
-                file = self._free_file(name)
-                if picture is not None:
-                    write_atomically(_thumbnail_file(file), png_bytes(thumbnail_of(picture)))
-                found[name] = (save_subject(subject, file, name=name), subject)
-            return self._add(found)
+    # --- how ---------------------------------------------------------------------------------------------------------
 
-    def _free_file(self, name: str) -> Path:
-        """Where nothing is yet: the folder may hold a subject of that name which is another base's."""
-        names = (name if number == 1 else f"{name}.{number}" for number in count(1))
-        return next(file for each in names if not (file := self.folder / f"{each}.safetensors").exists())
-
-    def _add(self, found: Mapping[str, tuple[Path, ResidualEmbedding]]) -> list[str]:
-        with self._adding:
-            self._check({name: subject for name, (_, subject) in found.items()})
-            files = [file for file, _ in found.values()]
-            entries = {
-                name: _Entry(file, subject.class_phrase, _read_thumbnail(file) if files.count(file) == 1 else None)
-                for name, (file, subject) in found.items()
-            }
-            with self._lock:
-                self._entries |= entries
-                self.version += 1
-            return list(entries)
-
-    def _check(self, subjects: Mapping[str, ResidualEmbedding]) -> None:
-        """Raise `ValueError` unless subjects fit the base, under their names."""
-        if len(self.sources()) + len(subjects) > MOST_SUBJECTS:
-            raise ValueError(f"There would be more than {MOST_SUBJECTS} subjects here; remove some.")
+    def _fitting(self, subjects: dict[str, ResidualEmbedding]) -> dict[str, ResidualEmbedding]:
         for name, subject in subjects.items():
-            self.check_new_name(name)
-            if not subject.class_phrase:
+            widths = {encoder: delta.shape[-1] for encoder, delta in subject.deltas.items()}
+            if widths != self.embed_dims:
                 raise ValueError(
-                    f"The file of <{name}> does not say which words it stands for, as no .pt does. Write them as its "
-                    "class phrase, such as `person`."
+                    f"<{name}> was trained for text encoders of width {_said(widths)}, and this base has "
+                    f"{_said(self.embed_dims)}. Train it on this base, or start the page on its own."
                 )
-            check_subject_fits(subject, self._text_encoders, name=name, base_model=self.base.name)
-            with in_turn(*self.base.tokenizers.values()):
-                check_class_phrase_fits(subject, self.base.tokenizers, name=name)
+        return subjects
+
+    def _is_own(self, name: str) -> bool:
+        subject = self._subjects.get(name.casefold())
+        return subject is not None and subject.is_own
+
+    def _check_new(self, names: Any) -> None:
+        if taken := [name for name in names if name.casefold() in self._subjects]:
+            raise ValueError(f"there is a subject {some_of(taken)} already. Choose another name.")
+        if len(self._subjects) + len(names) > MOST_SUBJECTS:
+            raise ValueError(f"there are {len(self._subjects)} subjects, the most is {MOST_SUBJECTS}. Remove some.")
+
+    def _keep(self, subjects: dict[str, ResidualEmbedding], thumbnail: Image.Image | None = None) -> list[str]:
+        with self._lock:
+            self._check_new(subjects)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for name, subject in subjects.items():
+                file = free_path(self.folder / f"{name}.safetensors")
+                if thumbnail is not None:
+                    picture = opaque(thumbnail)
+                    picture.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
+                    _thumbnail_file(file).parent.mkdir(exist_ok=True)
+                    write_atomically(_thumbnail_file(file), png_bytes(picture))
+                self._take({name: subject}, save_subject(subject, file, name=name))
+        return [*subjects]
+
+    def _take(self, subjects: dict[str, ResidualEmbedding], file: Path) -> None:
+        for name, subject in subjects.items():
+            self._subjects.setdefault(name.casefold(), self._entry(name, subject, file, is_own=True))
+
+    def _entry(self, name: str, subject: ResidualEmbedding, file: Path, *, is_own: bool) -> LibrarySubject:
+        return LibrarySubject(name, file.absolute(), subject.class_phrase, _read_thumbnail(file), is_own)
 
 
-def thumbnail_of(picture: Image.Image) -> Image.Image:
-    """The middle of a picture as a small square of few colours: a few KB, which every tab gets of every subject."""
-    picture = split_alpha(picture)[0]
-    side = min(THUMBNAIL_SIDE, *picture.size)
-    return ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS).quantize(64)
+def free_path(path: Path) -> Path:
+    """`rex.safetensors`, or `rex-2.safetensors` where that is taken, as by another base's subject."""
+    number, found = 1, path
+    while found.exists():
+        number += 1
+        found = path.with_name(f"{path.stem}-{number}{path.suffix}")
+    return found
 
 
 def _thumbnail_file(file: Path) -> Path:
-    return file.parent / "thumbnails" / f"{file.stem}.png"
+    return file.parent / THUMBNAILS / f"{file.stem}.png"
 
 
 def _read_thumbnail(file: Path) -> str | None:
+    """The thumbnail of a subject's file as a data URL."""
     try:
-        return data_url(thumbnail_of(open_picture(_thumbnail_file(file))))
-    except PICTURE_ERRORS:
+        picture = opaque(read_picture(_thumbnail_file(file).read_bytes(), "the thumbnail"))
+    except (OSError, ValueError):
         return None
+    picture.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
+    return data_url(picture)
+
+
+def _said(widths: Mapping[str, int]) -> str:
+    return " and ".join(map(str, widths.values()))

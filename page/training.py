@@ -1,10 +1,11 @@
-"""Trainings that the page starts: processes of their own, whose progress any tab may ask for."""
+"""Teaching the page's base new subjects: jobs of the server, each a run of `train_residual.py` in its own process."""
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
-import secrets
+import queue
 import shutil
 import signal
 import subprocess
@@ -12,43 +13,39 @@ import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import yaml
 from PIL import Image
 
 from multisubject.generation.base_model import BaseModel
-from multisubject.page.subjects import SubjectLibrary
-from multisubject.pictures import PICTURE_ERRORS, open_picture, png_bytes, split_alpha
+from multisubject.model_card import sample_path
+from multisubject.page.subjects import SubjectLibrary, free_path
+from multisubject.pictures import png_bytes
 from multisubject.subject_file import write_atomically
 from multisubject.tiny_world import EMBEDDED_BASE, EMBEDDED_BASE_XL
-from multisubject.training.checkpoints import latest_checkpoint
 from multisubject.training.config import TrainConfig, class_phrase_of
-from multisubject.training.pictures import MASK_ENDING
 
-MOST_PICTURES = 40
-"""Of a training."""
-
-MOST_STEPS = 10_000
-"""Of a training."""
-
-MOST_JOBS = 20
-"""Trainings that are kept, over or not."""
+MOST_PICTURES = 30
+MOST_STEPS = 4000
+MOST_JOBS = 50
 
 _CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-_JOB_FILE, _PROGRESS_FILE, _LOG_FILE = "job.json", "progress.json", "train.log"
-_SHEETS = 8  # validation pictures in the course of a training
-_STOP_SECONDS = 30.0  # in which a trainer saves its checkpoint
+_JOB_FILE, _PROGRESS_FILE, _LOG_FILE = "job.json", "progress.json", "log.txt"
+_SECONDS_TO_STOP = 20.0
+
+State = Literal["waiting", "running", "stopping", "done", "stopped", "failed"]
 
 
 @dataclass(frozen=True)
 class TrainingPicture:
-    """One picture of a new subject.
+    """A picture to learn from.
 
     Args:
-        image: the picture.
-        mask: mode `L` and of the same size, white where the subject is; None: the whole picture counts.
+        image: in `RGB`.
+        mask: mode `L`, of the image's size, white where the subject is; None: all of it counts.
     """
 
     image: Image.Image
@@ -56,340 +53,306 @@ class TrainingPicture:
 
 
 @dataclass(frozen=True)
-class TrainingState:
-    """How far a training is.
+class Job:
+    """A subject that is being taught, was, or will be.
 
     Args:
-        id: names it to `TrainingJobs`.
-        name, class_phrase: of the subject.
-        phase: `waiting` (its process starts), `loading`, `encoding`, `training`, `drawing`; or, when it has no process,
-            `done`, `stopped` or `failed`.
-        step, steps: done, and in all.
-        loss: mean of the last 50 steps, None before the first.
-        losses: points `(step, mean loss since the point before)`.
-        sheet: the newest validation pictures, None before the first.
-        error: why it failed.
-        can_resume: whether `resume` goes on with it.
+        key: the name of its folder.
+        name, class_phrase: the subject's.
+        steps: of the optimiser.
+        base: that it is taught to.
+        state: where it is; a `stopped` or `failed` one can go on.
+        message: why it failed.
     """
 
-    id: str
-    name: str
-    class_phrase: str
-    phase: str
-    step: int
-    steps: int
-    loss: float | None = None
-    losses: tuple[tuple[int, float], ...] = ()
-    sheet: Path | None = None
-    error: str | None = None
-    can_resume: bool = False
-
-    @property
-    def is_over(self) -> bool:
-        """Whether it has no process any more."""
-        return self.phase in ("done", "stopped", "failed")
-
-
-@dataclass
-class _Job:
-    """A training, as its folder's `job.json` keeps it (what is not private of it)."""
-
-    id: str
+    key: str
     name: str
     class_phrase: str
     steps: int
-    seed: int
-    is_added: bool = False
-    error: str | None = None
-    folder: Path = field(default=Path(), repr=False)
-    process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
-    is_stopping: bool = False
+    base: str
+    state: State = "waiting"
+    message: str | None = None
 
     @property
-    def output(self) -> Path:
-        return self.folder / "output"
-
-    def save(self) -> None:
-        keys = ("id", "name", "class_phrase", "steps", "seed", "is_added", "error")
-        write_atomically(self.folder / _JOB_FILE, json.dumps({key: getattr(self, key) for key in keys}).encode())
+    def is_active(self) -> bool:
+        """Whether it runs or will."""
+        return self.state in ("waiting", "running", "stopping")
 
 
 class TrainingJobs:
-    """The trainings of a page, one at a time. Any thread may call it; a training goes on whoever looks at it.
+    """Runs jobs one after the other, whoever looks; they are kept in a folder, so that a new server goes on with them.
 
-    Each has a folder: its pictures, all that the trainer leaves, and how it was asked for. So one that was stopped, by
-    a person or with the server, can be resumed, also by the next server. A training that has ended well puts its
-    subject into the library.
+    A job's folder holds `pictures/`, `job.json`, `progress.json`, `log.txt` and `run/`, the trainer's output folder.
 
     Args:
-        folder: for the trainings' folders.
-        library: where new subjects go.
-        base: the model that they are for.
-        device: where to train; None: the best there is.
-        extra: flags of the trainer that win over those of the base's configuration, e.g. `{"resolution": 512}`.
+        base: the base model's small files.
+        library: what finished subjects are added to.
+        folder: where jobs are kept.
+        on_cpu: keep the trainer off the accelerator.
+        options: the trainer's flags, over those that fit the base.
     """
 
     def __init__(
         self,
-        folder: Path,
-        library: SubjectLibrary,
         base: BaseModel,
-        device: str | None = None,
-        extra: dict[str, Any] | None = None,
+        library: SubjectLibrary,
+        folder: Path,
+        *,
+        on_cpu: bool = False,
+        options: Sequence[str] = (),
     ):
-        self.folder, self.library, self.base = folder.resolve(), library, base
-        self.device, self.extra = device, dict(extra or {})
-        self._jobs: dict[str, _Job] = {}
+        self.base, self.library, self.folder = base, library, folder
+        self._on_cpu, self._options = on_cpu, [*options]
+        self._jobs: dict[str, Job] = {}
+        self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
-        self._threads: list[threading.Thread] = []
-        for file in sorted(self.folder.glob(f"*/{_JOB_FILE}"), key=lambda file: file.stat().st_mtime):
-            with suppress(OSError, ValueError, TypeError):  # of another version, or damaged
-                job = _Job(**json.loads(file.read_text(encoding="utf-8")), folder=file.parent)
-                self._jobs[job.id] = job
+        self._queue: queue.Queue[str] = queue.Queue()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self._read_jobs()
+        atexit.register(self.close)
 
-    # --- what people do ----------------------------------------------------------------------------------------------
+    # --- what there is -----------------------------------------------------------------------------------------------
 
-    def start(
-        self, pictures: Sequence[TrainingPicture], name: str, class_phrase: str, steps: int | None = None, seed: int = 0
-    ) -> str:
-        """Start a training.
+    @property
+    def default_steps(self) -> int:
+        """What the trainer takes for this base."""
+        return int(yaml.safe_load(self._config().read_text(encoding="utf-8"))["max_train_steps"])
+
+    def jobs(self) -> list[Job]:
+        """All jobs, the newest first."""
+        with self._lock:
+            return [*reversed(self._jobs.values())]
+
+    def get(self, key: str) -> Job | None:
+        """The job in that folder."""
+        with self._lock:
+            return self._jobs.get(key) if isinstance(key, str) else None
+
+    def progress(self, job: Job) -> dict[str, Any]:
+        """What the trainer's `--progress_file` says last, `{}` before it says anything."""
+        return _read_json(self.folder / job.key / _PROGRESS_FILE)
+
+    def sheets(self, job: Job) -> list[Path]:
+        """Validation pictures so far, oldest first."""
+        return sorted((self.folder / job.key / "run" / "validation").glob("step-*.png"))
+
+    # --- what can be done --------------------------------------------------------------------------------------------
+
+    def start(self, name: str, class_phrase: str, pictures: Sequence[TrainingPicture], steps: int) -> Job:
+        """Begin, or wait for the job before.
 
         Args:
+            name: what to call the subject.
+            class_phrase: what it is, such as `person`.
             pictures: 1 to `MOST_PICTURES`.
-            name: what the subject is to be called.
-            class_phrase: what it is, in words that the base knows, such as `person`.
-            steps: 1 to `MOST_STEPS`; None: as the configuration says.
-            seed: of everything random.
-
-        Returns:
-            The training's id.
+            steps: 1 to `MOST_STEPS`.
 
         Raises:
-            ValueError: something about these, or another training is running.
+            ValueError: for any other argument, and for a name that is taken.
         """
+        self.library.check_free(name)
+        phrase = _class_phrase(class_phrase)
         if not 1 <= len(pictures) <= MOST_PICTURES:
-            raise ValueError(f"There are {len(pictures)} pictures; expected 1 to {MOST_PICTURES}.")
-        self.library.check_new_name(name)
-        steps = self.default_steps() if steps is None else steps
-        if type(steps) is not int or not 1 <= steps <= MOST_STEPS:
-            raise ValueError(f"The number of steps is {steps!r}; expected 1 to {MOST_STEPS:,}.")
-        try:
-            phrase = class_phrase_of(TrainConfig(instance_prompt=class_phrase))
-        except ValueError as error:
-            raise ValueError(str(error).replace("--instance_prompt", "The class phrase")) from None
-        key = secrets.token_hex(8)
-        job = _Job(key, name, phrase, steps, seed, folder=self.folder / key)
+            raise ValueError(f"{len(pictures)} pictures; expected 1 to {MOST_PICTURES} of the subject.")
+        if not isinstance(steps, int) or not 1 <= steps <= MOST_STEPS:
+            raise ValueError(f"steps: {steps!r}; expected a whole number from 1 to {MOST_STEPS}.")
         with self._lock:
-            self._check_idle()
+            if any(job.name.casefold() == name.casefold() and job.is_active for job in self._jobs.values()):
+                raise ValueError(f"<{name}> is being trained already. Choose another name.")
             if len(self._jobs) >= MOST_JOBS:
-                raise ValueError(f"There are {MOST_JOBS} trainings; remove those that you need no more.")
-            data = job.folder / "pictures"
-            data.mkdir(parents=True)
-            try:
-                for number, picture in enumerate(pictures):
-                    _save(picture, data / f"{number:03}.png")
-                job.save()
-                self._run(job)
-            except BaseException:
-                shutil.rmtree(job.folder, ignore_errors=True)
-                raise
-            self._jobs[key] = job
-        return key
+                raise ValueError(f"there are {MOST_JOBS} trainings, the most. Remove some.")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            folder = free_path(self.folder / name)
+            (folder / "pictures").mkdir(parents=True)
+            for index, picture in enumerate(pictures):
+                write_atomically(folder / "pictures" / f"{index:03d}.png", png_bytes(picture.image.convert("RGB")))
+                if picture.mask is not None and picture.mask.getbbox():
+                    mask = picture.mask.convert("L")
+                    write_atomically(folder / "pictures" / f"{index:03d}_mask.png", png_bytes(mask))
+            job = Job(folder.name, name, phrase, steps, self.base.name)
+            self._put(job)
+        self._enqueue(job.key)
+        return job
 
-    def cancel(self, key: str) -> None:
-        """Ask a training to stop after its step, with a checkpoint. Raises `ValueError` for one that is not there."""
+    def stop(self, key: str) -> None:
+        """Cancel a job; what it has learnt stays as a checkpoint. Nothing happens to one that is over."""
         with self._lock:
-            job = self._find(key)
-            if job.process is not None:
-                job.is_stopping = True
-                job.process.send_signal(signal.SIGTERM)
+            job = self._jobs.get(key)
+            if job is not None and job.state == "waiting":
+                self._put(replace(job, state="stopped"))
+            elif job is not None and job.state == "running":
+                self._put(replace(job, state="stopping"))
+                self._end_process()
 
     def resume(self, key: str) -> None:
-        """Go on with one that was stopped or has failed. Raises `ValueError` where one runs, or none is there."""
+        """Go on with a job that was cancelled, failed, or was cut off. Raises `ValueError` for one that is not there,
+        not over, or finished."""
         with self._lock:
-            job = self._find(key)
-            self._check_idle()
-            if job.is_added:
-                raise ValueError(f"The training of <{job.name}> is done.")
-            self.library.check_new_name(job.name)
-            job.error, job.is_stopping = None, False
-            self._run(job)
+            job = self._jobs.get(key)
+            if job is None or job.state not in ("stopped", "failed"):
+                raise ValueError("this training cannot go on: it is not there, not over, or finished.")
+            self._put(replace(job, state="waiting", message=None))
+        self._enqueue(key)
 
     def remove(self, key: str) -> None:
-        """Forget a training, its pictures and checkpoints; a subject that came of it stays. Raises `ValueError`."""
+        """Forget a job that is over, with its pictures and checkpoints. Raises `ValueError` for another."""
         with self._lock:
-            job = self._find(key)
-            if job.process is not None:
-                raise ValueError(f"The training of <{job.name}> is running; cancel it first.")
+            job = self._jobs.get(key)
+            if job is None or job.is_active:
+                raise ValueError("this training cannot be removed: it is not there, or not over.")
             del self._jobs[key]
-            shutil.rmtree(job.folder, ignore_errors=True)
+            shutil.rmtree(self.folder / job.key, ignore_errors=True)
 
     def close(self) -> None:
-        """Stop what runs, with a checkpoint, as the server stops. Takes up to half a minute."""
+        """Stop the running job, with a checkpoint, and start no other."""
         with self._lock:
-            running = {job.id: job.process for job in self._jobs.values() if job.process is not None}
-            threads = [*self._threads]
-        for key in running:
-            self.cancel(key)
-        for thread in threads:
-            thread.join(_STOP_SECONDS)
-        for process in running.values():
-            process.kill()  # where it has not ended by now
+            self._closed, process = True, self._process
+            self._end_process()
+        if process is not None:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_SECONDS_TO_STOP)
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._queue.put("")
+            self._thread.join(_SECONDS_TO_STOP)
+        atexit.unregister(self.close)
 
-    # --- what people see ---------------------------------------------------------------------------------------------
+    # --- how ---------------------------------------------------------------------------------------------------------
 
-    def states(self) -> list[TrainingState]:
-        """All trainings, the oldest first."""
+    def _read_jobs(self) -> None:
+        """Those that an earlier server left; what it was at is `stopped` now."""
+        files = sorted(self.folder.glob(f"*/{_JOB_FILE}"), key=lambda file: file.stat().st_mtime)
+        for file in files:
+            try:
+                job = replace(Job(**_read_json(file)), key=file.parent.name)
+            except TypeError:
+                continue
+            if job.base == self.base.name:
+                self._jobs[job.key] = replace(job, state="stopped") if job.is_active else job
+
+    def _put(self, job: Job) -> None:
+        self._jobs[job.key] = job
+        write_atomically(self.folder / job.key / _JOB_FILE, json.dumps(asdict(job)).encode())
+
+    def _enqueue(self, key: str) -> None:
         with self._lock:
-            jobs = [*self._jobs.values()]
-        return [_state(job) for job in jobs]
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="training", daemon=True)
+                self._thread.start()
+        self._queue.put(key)
 
-    def state(self, key: str) -> TrainingState:
-        """One of them. Raises `ValueError` for one that is not there."""
+    def _work(self) -> None:
+        while (key := self._queue.get()) and not self._closed:
+            try:
+                self._run(key)
+            except Exception as error:  # a job must not take the others with it
+                self._finish(key, "failed", str(error) or type(error).__name__)
+
+    def _run(self, key: str) -> None:
         with self._lock:
-            return _state(self._find(key))
-
-    def default_steps(self) -> int:
-        """Steps of a training that says nothing else."""
-        return int(self.extra.get("max_train_steps", 300 if self._is_embedded() else 600))
-
-    # --- the process -------------------------------------------------------------------------------------------------
-
-    def _find(self, key: str) -> _Job:
-        if not isinstance(key, str) or key not in self._jobs:
-            raise ValueError("That training is not there any more; reload the page.")
-        return self._jobs[key]
-
-    def _check_idle(self) -> None:
-        for job in self._jobs.values():
-            if job.process is not None:
-                raise ValueError(f"The training of <{job.name}> is running; wait for its end, or cancel it.")
-
-    def _is_embedded(self) -> bool:
-        return self.base.name in (str(EMBEDDED_BASE), str(EMBEDDED_BASE_XL))
-
-    def _command(self, job: _Job) -> list[str]:
-        if self._is_embedded():
-            config = "train_tiny_world.yaml"
+            job = self._jobs.get(key)
+            if job is None or job.state != "waiting" or self._closed:
+                return
+            (self.folder / key / _PROGRESS_FILE).unlink(missing_ok=True)
+            with (self.folder / key / _LOG_FILE).open("wb") as log:
+                process = subprocess.Popen(
+                    self._command(job),
+                    env=_environment(self._on_cpu),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+            if hasattr(os, "setpriority"):  # the page comes first
+                with suppress(OSError):
+                    os.setpriority(os.PRIO_PROCESS, process.pid, 10)
+            self._process = process
+            self._put(replace(job, state="running"))
+        status = process.wait()
+        with self._lock:
+            self._process = None
+            was_told = self._closed or self._jobs[key].state == "stopping"
+        output = self.folder / key / "run" / f"{job.name}.safetensors"
+        if status == 0:
+            self.library.add_trained(output, _sample(output))
+            self._finish(key, "done")
+        elif was_told:
+            self._finish(key, "stopped")
         else:
-            config = "train_sdxl.yaml" if "text_encoder_2" in self.base.embed_dims else "train_sd21.yaml"
-        flags: dict[str, Any] = {
-            "config": _CONFIGS / config,
+            self._finish(key, "failed", self._why(job, status))
+
+    def _finish(self, key: str, state: State, message: str | None = None) -> None:
+        with self._lock:
+            if key in self._jobs:
+                self._put(replace(self._jobs[key], state=state, message=message))
+
+    def _command(self, job: Job) -> list[str]:
+        folder = self.folder / job.key
+        values = {
             "pretrained_model_name_or_path": self.base.name,
-            "resolution": min(self.base.size),
-            "instance_data_dir": job.folder / "pictures",
+            "resolution": max(self.base.size),
+            "instance_data_dir": folder / "pictures",
             "instance_prompt": job.class_phrase,
             "name": job.name,
-            "output_dir": job.output,
-            "seed": job.seed,
-            "checkpointing_steps": max(1, job.steps // _SHEETS),
-            "validation_steps": max(1, job.steps // _SHEETS),
-            "progress_file": job.folder / _PROGRESS_FILE,
-            **self.extra,
+            "output_dir": folder / "run",
             "max_train_steps": job.steps,
+            "checkpointing_steps": max(1, min(100, job.steps // 3)),
+            "validation_steps": max(1, job.steps // 3),
+            "progress_file": folder / _PROGRESS_FILE,
         }
-        if latest_checkpoint(job.output) is not None:
-            flags["resume_from_checkpoint"] = "latest"
-        elif job.output.exists():
-            flags["overwrite_output_dir"] = True
-        return [sys.executable, "-m", "multisubject.train_residual", *(f"--{key}={flags[key]}" for key in flags)]
+        command = [sys.executable, "-m", "multisubject.train_residual", f"--config={self._config()}"]
+        command += [f"--{flag}={value}" for flag, value in values.items()]
+        return [*command, "--resume_from_checkpoint=latest", *self._options]
 
-    def _run(self, job: _Job) -> None:
-        """Start the process and the thread that waits for it. The caller holds the lock."""
-        environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores() - 1)), "TOKENIZERS_PARALLELISM": "false"}
-        if self.device == "cpu":
-            environment["ACCELERATE_USE_CPU"] = "true"
-        (job.folder / _PROGRESS_FILE).unlink(missing_ok=True)
-        with (job.folder / _LOG_FILE).open("wb") as log:
-            job.process = subprocess.Popen(
-                self._command(job),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                cwd=job.folder,
-                env=environment,
-                start_new_session=True,  # a Ctrl+C in the server's terminal is the server's to pass on
-            )
-        if hasattr(os, "setpriority"):
+    def _config(self) -> Path:
+        """The trainer's settings for a base of this kind."""
+        if self.base.name in (str(EMBEDDED_BASE), str(EMBEDDED_BASE_XL)):
+            return _CONFIGS / "train_tiny_world.yaml"
+        return _CONFIGS / ("train_sdxl.yaml" if "text_encoder_2" in self.base.embed_dims else "train_sd21.yaml")
+
+    def _end_process(self) -> None:
+        if self._process is not None and self._process.poll() is None:
             with suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, job.process.pid, 10)  # pictures come first
-        thread = threading.Thread(target=self._wait, args=(job, job.process), name=f"training {job.name}", daemon=True)
-        self._threads = [thread, *(other for other in self._threads if other.is_alive())]
-        thread.start()
+                self._process.send_signal(signal.SIGTERM)
 
-    def _wait(self, job: _Job, process: subprocess.Popen[bytes]) -> None:
-        status, added, error = process.wait(), False, None
-        if status == 0:
-            try:
-                sheet = next(iter(sorted(job.output.glob("samples/*.png"))), None)
-                picture = None if sheet is None else open_picture(sheet)
-                self.library.add_trained(job.output / f"{job.name}.safetensors", job.name, picture)
-                added = True
-            except (ValueError, *PICTURE_ERRORS) as problem:
-                error = str(problem)
-        elif not job.is_stopping and status not in (128 + signal.SIGTERM, 128 + signal.SIGINT):
-            error = _why(job, status)
-        with self._lock:
-            job.is_added, job.error, job.process = added, error, None
-            if job.folder.exists():
-                with suppress(OSError):
-                    job.save()
+    def _why(self, job: Job, status: int) -> str:
+        said = self.progress(job)
+        if said.get("phase") == "failed" and said.get("message"):
+            return str(said["message"])[:2000]
+        log = (self.folder / job.key / _LOG_FILE).read_text(encoding="utf-8", errors="replace").strip()
+        return log.splitlines()[-1][:2000] if log else f"the training ended with status {status}."
 
 
-def cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def training_threads() -> int:
+    """How many threads a training computes with: one processor is left to the page."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, count - 1)
 
 
-def _save(picture: TrainingPicture, file: Path) -> None:
-    """As the trainer reads them: a picture without its metadata, and its mask beside it."""
-    image, alpha = split_alpha(picture.image)
-    mask = alpha if picture.mask is None else picture.mask.convert("L")
-    if mask is not None and mask.size != image.size:
-        raise ValueError(f"A mask is {mask.size[0]} x {mask.size[1]}, its picture {image.size[0]} x {image.size[1]}.")
-    image.info = {}
-    file.write_bytes(png_bytes(image))
-    if mask is not None and mask.getbbox() is not None:
-        file.with_name(f"{file.stem}{MASK_ENDING}.png").write_bytes(png_bytes(mask))
+def _environment(on_cpu: bool) -> dict[str, str]:
+    own = {"OMP_NUM_THREADS": str(training_threads())}
+    return {**os.environ, **own, **({"ACCELERATE_USE_CPU": "true"} if on_cpu else {})}
 
 
-def _read_progress(job: _Job) -> dict[str, Any]:
-    with suppress(OSError, ValueError):
-        progress = json.loads((job.folder / _PROGRESS_FILE).read_text(encoding="utf-8"))
-        if isinstance(progress, dict):
-            return progress
-    return {}
+def _class_phrase(text: str) -> str:
+    try:
+        return class_phrase_of(TrainConfig(instance_prompt=text if isinstance(text, str) else ""))
+    except ValueError as error:
+        raise ValueError(str(error).replace("--instance_prompt: ", "what it is: ")) from None
 
 
-def _state(job: _Job) -> TrainingState:
-    progress = _read_progress(job)
-    phase = progress.get("phase", "waiting")
-    if job.process is None:
-        phase = "done" if job.is_added else "failed" if job.error else "stopped"
-    elif phase in ("done", "stopped", "failed"):  # its process is about to end
-        phase = "drawing"
-    return TrainingState(
-        job.id,
-        job.name,
-        job.class_phrase,
-        phase,
-        progress.get("step", 0),
-        job.steps,
-        progress.get("loss"),
-        tuple((step, loss) for step, loss in progress.get("losses", ())),
-        max(job.output.glob("validation/step-*.png"), default=None),
-        job.error,
-        can_resume=job.process is None and not job.is_added,
-    )
+def _sample(adapter: Path) -> Image.Image | None:
+    """The first of the trainer's sample pictures."""
+    try:
+        with Image.open(adapter.parent / sample_path(adapter.stem, 0)) as picture:
+            return picture.convert("RGB")
+    except (OSError, ValueError):
+        return None
 
 
-def _why(job: _Job, status: int) -> str:
-    """What a trainer said at its end."""
-    if error := _read_progress(job).get("error"):
-        return str(error)
-    with suppress(OSError):
-        lines = (job.folder / _LOG_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
-        said = [line for line in lines if line.startswith("error: ")] or [line for line in lines if line.strip()]
-        if said:
-            return said[-1].removeprefix("error: ")[:1000]
-    return f"the trainer ended with status {status}"
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import base64
 import io
-import shutil
 import socket
 import time
 
 import pytest
+from browser import drag, needs_chromium, started, visited
 from PIL import Image, ImageDraw
 
 from multisubject.visualization import _colours
 
 gr = pytest.importorskip("gradio", reason="the extra `page` is not installed")
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = [pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed"), pytest.mark.slow]
+pytestmark = [needs_chromium, pytest.mark.slow]
 
 SUBJECTS = [
     {"name": name, "class_phrase": phrase, "thumbnail": None}
@@ -27,15 +25,16 @@ SUBJECTS = [
 ]
 DOCUMENT = {
     "size": [128, 128],
-    "sizes": [{"size": [128, 128], "label": "1:1"}, {"size": [192, 128], "label": "3:2"}],
     "prompt": "a photo of <petrucci> and <majesty> on the beach",
     "negative_prompt": "",
+    "regions": [],
+    "underlay": None,
+}
+OFFERS = {
+    "sizes": [{"size": [128, 128], "label": "1:1"}, {"size": [192, 128], "label": "3:2"}],
     "subjects": SUBJECTS,
     "loras": ["hat"],
     "adapters": 1,
-    "regions": [],
-    "underlay": None,
-    "problems": [],
 }
 
 
@@ -49,7 +48,7 @@ class Server:
         self.problems: list[dict] = []
         self.loaded: dict | None = None
         with gr.Blocks() as blocks:
-            component = canvas(DOCUMENT)
+            component = canvas(DOCUMENT, OFFERS)
             load = gr.Button("load", elem_id="load")
             component.change(self._review, component, component, show_progress="hidden", trigger_mode="always_last")
             load.click(lambda: self.loaded, None, component, show_progress="hidden")
@@ -62,8 +61,10 @@ class Server:
         self.blocks, self.url = blocks, f"http://127.0.0.1:{port}"
 
     def _review(self, document):
+        from multisubject.page.canvas import noting
+
         self.sent.append(document)
-        return {**document, "problems": self.problems}
+        return noting(self.problems)
 
     def document(self, wanted, seconds=10.0):
         """The newest document, once `wanted(document)` holds."""
@@ -72,7 +73,7 @@ class Server:
             if self.sent and wanted(self.sent[-1]):
                 return self.sent[-1]
             time.sleep(0.05)
-        raise AssertionError(f"the canvas sent {self.sent[-1] if self.sent else 'nothing'}")
+        raise AssertionError(f"the canvas sent {self.sent[-1]['regions'] if self.sent else None}")
 
 
 @pytest.fixture(scope="module")
@@ -84,39 +85,16 @@ def server():
 
 @pytest.fixture(scope="module")
 def browser():
-    with playwright.sync_playwright() as driver:
-        made = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+    with started() as made:
         yield made
-        made.close()
 
 
 @pytest.fixture
 def page(server, browser, request):
-    options = getattr(request, "param", {"viewport": {"width": 1100, "height": 1300}})
-    context = browser.new_context(**options)
-    made = context.new_page()
-    errors: list[str] = []
-    made.on("pageerror", lambda error: errors.append(str(error)))
     server.sent.clear()
     server.problems, server.loaded = [], None
-    made.goto(server.url)
-    made.wait_for_selector(".chip[data-subject=petrucci]", timeout=60_000)
-    yield made
-    context.close()
-    assert not errors
-
-
-def drag(page, start, end, *, steps=4, touch=False):
-    """Press at one place of the picture, given in fractions, and let go at another."""
-    stage = page.locator(".stage")
-    stage.scroll_into_view_if_needed()
-    box = stage.bounding_box()
-    (x, y), (u, v) = ((box["x"] + a * box["width"], box["y"] + b * box["height"]) for a, b in (start, end))
-    page.mouse.move(x, y)
-    page.mouse.down()
-    page.mouse.move((x + u) / 2, (y + v) / 2, steps=steps)
-    page.mouse.move(u, v, steps=steps)
-    page.mouse.up()
+    with visited(browser, server.url, **getattr(request, "param", {})) as made:
+        yield made
 
 
 def boxes(document):
@@ -247,7 +225,10 @@ def test_masks_and_colour_maps_are_uploaded(page, server):
     upload(page, "mask", mask)
     drawn = server.document(lambda d: len(d["regions"]) == 1)
     shape = mask_of(drawn["regions"][0]["shape"]["mask"])
-    assert drawn["regions"][0]["subject"] == "petrucci" and (shape.getpixel((10, 30)), shape.getpixel((50, 30))) == (0, 255)
+    assert drawn["regions"][0]["subject"] == "petrucci" and (shape.getpixel((10, 30)), shape.getpixel((50, 30))) == (
+        0,
+        255,
+    )
     page.click("[data-do=clear]")
     colours = Image.new("RGB", (64, 64), "white")
     draw = ImageDraw.Draw(colours)
@@ -333,25 +314,23 @@ def test_prompt_chips_problems_and_typing(page, server):
     server.document(lambda d: "<petrucci>" in d["prompt"])
 
 
-def test_a_loaded_document_replaces_what_is_there_and_an_older_answer_does_not(page, server):
+def test_a_loaded_document_replaces_what_is_there(page, server):
     drag(page, (0.1, 0.1), (0.5, 0.9))
-    drawn = server.document(lambda d: len(d["regions"]) == 1)
-    loaded = {
+    server.document(lambda d: len(d["regions"]) == 1)
+    server.loaded = {
         **DOCUMENT,
         "prompt": "a red ball",
         "size": [192, 128],
         "regions": [{"id": "a", "phrase": "red ball", "shape": {"ellipse": [0.2, 0.2, 0.6, 0.6]}}],
     }
-    server.loaded = {**loaded, "revision": drawn["revision"] - 1}
-    page.click("#load")
-    page.wait_for_timeout(500)
-    assert page.locator("textarea.prompt").input_value() == drawn["prompt"]
-    server.loaded = {**loaded, "revision": drawn["revision"] + 1}
     page.click("#load")
     page.wait_for_selector(".layer.ellipse")
+    server.document(lambda d: d["prompt"] == "a red ball")  # and is looked at
     assert page.locator("textarea.prompt").input_value() == "a red ball"
     stage = page.locator(".stage").bounding_box()
     assert stage["width"] / stage["height"] == pytest.approx(1.5, rel=0.02)
+    page.click("[data-do=undo]")
+    server.document(lambda d: d["regions"][0]["subject"] == "petrucci")
 
 
 def test_colours_are_those_of_the_sheets(page, server):

@@ -32,7 +32,6 @@ from safetensors import SafetensorError
 import multisubject.train_residual as trainer
 from multisubject.hub_utils import load_subject, save_subject
 from multisubject.pictures import picture_digests
-from multisubject.subject_file import write_atomically
 from multisubject.tests.two_processes import run_in_two_processes
 from multisubject.tiny_world import EMBEDDED_BASE, EMBEDDED_BASE_XL
 from multisubject.tiny_world.subjects import SUBJECTS
@@ -55,7 +54,7 @@ from multisubject.training.loop import learning_rate_factor, make_optimizer
 from multisubject.training.loss import Sample, compute_loss, denoising_loss, draw_batch, draw_sample
 from multisubject.training.models import base_model_name, load_encoders, load_unet
 from multisubject.training.pictures import Picture
-from multisubject.training.progress import ProgressBar, ProgressFile, curve
+from multisubject.training.progress import ProgressBar
 from multisubject.training.run_lock import LOCK_FILE, locked
 from multisubject.training.stopping import ECHO_SECONDS, StopRequest
 
@@ -448,73 +447,6 @@ def test_progress_is_a_bar_in_a_terminal(
         bar.advance(loss="0.5")
     assert re.search(r"\rada: 100%.* 2/2 .*loss=0\.5", capsys.readouterr().err)
     assert not caplog.messages
-
-
-def test_progress_file_follows_a_run_that_is_stopped_and_resumed(
-    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file, seen = tmp_path / "progress.json", []
-
-    def follow(path: Path, data: bytes) -> None:
-        seen.append(json.loads(data))
-        write_atomically(path, data)
-
-    monkeypatch.setattr("multisubject.training.progress.write_atomically", follow)
-    monkeypatch.setattr("multisubject.training.progress._SECONDS", 0.0)
-    monkeypatch.setattr(StopRequest, "agreed", lambda self, accelerator: signal.SIGTERM if len(seen) > 5 else 0)
-    config = replace(config, progress_file=str(file))
-    assert main(as_flags(config)) == 128 + signal.SIGTERM
-    told = [(state["phase"], state["step"]) for state in seen]
-    assert told[:5] == [("loading", 0), ("encoding", 0), ("training", 0), ("training", 1), ("training", 2)]
-    assert told[-1] == ("stopped", told[-2][1]) and seen[-1]["of"] == 4 and seen[-1]["subject"] == "petrucci"
-    first = seen[-1]["losses"]
-
-    monkeypatch.undo()
-    assert main([*as_flags(config), "--resume_from_checkpoint", "latest"]) == 0
-    state = json.loads(file.read_text())
-    assert (state["phase"], state["step"], state["of"], state["error"]) == ("done", 4, 4, None)
-    assert state["losses"][: len(first)] == first and [step for step, _ in state["losses"]] == [1, 2, 3, 4]
-    assert state["loss"] == pytest.approx(np.mean([loss for _, loss in state["losses"]]))
-    assert "progress_file: null" in (Path(config.output_dir) / "config.yaml").read_text()
-
-
-def test_progress_file_says_why_a_run_failed(config: TrainConfig, tmp_path: Path) -> None:
-    file = tmp_path / "progress.json"
-    config = replace(config, progress_file=str(file), instance_prompt="a photo of a dog")
-    assert main(as_flags(config)) == 1
-    state = json.loads(file.read_text())
-    assert state["phase"] == "failed" and "expected the class phrase alone" in state["error"]
-
-
-def test_progress_file_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match=r"--progress_file: .* cannot be written"), ProgressFile(str(tmp_path)):
-        raise AssertionError("the run began")
-
-
-def test_progress_file_that_fails_later_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = tmp_path / "progress"
-    with ProgressFile(str(folder / "file.json")) as news:
-        shutil.rmtree(folder)
-        folder.touch()
-        news.begin("ada", 2, [])
-        news.advance()
-    assert [message.partition(":")[0] for message in caplog.messages] == ["--progress_file"]
-
-
-def test_only_the_first_process_writes_a_progress_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "1")
-    with ProgressFile(str(tmp_path / "file.json")) as news:
-        news.begin("ada", 2, [0.5])
-    assert not list(tmp_path.iterdir())
-
-
-def test_curve_of_a_long_run_keeps_its_mean_and_end() -> None:
-    losses = list(np.random.default_rng(0).random(1003))
-    points = curve(losses)
-    assert len(points) == 200 and points[-1][0] == 1003 and curve([]) == []
-    widths = np.diff([0, *(step for step, _ in points)])
-    assert np.average([loss for _, loss in points], weights=widths) == pytest.approx(np.mean(losses))
-    assert curve([0.5, 0.25]) == [(1, 0.5), (2, 0.25)]
 
 
 @pytest.mark.parametrize("is_terminal", [False, True])

@@ -153,12 +153,14 @@ class TrainConfig:
     )
     validation_guidance_scale: float = _flag(7.5, "Classifier-free guidance of those pictures.")
     validation_inference_steps: int = _flag(25, "Denoising steps of those pictures.")
-    progress_file: str | None = _flag(
-        None,
-        "JSON file for other programs, written anew as the run goes on: phase, step, losses (see docs/training.md).",
-    )
     report_to: str | None = _flag(
         None, "Tracker: tensorboard, wandb, or another that accelerate knows; all: every installed one."
+    )
+
+    progress_file: str | None = _flag(
+        None,
+        "JSON file for programs that watch the run, replaced as it goes on: phase, step, of, loss, curve "
+        "(docs/training.md).",
     )
 
     push_to_hub: bool = _flag(False, "Upload the result (log in with `hf auth login` first).")
@@ -167,6 +169,8 @@ class TrainConfig:
     license: str | None = _flag(None, "Licence of the adapter for the model card, e.g. cc-by-4.0.")
 
     def __post_init__(self) -> None:
+        if self.progress_file is not None and not Path(self.progress_file).absolute().parent.is_dir():
+            raise ValueError(f"--progress_file: {self.progress_file!r}; expected a file in a folder that is there.")
         for flags, least in ((_POSITIVE, 1), (_NOT_NEGATIVE, 0)):
             for flag in flags:
                 value = getattr(self, flag)

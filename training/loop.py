@@ -28,7 +28,7 @@ from multisubject.training.config import TrainConfig
 from multisubject.training.learners import make_learner, with_residual
 from multisubject.training.loss import denoising_loss, draw_batch, draw_sample
 from multisubject.training.models import Models, TextEncoders
-from multisubject.training.progress import ProgressBar, ProgressFile
+from multisubject.training.progress import Phase, ProgressBar, ProgressFile
 from multisubject.training.results import save_config, save_validation_sheet, validation_pictures
 from multisubject.training.stopping import Interrupted, StopRequest
 
@@ -41,9 +41,10 @@ def fit(
     accelerator: Accelerator,
     stop: StopRequest,
     text_encoders: TextEncoders | None,
-    news: ProgressFile,
+    progress_file: ProgressFile,
 ) -> Progress:
-    """Learn one subject. Returns the finished progress with `best_residual` set to the delta to keep."""
+    """Learn one subject, and tell `progress_file` of it. Returns the finished progress with `best_residual` set to the
+    delta to keep."""
     config = concept.config
     output = Path(config.output_dir)
     plain_learner = make_learner(concept, models, text_encoders)
@@ -61,7 +62,18 @@ def fit(
     accelerator.wait_for_everyone()
 
     silent = not accelerator.is_main_process
-    news.begin(config.subject_name, config.max_train_steps, progress.losses)
+
+    def tell(phase: Phase) -> None:
+        if not silent:
+            progress_file.tell(
+                phase,
+                subject=config.subject_name,
+                step=progress.step,
+                of=config.max_train_steps,
+                losses=progress.losses,
+            )
+
+    tell("training")
     with ProgressBar(config.subject_name, config.max_train_steps, "step", done=progress.step, silent=silent) as bar:
         while progress.step < config.max_train_steps:
             for group in optimizer.param_groups:
@@ -87,8 +99,8 @@ def fit(
                     optimizer.zero_grad()
             progress.step += 1
             progress.losses.append(mean_loss)
+            tell("training")
             bar.advance(loss=f"{np.mean(progress.losses[-50:]):.4f}")
-            news.advance()
             values = {"loss": mean_loss, "learning_rate": optimizer.param_groups[0]["lr"]}
             accelerator.log(
                 {f"{config.subject_name}/{key}": value for key, value in values.items()}, step=progress.step
@@ -108,6 +120,7 @@ def fit(
                 if accelerator.is_main_process:
                     save_validation_sheet(validation_pictures(concept, models, residual), progress.step, output)
                 accelerator.wait_for_everyone()
+    tell("saving")
     if not concept.held_out:
         progress.best_residual = plain_learner.residual().tolist()
     for hook in hooks:

@@ -1,16 +1,16 @@
-"""How far something long is: a bar in a terminal, in a pipe a plain line for every tenth, a file for other programs."""
+"""How far something long is: a bar in a terminal, in a pipe or a file a plain line for every tenth of it, and for
+programs that watch a JSON file."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import time
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from statistics import fmean
 from types import TracebackType
+from typing import Literal
 
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -20,9 +20,11 @@ from multisubject.training.stopping import Interrupted
 
 logger = logging.getLogger(__name__)
 
+Phase = Literal["loading", "training", "saving", "done", "stopped", "failed"]
+
 _LINES = 10
-_SECONDS = 0.5  # between two writes
-_POINTS = 200  # of a curve of losses
+_CURVE_POINTS = 200
+_SECONDS_BETWEEN = 0.5
 
 
 class ProgressBar:
@@ -64,93 +66,65 @@ class ProgressBar:
 
 
 class ProgressFile:
-    """The JSON file of `--progress_file`. While entered it follows the run; at the end it says how that ended.
+    """A JSON object that says how far a run is, always whole: each one replaces the one before.
 
-    Its object has `phase` (`loading`, `encoding`, `training`, `drawing`; at the end `done`, `stopped` or `failed`),
-    `subject` (empty before the first training), `step`, `of`, `loss` (mean of the last 50 steps, or null), `losses` (at
-    most 200 points `[step, mean loss since the point before]`) and `error` (a message, or null). A reader sees one
-    state or the next, never half of one.
+    Its keys are `phase`, `subject` (its name, or null), `step` and `of` (steps done and to do), `loss` (mean of the
+    last 50 steps, or null), `curve` (the loss as `[step, loss]`, at most 200 points), `message` (why it ended, or
+    null) and `time` (seconds since 1970). Within a phase it is renewed every half second at most. A disk that takes no
+    more does not end the run.
 
     Args:
-        path: the file; None: there is none.
+        path: the file; None: nobody watches.
     """
 
     def __init__(self, path: str | None) -> None:
-        is_main_process = os.environ.get("RANK", "0") == "0"  # asked before torch is imported
-        self._path = Path(path) if path is not None and is_main_process else None
-        self._phase, self._subject, self._steps = "loading", "", 0
-        self._error: str | None = None
-        self._losses: Sequence[float] = ()
-        self._written_at = 0.0
+        self._path = None if path is None else Path(path)
+        self._told: dict[str, object] = {}
+        self._next = 0.0
 
-    def __enter__(self) -> ProgressFile:
-        """Raises `OSError` where the file cannot be written; later on that is a warning."""
-        if self._path is not None:
-            try:
-                self._write(self._path)
-            except OSError as error:
-                raise OSError(
-                    f"--progress_file: {str(self._path)!r} cannot be written ({error}); choose another."
-                ) from error
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    def tell(
+        self, phase: Phase, *, subject: str | None = None, step: int = 0, of: int = 0, losses: Sequence[float] = ()
     ) -> None:
-        if error is None:
-            self.tell("done")
-        elif isinstance(error, (Interrupted, KeyboardInterrupt)):
-            self.tell("stopped")
-        else:
-            self.tell("failed", error=str(error) or type(error).__name__)
-
-    def tell(self, phase: str, error: str | None = None) -> None:
-        """The run has come to a phase."""
-        self._phase, self._error = phase, error
-        self._try_to_write()
-
-    def begin(self, subject: str, steps: int, losses: Sequence[float]) -> None:
-        """A subject's training begins or goes on.
-
-        Args:
-            subject: its name.
-            steps: when it ends.
-            losses: of all steps so far; the run appends to it.
-        """
-        self._subject, self._steps, self._losses = subject, steps, losses
-        self.tell("training")
-
-    def advance(self) -> None:
-        """One more step is done. Steps that follow each other closely are written together."""
-        if time.monotonic() - self._written_at >= _SECONDS or len(self._losses) == self._steps:
-            self._try_to_write()
-
-    def _try_to_write(self) -> None:
-        if self._path is None:
+        """Where the run is: `losses` has one number for each step so far."""
+        is_new = phase != self._told.get("phase") or subject != self._told.get("subject")
+        if self._path is None or not (is_new or step == of or time.monotonic() >= self._next):
             return
+        recent = losses[-50:]
+        loss = sum(recent) / len(recent) if recent else None
+        told = {"phase": phase, "subject": subject, "step": step, "of": of, "loss": loss, "curve": thinned(losses)}
+        self._write(told | {"message": None})
+
+    @contextmanager
+    def outcome(self) -> Iterator[None]:
+        """The whole run: what it ends with is the last thing that the file says."""
+        self.tell("loading")
         try:
-            self._write(self._path)
+            yield
+        except (Interrupted, KeyboardInterrupt) as stop:
+            self._end("stopped", str(stop) or "stopped outside of training")
+            raise
+        except BaseException as error:
+            self._end("failed", str(error) or type(error).__name__)
+            raise
+        self._end("done", None)
+
+    def _end(self, phase: Phase, message: str | None) -> None:
+        if self._path is not None:
+            self._write(self._told | {"phase": phase, "message": message})
+
+    def _write(self, told: dict[str, object]) -> None:
+        assert self._path is not None
+        self._told = told
+        try:
+            write_atomically(self._path, json.dumps(told | {"time": time.time()}).encode())
         except OSError as error:
-            logger.warning("--progress_file: %s could not be written (%s); the run goes on.", self._path, error)
-            self._path = None
-
-    def _write(self, path: Path) -> None:
-        losses = self._losses
-        state = {
-            "phase": self._phase,
-            "subject": self._subject,
-            "step": len(losses),
-            "of": self._steps,
-            "loss": fmean(losses[-50:]) if losses else None,
-            "losses": curve(losses),
-            "error": self._error,
-        }
-        write_atomically(path, json.dumps(state).encode())
-        self._written_at = time.monotonic()
+            logger.warning("--progress_file: %s cannot be written: %s", self._path, error)
+        self._next = time.monotonic() + _SECONDS_BETWEEN
 
 
-def curve(losses: Sequence[float]) -> list[tuple[int, float]]:
-    """At most 200 points `(step, mean loss since the point before)`, the last one of the last step."""
-    count = min(len(losses), _POINTS)
-    ends = [len(losses) * (index + 1) // count for index in range(count)]
-    return [(end, fmean(losses[start:end])) for start, end in pairwise([0, *ends])]
+def thinned(losses: Sequence[float], points: int = _CURVE_POINTS) -> list[list[float]]:
+    """A curve of at most that many points `[step, loss]`: means over stretches of one length, at their last step."""
+    stretch = max(1, -(-len(losses) // points))
+    starts = range(0, len(losses), stretch)
+    parts = [losses[start : start + stretch] for start in starts]
+    return [[start + len(part), sum(part) / len(part)] for start, part in zip(starts, parts, strict=True)]

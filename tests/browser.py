@@ -1,0 +1,62 @@
+"""Debian's Chromium, driven by playwright: for tests of the page as people use it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e .[dev]")
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: apt-get install chromium")
+
+
+@contextmanager
+def started() -> Iterator[Any]:
+    """A browser."""
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def visited(browser: Any, url: str, **options: Any) -> Iterator[Any]:
+    """The page in a window of its own, once its canvas is there. At the end, no script has failed and nothing was asked
+    of any other host."""
+    context = browser.new_context(**{"viewport": {"width": 1280, "height": 1000}, **options})
+    failed, foreign = list[str](), list[str]()
+
+    def guard(route: Any) -> None:
+        if route.request.url.startswith((url, "data:", "blob:")):
+            route.continue_()
+        else:
+            foreign.append(route.request.url)
+            route.abort()
+
+    context.set_default_timeout(20_000)
+    context.route("**/*", guard)
+    page = context.new_page()
+    page.on("pageerror", lambda error: failed.append(str(error)))
+    page.goto(url)
+    page.wait_for_selector(".chip[data-subject]", timeout=60_000)
+    yield page
+    context.close()
+    assert not failed and not foreign
+
+
+def drag(page: Any, start: tuple[float, float], end: tuple[float, float], steps: int = 4) -> None:
+    """Press at one place of the picture, given in fractions, and let go at another."""
+    stage = page.locator(".stage")
+    stage.scroll_into_view_if_needed()  # clicks scroll the page
+    box = stage.bounding_box()
+    (x, y), (u, v) = ((box["x"] + a * box["width"], box["y"] + b * box["height"]) for a, b in (start, end))
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move((x + u) / 2, (y + v) / 2, steps=steps)
+    page.mouse.move(u, v, steps=steps)
+    page.mouse.up()

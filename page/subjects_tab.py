@@ -299,7 +299,7 @@ class _SubjectsTab:
         pictures, problems = [*pictures], []
         for path in map(Path, paths or ()):
             if len(pictures) == MOST_PICTURES:
-                problems.append(f"{MOST_PICTURES} pictures are the most; the rest was left out.")
+                problems.append(f"all beyond {MOST_PICTURES} pictures, the most.")
                 break
             try:
                 with path.open("rb") as file:
@@ -311,7 +311,12 @@ class _SubjectsTab:
             alpha = picture.getchannel("A") if picture.mode == "RGBA" else None
             has_mask = alpha is not None and min(alpha.tobytes()) < 255 and alpha.getbbox()
             pictures.append(TrainingPicture(opaque(picture), alpha if has_mask else None))
-        return pictures, *_strip(pictures), None, _said(ValueError(" ".join(problems))) if problems else ""
+        return (
+            pictures,
+            *_strip(pictures),
+            None,
+            _said(ValueError(f"Left out: {' '.join(problems)}")) if problems else "",
+        )
 
     def choose_picture(self, pictures: list[TrainingPicture], event: gr.SelectData) -> tuple[Any, Any, Any]:
         """Open a picture for cropping and painting."""

@@ -114,6 +114,7 @@ def fit(
                     score_residual(concept, models, plain_learner.residual(), progress)
                 checkpoint = save_checkpoint(config, progress, accelerator)
                 if signal_number and not last:
+                    tell("stopped")
                     raise Interrupted(signal_number, checkpoint)
             if config.validation_steps and progress.step % config.validation_steps == 0 and not last:
                 residual = plain_learner.residual()

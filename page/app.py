@@ -15,7 +15,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from multisubject.page.canvas import canvas, noting, underlaying
+from multisubject.page.canvas import canvas, noting, offering, underlaying
 from multisubject.page.entries import DEFAULTS, LIMITS, METHODS, MOST_IMAGES, MOST_SEED, MOST_STEPS, STARTS, Settings
 from multisubject.page.reading import read_file
 from multisubject.page.safety import MOST_BYTES
@@ -287,6 +287,7 @@ class _Page:
             show = button.click(self.code(name), asked, [code, other, copied, self.status], **_AT_ONCE)
             show.success(None, copied, None, js=_COPY)
         self.file.upload(self.open, [self.file], [*asked, self.file, self.status], api_visibility="private")
+        page.load(lambda: offering(self.offers()), None, self.canvas, **_AT_ONCE)
         page.load(None, js=_DROP_ANYWHERE)
 
     def _serve(self) -> None:

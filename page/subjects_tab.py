@@ -12,6 +12,7 @@ import numpy as np
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image, ImageDraw, ImageFont
 
+from multisubject.page.canvas import offering
 from multisubject.page.safety import MOST_BYTES, opaque, read_data_url, read_picture
 from multisubject.page.subjects import THUMBNAIL_SIZE, SubjectLibrary
 from multisubject.page.training import MOST_PICTURES, MOST_STEPS, Job, TrainingJobs, TrainingPicture
@@ -208,7 +209,7 @@ class _SubjectsTab:
         }
         self.timer.tick(self.look, **look, **at_once)
         self.job.input(self.look, **look, **at_once)
-        self.names.change(self.refresh, canvas, [self.gallery, canvas], **at_once)
+        self.names.change(self.refresh, None, [self.gallery, canvas], **at_once)
 
         self.gallery.select(self.choose_subject, None, [self.chosen_subject, self.remove_subject], **at_once)
         self.remove_subject.click(
@@ -251,12 +252,11 @@ class _SubjectsTab:
                 self.look, **look, **at_once
             )
 
-    def refresh(self, document: Any) -> tuple[Any, Any]:
-        """The gallery, and the canvas with these subjects."""
+    def refresh(self) -> tuple[Any, Any]:
+        """The gallery, and what the canvas has to choose from."""
         subjects = self.library.subjects()
         shown = [(_tile(one.name, one.thumbnail), f"{one.name} · {one.class_phrase}") for one in subjects]
-        told = {**document, "subjects": self.library.listing()} if isinstance(document, dict) else gr.skip()
-        return gr.Gallery(shown, selected_index=None), told
+        return gr.Gallery(shown, selected_index=None), offering({"subjects": self.library.listing()})
 
     def choose_subject(self, event: gr.SelectData) -> tuple[Any, Any]:
         """A subject that was added here can be removed."""

@@ -36,9 +36,9 @@ def draw_two(page):
     """The prompt's two subjects in two columns."""
     page.uncheck(".snap")
     drag(page, LEFT[:2], LEFT[2:])
-    page.wait_for_function("document.querySelectorAll('.regions > li').length === 1")
+    page.wait_for_function("document.querySelectorAll('.regions > li.region').length === 1")
     drag(page, RIGHT[:2], RIGHT[2:])
-    page.wait_for_function("document.querySelectorAll('.regions > li').length === 2")
+    page.wait_for_function("document.querySelectorAll('.regions > li.region').length === 2")
 
 
 def number(page, name, value):
@@ -54,12 +54,12 @@ def says(page, text, seconds=60):
 
 def run(page):
     """Generate, and wait for the end."""
-    before = page.inner_text("#status")
+    before = page.locator("#status p").first.inner_text()
     page.click("#go")
     page.wait_for_function(
         """(before) => {
-            const said = document.querySelector("#status").innerText;
-            return said.includes("Done in") && said !== before;
+            const said = document.querySelector("#status p")?.innerText ?? "";
+            return said.startsWith("Done in") && said !== before;
         }""",
         arg=before,
         timeout=90_000,
@@ -75,7 +75,7 @@ def generate(page, pictures=1, steps=3):
 
 def newest(page_server, count=1):
     """The pictures that were kept last."""
-    folder = max(page_server.output.iterdir(), key=lambda folder: folder.stat().st_mtime_ns)
+    folder = max(page_server.output.glob("20*"), key=lambda folder: folder.stat().st_mtime_ns)
     files = sorted(folder.glob("000?.png"))
     assert len(files) == count
     return files
@@ -171,7 +171,7 @@ def test_a_dropped_picture_brings_everything_back(page, browser, page_server):
     with visited(browser, page_server.url) as fresh:
         drop(fresh, kept.read_bytes())
         says(fresh, "Opened.")
-        fresh.wait_for_function("document.querySelectorAll('.regions > li').length === 3")
+        fresh.wait_for_function("document.querySelectorAll('.regions > li.region').length === 3")
         assert fresh.input_value(".prompt") == "a photo of <petrucci> and <majesty> and <biscuit>"
         assert fresh.locator("#seed input").input_value() == "21"
         run(fresh)
@@ -195,7 +195,7 @@ def test_copies_are_what_the_command_line_and_python_take(page, page_server):
 def test_what_is_wrong_is_said_in_its_place_before_a_run(page):
     draw_two(page)
     page.fill(".prompt", "a photo of <petrucci> on the beach")
-    problem = page.locator(".regions > li").filter(has_text="not in the prompt")
+    problem = page.locator(".regions > li.region").filter(has_text="not in the prompt")
     problem.wait_for()
     assert "majesty" in problem.inner_text()
     page.click("#go")
@@ -210,7 +210,7 @@ def test_words_are_text_and_never_markup(page):
     config = json.dumps([{"prompt": hostile, "layout": [{"phrase": hostile, "box": LEFT}]}])
     drop(page, config.encode(), "x.json")
     says(page, "Not among the subjects here")
-    page.wait_for_function("document.querySelectorAll('.regions > li').length === 1")
+    page.wait_for_function("document.querySelectorAll('.regions > li.region').length === 1")
     assert page.input_value(".prompt") == hostile
     page.click("#go")
     page.locator("#status").get_by_text("onerror").first.wait_for()
@@ -229,7 +229,7 @@ def test_words_are_text_and_never_markup(page):
 def test_a_dropped_file_of_another_kind_is_refused_in_words(data, message, page):
     drop(page, data, "x.json")
     says(page, message)
-    assert page.locator(".regions > li").count() == 0
+    assert page.locator(".regions > li.region").count() == 0
 
 
 def test_two_tabs_do_not_mix_their_pictures(page, browser, page_server):
@@ -260,7 +260,7 @@ def test_two_tabs_do_not_mix_their_pictures(page, browser, page_server):
 )
 def test_a_phone_is_enough(page, page_server):
     page.get_by_role("button", name="two columns").tap()
-    page.wait_for_function("document.querySelectorAll('.regions > li').length === 2")
+    page.wait_for_function("document.querySelectorAll('.regions > li.region').length === 2")
     wide = page.evaluate("document.documentElement.scrollWidth")
     assert wide <= 390
     number(page, "num_images", 1)

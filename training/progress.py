@@ -91,7 +91,14 @@ class ProgressFile:
             return
         recent = losses[-50:]
         loss = sum(recent) / len(recent) if recent else None
-        told = {"phase": phase, "subject": subject, "step": step, "of": of, "loss": loss, "curve": thinned(losses)}
+        told: dict[str, object] = {
+            "phase": phase,
+            "subject": subject,
+            "step": step,
+            "of": of,
+            "loss": loss,
+            "curve": thinned(losses),
+        }
         self._write(told | {"message": None})
 
     @contextmanager

@@ -166,16 +166,17 @@ def make_page(args: PageArguments, work: Path) -> tuple[Any, Any]:
     device, dtype = making.device_and_dtype(wanted, state)
     making.warn_of_imitation(device, dtype)
     studio = Studio(base, device, dtype, Path(args.output_dir), find_loras(args.loras or own_loras(base.name)))
-    service = Service(studio, _library(args, base))
+    encoders = {slot.name: getattr(studio.pipe, slot.name) for slot in studio.pipe.encoder_slots}
+    service = Service(studio, _library(args, base, encoders))
     folder = studio.output_dir / "trainings"
     jobs = TrainingJobs(base, service.library, folder, on_cpu=device.type == "cpu")
     return app.build(service, jobs, work), service
 
 
-def _library(args: PageArguments, base: Any) -> Any:
+def _library(args: PageArguments, base: Any, text_encoders: dict[str, Any]) -> Any:
     from multisubject.page.subjects import SubjectLibrary
 
-    library = SubjectLibrary(base.embed_dims, Path(args.output_dir) / "subjects")
+    library = SubjectLibrary(base, text_encoders, Path(args.output_dir) / "subjects")
     for source in args.subjects or own_subjects(base.name):
         try:
             library.read(source)

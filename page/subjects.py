@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from multisubject.base_models import check_class_phrase_fits, check_subject_fits
+from multisubject.generation.base_model import BaseModel
 from multisubject.hub_client import parse_hub_source
 from multisubject.hub_utils import inspect_subject, load_subject, pull_subject, save_subject
 from multisubject.page.safety import opaque, read_picture
 from multisubject.pictures import data_url, png_bytes
+from multisubject.shared_models import in_turn
 from multisubject.subject_file import check_class_phrase, check_subject_name, some_of, write_atomically
 
 if TYPE_CHECKING:
@@ -24,6 +27,8 @@ MOST_SUBJECTS = 500
 
 THUMBNAIL_SIZE = 128
 """Longer side of a thumbnail, in pixels."""
+
+_COLOURS = 64
 
 THUMBNAILS = "thumbnails"
 """Folder beside subject files: `rex.png` in it shows the subject of `rex.safetensors`."""
@@ -52,12 +57,13 @@ class SubjectLibrary:
     """The subjects of one base, for all tabs and threads. It has a lock of its own, in which nothing is downloaded.
 
     Args:
-        embed_dims: text encoder -> its width, as `BaseModel.embed_dims`; other subjects do not fit this base.
+        base: the model that they are for; subjects of another one are refused.
+        text_encoders: its text encoders by their names, of which their own fingerprints are taken.
         folder: where subjects are kept that are added here; those that lie there and fit are there again.
     """
 
-    def __init__(self, embed_dims: Mapping[str, int], folder: Path):
-        self.embed_dims, self.folder = dict(embed_dims), folder
+    def __init__(self, base: BaseModel, text_encoders: Mapping[str, Any], folder: Path):
+        self.base, self.folder, self._text_encoders = base, folder, dict(text_encoders)
         self._subjects: dict[str, LibrarySubject] = {}  # by casefolded name: prompts know no capital letters
         self._lock = threading.Lock()
         for file in sorted(folder.glob("*.safetensors")):
@@ -187,13 +193,17 @@ class SubjectLibrary:
     # --- how ---------------------------------------------------------------------------------------------------------
 
     def _fitting(self, subjects: dict[str, ResidualEmbedding]) -> dict[str, ResidualEmbedding]:
+        learned = {word.casefold() for word in self.base.learned}
         for name, subject in subjects.items():
-            widths = {encoder: delta.shape[-1] for encoder, delta in subject.deltas.items()}
-            if widths != self.embed_dims:
+            if f"<{name}>".casefold() in learned:
+                raise ValueError(f"the base has learned a token <{name}> already. Choose another name.")
+            if not subject.class_phrase:
                 raise ValueError(
-                    f"<{name}> was trained for text encoders of width {_said(widths)}, and this base has "
-                    f"{_said(self.embed_dims)}. Train it on this base, or start the page on its own."
+                    f"the file of <{name}> does not say what it is; `multisubject convert --class-phrase` adds that."
                 )
+            check_subject_fits(subject, self._text_encoders, name=name, base_model=self.base.name)
+            with in_turn(*self.base.tokenizers.values()):
+                check_class_phrase_fits(subject, self.base.tokenizers, name=name)
         return subjects
 
     def _is_own(self, name: str) -> bool:
@@ -213,10 +223,7 @@ class SubjectLibrary:
             for name, subject in subjects.items():
                 file = free_path(self.folder / f"{name}.safetensors")
                 if thumbnail is not None:
-                    picture = opaque(thumbnail)
-                    picture.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
-                    _thumbnail_file(file).parent.mkdir(exist_ok=True)
-                    write_atomically(_thumbnail_file(file), png_bytes(picture))
+                    write_atomically(_thumbnail_file(file), png_bytes(as_thumbnail(thumbnail)))
                 self._take({name: subject}, save_subject(subject, file, name=name))
         return [*subjects]
 
@@ -237,6 +244,13 @@ def free_path(path: Path) -> Path:
     return found
 
 
+def as_thumbnail(picture: Image.Image) -> Image.Image:
+    """A small picture of few colours: some KB, since every tab gets that of every subject."""
+    picture = opaque(picture)
+    picture.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
+    return picture.quantize(_COLOURS)
+
+
 def _thumbnail_file(file: Path) -> Path:
     return file.parent / THUMBNAILS / f"{file.stem}.png"
 
@@ -244,12 +258,6 @@ def _thumbnail_file(file: Path) -> Path:
 def _read_thumbnail(file: Path) -> str | None:
     """The thumbnail of a subject's file as a data URL."""
     try:
-        picture = opaque(read_picture(_thumbnail_file(file).read_bytes(), "the thumbnail"))
+        return data_url(as_thumbnail(read_picture(_thumbnail_file(file).read_bytes(), "the thumbnail")))
     except (OSError, ValueError):
         return None
-    picture.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
-    return data_url(picture)
-
-
-def _said(widths: Mapping[str, int]) -> str:
-    return " and ".join(map(str, widths.values()))

@@ -59,7 +59,8 @@ from torch.overrides import TorchFunctionMode
 from multisubject.base_models import SD
 from multisubject.benchmarks.bases import DrawnBase
 from multisubject.benchmarks.layout_guidance import layout_energy
-from multisubject.benchmarks.placement import METHODS, Task, draw_tasks, score_picture
+from multisubject.benchmarks.placement import METHODS, Task, draw_tasks
+from multisubject.benchmarks.placement_scores import score_picture, whole
 from multisubject.evaluation.intervals import bootstrap_interval
 from multisubject.guidance_methods import GUIDANCE_METHODS, AttentionLayer, GuidanceMethod
 from multisubject.residual_embeddings import parse_prompt
@@ -590,7 +591,7 @@ def score_table(peers: Sequence[Peer], world: World, options: argparse.Namespace
                 pictures = peer.draw_ours(tasks, steps, peer.beside or peer.method)
             seconds = (time.perf_counter() - start) / len(tasks)
             rows = [score_picture(judge, *pair) for pair in zip(tasks, pictures, strict=True)]
-            every = np.array([row["look"] == row["regions"] for row in rows], dtype=float)
+            every = whole(rows, "look")
             low, high = bootstrap_interval(every)
             apart = "–"
             if theirs is not None:

@@ -9,7 +9,9 @@ Every method draws the same tasks from the same seeds. A cell is a kind of task 
 `described` (different categories, colour and pattern in words), `twins` (one category, different looks in words),
 `subjects` (personal subjects from `embeddings/`), `subject twins` (two personal subjects of one category). The suffixes
 `small`, `overlap` and `masks` change the regions of two described objects. What cannot be seen in a setting (black at
-night) is not asked for.
+night) is not asked for. A region succeeds when its object looks right and its box and the one asked for have at least
+half of what they cover together in common (IoU); a picture, when all its regions do. `rendered` are the same scenes as
+the renderer draws them: what the judge makes of perfect pictures.
 
 `--base` takes any base of the drawn world, of Stable Diffusion 1.x, 2.x or XL; a file of results is of one base, and
 `--table` shows several beside each other.
@@ -23,7 +25,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +39,7 @@ from tqdm.auto import tqdm
 from multisubject.base_models import SD
 from multisubject.benchmarks.bases import DrawnBase
 from multisubject.benchmarks.layout_guidance import LayoutGuidance
+from multisubject.benchmarks.placement_scores import RENDERED, SCORES, TITLES, headline, rendered, score_picture, whole
 from multisubject.benchmarks.results import digest_of_weights, load_results, read_results, side_by_side
 from multisubject.benchmarks.speed import measure
 from multisubject.evaluation.intervals import bootstrap_interval
@@ -50,7 +53,7 @@ from multisubject.guidance_methods import (
 )
 from multisubject.subject_file import write_atomically
 from multisubject.tiny_world import EMBEDDED_BASE
-from multisubject.tiny_world.judge import CHECKPOINT, Judge, Verdict
+from multisubject.tiny_world.judge import CHECKPOINT, Judge
 from multisubject.tiny_world.scenes import (
     Box,
     Look,
@@ -223,53 +226,7 @@ def scaled(box: Box, factor: float) -> Box:
     return max(0.0, x - width), max(0.0, y - height), min(1.0, x + width), min(1.0, y + height)
 
 
-# --- pictures and what they show -------------------------------------------------------------------------------------
-
-
-def sharpness(picture: Image.Image) -> float:
-    """Mean absolute Laplacian of the grey picture, in grey levels of 0 to 255."""
-    grey = np.asarray(picture.convert("L"), dtype=np.float32)
-    inner = grey[1:-1, 1:-1]
-    return float(np.abs(4 * inner - grey[:-2, 1:-1] - grey[2:, 1:-1] - grey[1:-1, :-2] - grey[1:-1, 2:]).mean())
-
-
-def shows(verdict: Verdict, target: Target) -> bool:
-    """Category, colour and pattern; of a personal subject also the second colour of its pattern."""
-    right = (verdict.category, verdict.colour, verdict.pattern) == (
-        target.category,
-        target.look.colour,
-        target.look.pattern,
-    )
-    return right and (target.subject is None or verdict.second_colour == target.look.second_colour)
-
-
-def score_picture(judge: Judge, task: Task, picture: Image.Image) -> dict[str, Any]:
-    """What the judge sees, as plain numbers. Counts are over the task's regions."""
-    verdicts = judge.classify([picture] * len(task.targets), [target.box for target in task.targets])
-    pairs = list(zip(verdicts, task.targets, strict=True))
-    leaked = 0
-    for verdict, target in pairs:
-        others = [other for other in task.targets if other is not target]
-        leaked += not shows(verdict, target) and any(
-            verdict.colour == other.look.colour or verdict.category == other.category != target.category
-            for other in others
-        )
-    detections = judge.detect([picture])[0]
-    centres = [((d.box[0] + d.box[2]) / 2, (d.box[1] + d.box[3]) / 2) for d in detections]
-    outside = sum(
-        not any(t.box[0] <= x <= t.box[2] and t.box[1] <= y <= t.box[3] for t in task.targets) for x, y in centres
-    )
-    return {
-        "regions": len(pairs),
-        "category": sum(verdict.category == target.category for verdict, target in pairs),
-        "look": sum(shows(verdict, target) for verdict, target in pairs),
-        "identity": sum(t.subject is not None and verdict.subject == t.subject for verdict, t in pairs),
-        "missing": sum(verdict.category is None for verdict, _ in pairs),
-        "leaked": leaked,
-        "extras": outside,
-        "setting": judge.settings([picture])[0][0] == task.setting,
-        "sharpness": sharpness(picture),
-    }
+# --- pictures -------------------------------------------------------------------------------------
 
 
 def draw_pictures(
@@ -318,23 +275,30 @@ def draw_pictures(
 def table(results: dict[str, Any]) -> str:
     """Markdown, one row per cell and method."""
     lines = [
-        "| cell | method | pictures | every region right | 95 % interval | regions: category | look | identity "
+        "| cell | method | pictures | success | 95 % interval | regions: success | mIoU | IoU ≥ 0.5 | IoU ≥ 0.7 "
+        "| every region right | 95 % interval | regions: category | look | identity "
         "| leaked | missing | extras per picture | setting | sharpness | UNet calls | seconds | peak memory |",
-        "|" + "---|" * 16,
+        "|" + "---|" * 22,
     ]
     for cell, methods in results["cells"].items():
         plain = [row["sharpness"] for row in methods.get("none", {}).get("pictures", [])]
         for method, found in methods.items():
             rows = found["pictures"]
             regions = sum(row["regions"] for row in rows)
-            every = np.array([row["look"] == row["regions"] for row in rows], dtype=float)
-            low, high = bootstrap_interval(every)
             share = {key: sum(r[key] for r in rows) / regions for key in ("category", "look", "identity", "leaked")}
             missing = sum(row["missing"] for row in rows) / regions
             sharp = np.mean([row["sharpness"] for row in rows]) / np.mean(plain) if plain else float("nan")
             identity = f"{share['identity']:.0%}" if cell.startswith("subject") else "–"
+            exact = "– | – | – | – | – | –"  # results from before this was measured
+            if headline(rows) == "success":
+                ious = np.array([one for row in rows for one in row["ious"]])
+                exact = (
+                    f"{share_with_interval(whole(rows, 'success'))} "
+                    f"| {sum(row['success'] for row in rows) / regions:.0%} "
+                    f"| {ious.mean():.2f} | {(ious >= 0.5).mean():.0%} | {(ious >= 0.7).mean():.0%}"
+                )
             lines.append(
-                f"| {cell} | {method} | {len(rows)} | {every.mean():.0%} | {low:.0%} to {high:.0%} "
+                f"| {cell} | {method} | {len(rows)} | {exact} | {share_with_interval(whole(rows, 'look'))} "
                 f"| {share['category']:.0%} | {share['look']:.0%} | {identity} | {share['leaked']:.0%} | {missing:.0%} "
                 f"| {sum(row['extras'] for row in rows) / len(rows):.2f} "
                 f"| {sum(row['setting'] for row in rows) / len(rows):.0%} | × {sharp:.2f} "
@@ -343,16 +307,31 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def share_with_interval(every: np.ndarray) -> str:
+    """Two columns: `60% | 52% to 68%`."""
+    low, high = bootstrap_interval(every)
+    return f"{every.mean():.0%} | {low:.0%} to {high:.0%}"
+
+
+def all_pictures(results: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The scores of all pictures of all cells and methods."""
+    for methods in results["cells"].values():
+        for found in methods.values():
+            yield from found["pictures"]
+
+
 def claims(results: dict[str, Any]) -> str:
-    """Markdown: our method, without and with second visits, beside Cones 2 and beside the best of the others.
+    """Markdown: our method, without and with second visits, beside Cones 2 and beside the best of the others, by the
+    share of whole pictures that succeed.
 
     "Best" is chosen with hindsight, cell by cell, among the methods of others as published: ours, its ingredients and
     Cones 2 with second visits of its first steps are left out. What changes against `none` is paired by picture.
     """
 
+    compared = headline(all_pictures(results))
+
     def every(cell: str, method: str) -> np.ndarray:
-        rows = results["cells"][cell][method]["pictures"]
-        return np.array([row["look"] == row["regions"] for row in rows], dtype=float)
+        return whole(results["cells"][cell][method]["pictures"], compared)
 
     def paired(cell: str, ours: str, key: str) -> str:
         pairs = zip(results["cells"][cell][ours]["pictures"], results["cells"][cell]["none"]["pictures"], strict=False)
@@ -361,7 +340,7 @@ def claims(results: dict[str, Any]) -> str:
         return f"{difference.mean():+.2f} ({low:+.2f} to {high:+.2f})"
 
     lines = [
-        "| cell | ours | every region right | cones2 | ratio | cones2, recurrence 2 | ratio "
+        f"| cell | ours | {TITLES[compared]} | cones2 | ratio | cones2, recurrence 2 | ratio "
         "| best of the others | ratio | setting obeyed, against none | sharpness, against none |",
         "|" + "---|" * 11,
     ]
@@ -384,13 +363,13 @@ def claims(results: dict[str, Any]) -> str:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """One line per cell: each method's share of pictures with every region right, with its interval. Ours is blue."""
+    """One line per cell: each method's share of pictures that succeed, with its interval. Ours is blue."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    cells = results["cells"]
+    cells, compared = results["cells"], headline(all_pictures(results))
     measured = {name for found in cells.values() for name in found}
     methods = [name for name in METHODS if name in measured and name in (*METHODS_OF_OTHERS, *OURS)]
     others = itertools.cycle(zip("osv^<>phX", (f"C{number}" for number in range(1, 10)), strict=True))
@@ -400,7 +379,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         rows, shares, intervals = [], [], []
         for row, found in enumerate(cells.values()):
             if name in found:
-                every = np.array([p["look"] == p["regions"] for p in found[name]["pictures"]], dtype=float)
+                every = whole(found[name]["pictures"], compared)
                 rows.append(row + 0.7 * (number / max(1, len(styles) - 1) - 0.5))
                 shares.append(every.mean())
                 intervals.append(np.abs(np.array(bootstrap_interval(every)) - every.mean()))
@@ -413,7 +392,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     axis.set_yticks(range(len(cells)), list(cells))
     axis.set_ylim(len(cells) - 0.5, -0.5)
     axis.set_xlim(-0.02, 1.02)
-    axis.set_xlabel("share of pictures with every region right, 95 % bootstrap interval")
+    axis.set_xlabel(f"share of pictures: {TITLES[compared]}, with 95 % bootstrap interval")
     axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=90, bbox_inches="tight")
@@ -423,7 +402,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Draw and score what the results file does not hold yet."""
     base = DrawnBase.read(options.base, options.embeddings)
-    methods = options.methods or [name for name in METHODS if base.architecture is SD or name not in SD_ALONE]
+    possible = [name for name in METHODS if base.architecture is SD or name not in SD_ALONE]
+    methods = options.methods or [RENDERED, *possible]
     if base.architecture is not SD and (unfit := [name for name in methods if name in SD_ALONE]):
         raise ValueError(f"--methods: {unfit} are for {SD.family}; {base.name} is of {base.architecture.family}.")
     subjects = list(SUBJECTS) if any(cell.startswith("subject") for cell in options.cells) else []
@@ -433,6 +413,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "num_inference_steps": options.num_inference_steps,
         "guidance_scale": options.guidance_scale,
         "dtype": options.dtype,
+        "scores": SCORES,
     }
     results = load_results(options.results, base.name, settings, "--results")
     judge = Judge.load()
@@ -453,7 +434,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 while len(found["pictures"]) < len(tasks):
                     done = len(found["pictures"])
                     part = tasks[done : done + options.batch_size]
-                    pictures, seconds, calls, peak = draw_pictures(pipe, part, METHODS[method], options)
+                    if method == RENDERED:
+                        pictures, seconds, calls, peak = rendered(part, base.world.image_size), 0.0, 0, 0.0
+                    else:
+                        pictures, seconds, calls, peak = draw_pictures(pipe, part, METHODS[method], options)
                     found["pictures"] += [score_picture(judge, *pair) for pair in zip(part, pictures, strict=True)]
                     found["seconds"] += seconds
                     found["unet_calls"] = calls
@@ -474,7 +458,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--plot", type=Path, help="also draw the results to this picture")
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS), metavar="CELL", help=", ".join(CELLS))
     parser.add_argument(
-        "--methods", nargs="+", choices=list(METHODS), metavar="METHOD", help="default: all that the base can do"
+        "--methods", nargs="+", choices=[RENDERED, *METHODS], metavar="METHOD", help="default: all that the base can do"
     )
     parser.add_argument("--base", type=Path, default=EMBEDDED_BASE, help="a folder in diffusers' format")
     parser.add_argument("--embeddings", type=Path, help="its subjects (default: embeddings, of XL embeddings/xl)")

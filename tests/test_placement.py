@@ -20,9 +20,9 @@ from multisubject.benchmarks.placement import (
     main,
     plot,
     run,
-    score_picture,
     table,
 )
+from multisubject.benchmarks.placement_scores import RENDERED, rendered, score_picture
 from multisubject.benchmarks.results import digest_of_weights, load_results, read_results, side_by_side
 from multisubject.pipeline_multisubject import MultiSubjectPipeline
 from multisubject.tiny_world import EMBEDDED_BASE
@@ -67,8 +67,34 @@ def test_scores_see_right_and_exchanged_pictures():
     right = score_picture(Judge.load(), task, drawn(first.look, second.look))
     assert (right["regions"], right["category"], right["look"], right["leaked"], right["extras"]) == (2, 2, 2, 0, 0)
     assert right["setting"]
+    assert right["success"] == 2 and all(iou > 0.7 for iou in right["ious"])
     exchanged = score_picture(Judge.load(), task, drawn(second.look, first.look))
     assert (exchanged["category"], exchanged["look"], exchanged["leaked"]) == (2, 0, 2)
+
+
+def test_success_needs_the_right_look_in_the_right_box():
+    """An object that its region shows, but that stands beside its box or is of another colour, is none."""
+    task = next(task for task in draw_tasks("described 1", 50, 1, World()) if task.targets[0].look.pattern == "plain")
+    (target,) = task.targets
+    xmin, ymin, xmax, ymax = target.box
+    beside = replace(target, box=(xmin, ymin, xmin + 0.6 * (xmax - xmin), ymin + 0.6 * (ymax - ymin)))
+    other = next(colour for colour in ("red", "blue") if colour != target.look.colour)
+    exact, small, wrong = (
+        score_picture(Judge.load(), task, rendered([replace(task, targets=(drawn,))], 64)[0])
+        for drawn in (target, beside, replace(target, look=Look(other, "plain")))
+    )
+    assert (exact["look"], exact["success"]) == (1, 1)
+    assert exact["ious"][0] > 0.8
+    assert (small["look"], small["success"]) == (1, 0)
+    assert small["ious"][0] == pytest.approx(0.36, abs=0.1)
+    assert (wrong["look"], wrong["success"]) == (0, 0)
+    assert wrong["ious"][0] > 0.8
+
+
+def test_the_judge_finds_rendered_objects_where_they_are():
+    tasks = draw_tasks("subjects 2", 20, 1, World())
+    scores = [score_picture(Judge.load(), *pair) for pair in zip(tasks, rendered(tasks, 128), strict=True)]
+    assert np.mean([iou for score in scores for iou in score["ious"]]) > 0.9
 
 
 def test_scores_see_a_wrong_second_colour_and_an_object_nobody_asked_for():
@@ -97,7 +123,7 @@ def options(tmp_path):
         base=EMBEDDED_BASE,
         embeddings=None,
         cells=["described 2"],
-        methods=["none", "cones2, recurrence 2", "multisubject, first steps twice"],
+        methods=[RENDERED, "none", "cones2, recurrence 2", "multisubject, first steps twice"],
         num_pictures=2,
         num_inference_steps=3,
         guidance_scale=5.0,
@@ -120,16 +146,16 @@ def test_run_writes_results_sheets_and_table_and_goes_on_where_it_stopped(option
     monkeypatch.setattr(MultiSubjectPipeline, "__call__", noted)
     results = run(options)
     assert json.loads(options.results.read_text()) == results
-    assert len(list(options.sheets.glob("*.png"))) == 3
+    assert len(list(options.sheets.glob("*.png"))) == 4
     calls = [found["unet_calls"] for found in results["cells"]["described 2"].values()]
-    assert calls == [3, 6, 3]
+    assert calls == [0, 3, 6, 3]
     assert steps == [3, 3, 2]
     first = results["cells"]["described 2"]["none"]["pictures"]
     options.num_pictures, options.methods = 3, ["none"]
     more = run(options)["cells"]["described 2"]["none"]["pictures"]
     assert len(more) == 3
     assert more[:2] == first
-    assert table(results).count("| described 2 |") == 3
+    assert table(results).count("| described 2 |") == 4
 
 
 def test_claims_and_plot_come_from_the_results(options, tmp_path):
@@ -146,8 +172,30 @@ def test_claims_and_plot_come_from_the_results(options, tmp_path):
         "| described 2 | multisubject | 60% | 30% | × 2.00 | – | – | 40% (masked) | × 1.50 | +0.00 ("
     )
     assert second.startswith("| described 2 | multisubject, first steps twice | 90% | 30% | × 3.00 | – | – | 40% (")
+    assert "| every region right |" in claims({"cells": {"described 2": cell}})
     plot({"cells": {"described 2": cell, "twins 2": {OURS[0]: found(1, 2)}}}, tmp_path / "plot.png")
     assert Image.open(tmp_path / "plot.png").width > 500
+
+
+def test_tables_lead_with_success_and_leave_it_out_where_it_was_not_measured():
+    old = {"regions": 2, "category": 2, "look": 2, "identity": 0, "missing": 0, "leaked": 0, "extras": 0}
+    old |= {"setting": True, "sharpness": 5.0}
+    rows = [old | {"success": 2, "ious": [0.9, 0.6]}, old | {"success": 1, "ious": [0.8, 0.1]}]
+
+    def found(*pictures):
+        return {"pictures": [*pictures], "seconds": 1.0, "unet_calls": 25, "peak_mib": 1.0}
+
+    header, _, new, past = table({"cells": {"described 2": {OURS[0]: found(*rows), "none": found(old, old)}}}).split(
+        "\n"
+    )
+    assert header.startswith(
+        "| cell | method | pictures | success | 95 % interval | regions: success | mIoU | IoU ≥ 0.5 |"
+    )
+    assert new.startswith("| described 2 | multisubject | 2 | 50% | 0% to 100% | 75% | 0.60 | 75% | 50% | 100% |")
+    assert past.startswith("| described 2 | none | 2 | – | – | – | – | – | – | 100% | 100% to 100% | 100% |")
+    measured = {"cells": {"described 2": {OURS[0]: found(rows[0]), "cones2": found(*rows)}}}
+    assert claims(measured).splitlines()[-1].startswith("| described 2 | multisubject | 100% | 50% | × 2.00 |")
+    assert "| success |" in claims(measured)
 
 
 def test_results_of_other_settings_are_not_mixed(options):
@@ -174,7 +222,7 @@ def test_every_method_of_ours_runs_on_a_base_of_xl(options, xl_base_path, xl_emb
     results = run(options)
     assert results["base"] == Path(xl_base_path).name
     for cell in options.cells:
-        assert set(results["cells"][cell]) == set(METHODS) - set(SD_ALONE)
+        assert set(results["cells"][cell]) == {RENDERED, *METHODS} - set(SD_ALONE)
     calls = {method: found["unet_calls"] for method, found in results["cells"]["described 2"].items()}
     assert calls["none"] == calls["multisubject, first steps twice"] == 3
     assert calls["cones2, recurrence 2"] == 6

@@ -1,0 +1,110 @@
+"""What a picture of the placement benchmark is worth: who stands in which region, how exactly, and how it looks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from multisubject.tiny_world.judge import Detection, Judge, Verdict
+from multisubject.tiny_world.scenes import Scene, SceneObject, iou, render
+
+if TYPE_CHECKING:
+    from multisubject.benchmarks.placement import Target, Task
+
+RENDERED = "rendered"
+"""In place of a method: the scenes as the renderer draws them, which shows how much the judge itself errs."""
+
+SCORES = 2
+"""Of results' settings: 1 (not named there) had no `success` and no `ious`."""
+
+EXACT = 0.5
+"""Intersection over union from which on an object counts as standing in its box."""
+
+
+TITLES = {"success": "success", "look": "every region right"}
+"""Scores of whole pictures -> columns of tables."""
+
+
+def sharpness(picture: Image.Image) -> float:
+    """Mean absolute Laplacian of the grey picture, in grey levels of 0 to 255."""
+    grey = np.asarray(picture.convert("L"), dtype=np.float32)
+    inner = grey[1:-1, 1:-1]
+    return float(np.abs(4 * inner - grey[:-2, 1:-1] - grey[2:, 1:-1] - grey[1:-1, :-2] - grey[1:-1, 2:]).mean())
+
+
+def shows(verdict: Verdict, target: Target) -> bool:
+    """Category, colour and pattern; of a personal subject also the second colour of its pattern."""
+    right = (verdict.category, verdict.colour, verdict.pattern) == (
+        target.category,
+        target.look.colour,
+        target.look.pattern,
+    )
+    return right and (target.subject is None or verdict.second_colour == target.look.second_colour)
+
+
+def score_picture(judge: Judge, task: Task, picture: Image.Image) -> dict[str, Any]:
+    """What the judge sees, as plain numbers. Counts are over the task's regions; `ious` has one entry for each."""
+    verdicts = judge.classify([picture] * len(task.targets), [target.box for target in task.targets])
+    pairs = list(zip(verdicts, task.targets, strict=True))
+    leaked = 0
+    for verdict, target in pairs:
+        others = [other for other in task.targets if other is not target]
+        leaked += not shows(verdict, target) and any(
+            verdict.colour == other.look.colour or verdict.category == other.category != target.category
+            for other in others
+        )
+    detections = judge.detect([picture])[0]
+    ious = [best_iou(detections, target) for target in task.targets]
+    looks = [shows(verdict, target) for verdict, target in pairs]
+    centres = [((d.box[0] + d.box[2]) / 2, (d.box[1] + d.box[3]) / 2) for d in detections]
+    outside = sum(
+        not any(t.box[0] <= x <= t.box[2] and t.box[1] <= y <= t.box[3] for t in task.targets) for x, y in centres
+    )
+    return {
+        "regions": len(pairs),
+        "category": sum(verdict.category == target.category for verdict, target in pairs),
+        "look": sum(looks),
+        "success": sum(look and found >= EXACT for look, found in zip(looks, ious, strict=True)),
+        "ious": [round(found, 3) for found in ious],
+        "identity": sum(t.subject is not None and verdict.subject == t.subject for verdict, t in pairs),
+        "missing": sum(verdict.category is None for verdict, _ in pairs),
+        "leaked": leaked,
+        "extras": outside,
+        "setting": judge.settings([picture])[0][0] == task.setting,
+        "sharpness": sharpness(picture),
+    }
+
+
+def rendered(tasks: Sequence[Task], size: int) -> list[Image.Image]:
+    """The tasks as the renderer draws them, every object in its box: what the judge makes of perfect pictures.
+
+    Args:
+        size: side of the pictures, in pixels.
+    """
+    return [
+        render(
+            Scene(task.setting, tuple(SceneObject(t.category, t.look, t.box) for t in task.targets), task.seed), size
+        ).image
+        for task in tasks
+    ]
+
+
+def best_iou(detections: Sequence[Detection], target: Target) -> float:
+    """Intersection over union of the target's box and the best detection of its category; 0 where there is none.
+
+    Masks count by the box around them: the judge finds boxes.
+    """
+    return max((iou(found.box, target.box) for found in detections if found.category == target.category), default=0.0)
+
+
+def whole(pictures: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
+    """For each picture 1.0 where `key` (`success`, `look`) holds in all its regions, else 0.0."""
+    return np.array([picture[key] == picture["regions"] for picture in pictures], dtype=float)
+
+
+def headline(pictures: Iterable[Mapping[str, Any]]) -> str:
+    """What whole pictures are compared by: `success`, or `look` where results are from before `ious` were measured."""
+    return "success" if all("success" in picture for picture in pictures) else "look"

@@ -28,6 +28,11 @@ class TokenKind(IntEnum):
     PADDING = 3
 
 
+def places_words(tokens: torch.Tensor) -> torch.Tensor:
+    """`(B, R)` bool: which regions have words to place, by their tokens `(B, R, K)`."""
+    return tokens.any(dim=2)
+
+
 @dataclass(frozen=True, eq=False)
 class RegionMaps:
     """Regions and tokens at one attention layer with Q = h * w queries, row by row, for B images with up to R regions.
@@ -77,10 +82,15 @@ class RegionMaps:
         owned = numbers[:, None] == self.owners[:, None]  # [B, R, K]
         return self.inside.transpose(1, 2).float() @ owned.float() > 0
 
+    def inside_placing(self) -> torch.Tensor:
+        """`(B, R, Q)` bool: `inside` of the regions that place words. What a region holds beside words (a LoRA, a
+        picture, a negative) leaves the prompt alone."""
+        return self.inside & places_words(self.tokens)[..., None]
+
     def apart(self) -> torch.Tensor:
-        """`(B, Q, Q)` bool: two places that lie in regions, but in none together."""
-        inside = self.inside.float()
-        anywhere = self.inside.any(dim=1)
+        """`(B, Q, Q)` bool: two places that lie in regions that place words, but in none together."""
+        placing = self.inside_placing()
+        inside, anywhere = placing.float(), placing.any(dim=1)
         together = inside.transpose(1, 2) @ inside > 0
         return anywhere[:, :, None] & anywhere[:, None, :] & ~together
 
@@ -273,7 +283,7 @@ def dense_diffusion(layer: AttentionLayer) -> torch.Tensor | None:
     outside all regions, which the paper gives a segment of their own, are left alone.
     """
     maps, step = layer.maps, layer.step
-    placing = maps.inside & maps.tokens.any(dim=2)[..., None]  # a region without words leaves the prompt alone
+    placing = maps.inside_placing()
     inside = placing.float()
     strength = layer.scale * step.time**5 * (step.progress < 0.3) * (1.0 if layer.is_cross else 0.3)
     belongs = inside.transpose(1, 2) @ (maps.tokens.float() if layer.is_cross else inside) > 0  # [B, Q, K]
@@ -335,7 +345,7 @@ def bounded_attention(layer: AttentionLayer) -> torch.Tensor | None:
     if not layer.is_cross:
         return HIDDEN * maps.apart()[:, None]
     end = (maps.token_kinds == int(TokenKind.END))[:, None, :]
-    inside = maps.inside.any(dim=1)
+    inside = maps.inside_placing().any(dim=1)
     background = (~inside & inside.any(dim=1, keepdim=True))[:, :, None]  # none in a picture without regions
     return maps.signed_weights.clamp(max=0).masked_fill((end & background)[:, None], HIDDEN)
 

@@ -23,7 +23,15 @@ import torch
 from PIL import Image
 
 from .layout_images import COLOR_KEYS, MIN_PEAK, read_color_map, read_mask
-from .region_contents import CONTENT_KEYS, HELD_KEYS, digest_contents, name_of_contents, read_contents, read_number
+from .region_contents import (
+    CONTENT_KEYS,
+    HELD_KEYS,
+    did_you_mean,
+    digest_contents,
+    name_of_contents,
+    read_contents,
+    read_number,
+)
 
 __multisubject_version__ = "0.1.0"
 
@@ -145,6 +153,12 @@ def parse_layout(
             "colour-map image with color_context."
         )
     claims = [_read_entry(entry, place, (height, width)) for place, entry in entries.items()]
+    backgrounds = [claim.place for claim in claims if claim.region.is_background]
+    if len(backgrounds) > 1:
+        raise ValueError(
+            f"{backgrounds[0]} and {backgrounds[1]} are both what no other region covers, expected one of them. Write"
+            " what they hold in one."
+        )
     return _merge(_resolve_priorities([claim for claim in claims if claim.region.strength]))
 
 
@@ -228,7 +242,7 @@ def _read_entry(entry: Any, place: str, size: tuple[int, int]) -> _Claim:
             "{'subject': 'dog', 'box': (0.1, 0.2, 0.5, 0.9)}."
         )
     if unknown := [key for key in entry if key not in _REGION_KEYS]:
-        raise ValueError(f"{place} has the unknown key {unknown[0]!r}; expected {', '.join(_REGION_KEYS)}.")
+        raise ValueError(f"{place} has the unknown key {unknown[0]!r}; {did_you_mean(unknown[0], _REGION_KEYS)}.")
     subject = _read_subject(entry, place)
     place = place if subject is None or repr(subject) in place else f"{place} ({subject!r})"
     contents = read_contents(entry, place)

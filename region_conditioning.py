@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .guidance_methods import HIDDEN, GuidanceMethod, RegionMaps, TokenKind
+from .guidance_methods import HIDDEN, GuidanceMethod, RegionMaps, TokenKind, places_words
 from .region_loras import Scales
 
 __multisubject_version__ = "0.1.0"
@@ -147,8 +147,8 @@ def make_maps(
     signed_weights = signed_weights.where(tokens.any(dim=1)[:, None, :], 0)
     inside = inside & (masks > 0)
     # The background is a place of its own words alone; for everything else it lies outside all regions.
-    # So it does for a region that places no words (a LoRA, a picture, a negative), which leaves the prompt alone.
-    placing = tokens.any(dim=2)  # [B, R]
+    # So it does for a region that places no words.
+    placing = places_words(tokens)  # [B, R]
     if regions.background is not None:
         placing = placing & ~regions.background.to(device)
     subjects = inside & placing[..., None]

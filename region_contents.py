@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import math
@@ -61,6 +62,13 @@ def read_contents(entry: Mapping[str, Any], place: str) -> dict[str, Any]:
             " step, with a scale of their own. Leave it out."
         )
     return contents
+
+
+def did_you_mean(key: Any, known: Sequence[str]) -> str:
+    """What to say of an unknown key: the known one that it is near to, or all of them."""
+    near = difflib.get_close_matches(key, known, 1) if isinstance(key, str) else []
+    every = ", ".join(known)
+    return f"did you mean {near[0]!r}? Known are {every}" if near else f"expected {every}"
 
 
 def read_number(value: Any, place: str, *, low: float = -math.inf, high: float = math.inf) -> float:
@@ -155,7 +163,7 @@ def _read_references(value: Any, place: str) -> Any:
     """A picture, embeddings, several of them, or those of each adapter by its name; paths become pictures."""
     expected = (
         "expected a picture (PIL image, path or array), embeddings (torch tensor), a list of these, or"
-        " {adapter's name: these}"
+        " {the adapter's number, '0' first: these}"
     )
     if isinstance(value, Mapping):
         if not value:

@@ -363,7 +363,7 @@ def _tokenize(tokenizer: Any, text: str) -> list[str]:
     """Tokens of a text without start and end, untruncated, learned tokens of several vectors written out."""
     added = tokenizer.get_added_vocab()
     tokens: list[str] = []
-    for token in tokenizer.tokenize(text):
+    for token in tokenizer.tokenize(text, verbose=False):  # too long a text is for us to tell
         tokens.append(token)
         # diffusers' `maybe_convert_prompt` puts `<cat>_1`, `<cat>_2`, … after `<cat>` when the prompt is encoded.
         number = 1

@@ -120,6 +120,13 @@ def _claimed(pictures: Sequence[WantedPicture]) -> Iterator[None]:
         for file in (*files, folder / CONTACT_SHEET):
             if file.is_dir():
                 raise ValueError(f"{file} is a folder, where a picture is to go; move it, or choose another folder.")
+        for picture in pictures:
+            other = (read_settings(picture.path) or picture.settings).get("model")
+            if other != picture.settings["model"]:
+                raise ValueError(
+                    f"{picture.path} is a picture of the base {other!r}, which one of {picture.settings['model']!r}"
+                    " would replace; choose another folder, or delete it."
+                )
         yield
 
 

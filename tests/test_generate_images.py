@@ -20,7 +20,7 @@ from multisubject.generate_images import main
 from multisubject.generation import console, making, picture_files, prompts
 from multisubject.generation.base_model import BaseModel
 from multisubject.generation.config_file import ConfigError, read_config
-from multisubject.generation.picture_files import CONTACT_SHEET, read_settings
+from multisubject.generation.picture_files import CONTACT_SHEET, read_settings, save_picture
 from multisubject.generation.tasks import load_tasks
 from multisubject.hub_utils import save_subject
 from multisubject.residual_embeddings import ResidualEmbedding
@@ -672,6 +672,20 @@ def test_resume_makes_only_what_is_missing_damaged_or_other(gallery, config_file
     main([*flags, "--guidance_scale", "3", "--num_images", "1"])
     assert "0 of 2 pictures are there already" in capsys.readouterr().out
     assert settings_of(folder / "0000.png")["guidance_scale"] == 3
+
+
+def test_pictures_of_another_base_are_not_replaced(gallery, config_file, tmp_path, capsys):
+    folder = shutil.copytree(gallery, tmp_path / "results") / FOLDER
+    path = folder / "0000.png"
+    save_picture(Image.open(path), path, settings_of(path) | {"model": "another/base"})
+    before = path.read_bytes()
+    flags = ["--generation_config", str(config_file), "--output_dir", str(tmp_path / "results"), *QUICK]
+    for more in ([], ["--resume"]):
+        with pytest.raises(SystemExit) as stopped:
+            main([*flags, *more])
+        assert stopped.value.code == 2
+        assert "0000.png is a picture of the base 'another/base', which one of " in capsys.readouterr().err
+    assert path.read_bytes() == before
 
 
 WRITER = """

@@ -281,7 +281,8 @@ def test_parts_of_one_subject_with_different_weights_are_an_error():
         ({"subject": "dog", "phrase": "dog", "box": (0, 0, 1, 1)}, ValueError, "exactly one of `subject` and `phrase`"),
         ({"subject": "  ", "box": (0, 0, 1, 1)}, ValueError, "subject is '  '"),
         ({"subject": 3, "box": (0, 0, 1, 1)}, TypeError, "subject is 3"),
-        ({"subject": "dog", "bbox": (0, 0, 1, 1)}, ValueError, "unknown key 'bbox'; expected subject"),
+        ({"subject": "dog", "bbox": (0, 0, 1, 1)}, ValueError, "key 'bbox'; did you mean 'box'\\? Known are subj"),
+        ({"subject": "dog", "where": (0, 0, 1, 1)}, ValueError, "unknown key 'where'; expected subject, "),
         ({"subject": "dog", "box": (0, 0, 1, 1), "weight": math.nan}, ValueError, "weight is nan"),
         ({"subject": "dog", "box": (0, 0, 1, 1), "weight": -1}, ValueError, "weight is -1, expected .* at least 0"),
         ({"subject": "dog", "box": (0, 0, 1, 1), "priority": "high"}, ValueError, "priority is 'high'"),
@@ -295,6 +296,12 @@ def test_bad_list_entry_is_named_with_its_place(entry, error, message):
     with pytest.raises(error, match=message) as caught:
         parse([{"subject": "cat", "box": (0, 0, 1, 1)}, entry])
     assert "layout[1]" in str(caught.value)
+
+
+def test_what_no_region_covers_is_there_once():
+    background = {"subject": "background", "prompt": "a beach"}
+    with pytest.raises(ValueError, match=r"layout\[0\] \('background'\) and layout\[2\] .* expected one of them"):
+        parse([background, {"subject": "cat", "box": (0, 0, 1, 0.5)}, {**background, "prompt": "palms"}])
 
 
 @pytest.mark.parametrize("layout", [None, {}, []])

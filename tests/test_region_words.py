@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import logging
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -154,6 +157,24 @@ def test_own_words_are_mapped(pipe):
     half = maps["red dog"].shape[-1] // 2
     assert [*maps] == ["red dog", "a blue ball"]
     assert maps["a blue ball"][:, :, :half].max() == 0 < maps["a blue ball"][:, :, half + 1 :].min()
+
+
+def test_a_text_that_is_too_long_is_told_once(pipe):
+    """transformers would say before the error that such a text leads to indexing errors."""
+    with transformers_says() as said, pytest.raises(ValueError, match="expected at most 75"):
+        sample(pipe, layout=[{"prompt": "hat " * 80, "box": LEFT}])
+    assert "longer than the specified maximum" not in said.getvalue()
+
+
+@contextmanager
+def transformers_says():
+    logger, said = logging.getLogger("transformers"), io.StringIO()
+    handler = logging.StreamHandler(said)
+    logger.addHandler(handler)
+    try:
+        yield said
+    finally:
+        logger.removeHandler(handler)
 
 
 def test_longer_words_than_an_encoder_reads_are_an_error(pipe):
@@ -391,7 +412,9 @@ def test_a_compiled_unet_stays_one_graph_with_words_negatives_and_times(pipe):
         torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("method", ["multisubject", "cones2_padding_hidden", "cones2", "dense_diffusion"])
+@pytest.mark.parametrize(
+    "method", ["multisubject", "cones2_padding_hidden", "cones2", "dense_diffusion", "bounded_attention"]
+)
 def test_a_region_without_words_leaves_the_prompt_alone(pipe, method):
     """Its negative is the call's own where it covers the picture, whatever the method hides in regions of subjects."""
     if "text_encoder_2" in pipe.components:

@@ -178,11 +178,14 @@ def component_config(base_model: str | os.PathLike[str], component: str) -> dict
     return None if path is None else json.loads(path.read_text(encoding="utf-8"))
 
 
-def component_file(base_model: str | os.PathLike[str], component: str, name: str = "config.json") -> Path | None:
+def component_file(
+    base_model: str | os.PathLike[str], component: str, name: str = "config.json", *, revision: str | None = None
+) -> Path | None:
     """A component's file, on this machine; by default the one that `component_config` reads."""
     from transformers.utils import cached_file
 
-    path = cached_file(str(base_model), name, subfolder=component, _raise_exceptions_for_missing_entries=False)
+    options = {"subfolder": component, "revision": revision, "_raise_exceptions_for_missing_entries": False}
+    path = cached_file(str(base_model), name, **options)
     return None if path is None else Path(path)
 
 

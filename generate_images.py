@@ -126,6 +126,7 @@ def _check(config: ConfigFile, args: GenerateArguments) -> tuple[list[Generation
     if name in os.environ and "/" not in name and not os.path.isdir(name):
         raise ConfigError(f"base model {name!r} cannot be used: there is no such folder, and a Hub id is user/repo.")
     with quiet_imports():
+        from multisubject.generation.adapters import read_ip_adapter
         from multisubject.generation.base_model import BaseModel
         from multisubject.generation.tasks import load_tasks
 
@@ -135,7 +136,16 @@ def _check(config: ConfigFile, args: GenerateArguments) -> tuple[list[Generation
             f"--num_inference_steps is {args.num_inference_steps}; expected at most {base.num_train_timesteps}, the "
             f"levels of noise that {base.name} was trained with."
         )
-    tasks, warnings = load_tasks(config, base, args.size())
+    ip_adapter = None
+    if args.ip_adapter is not None:
+        try:
+            encoder, scale = args.ip_adapter_image_encoder, args.ip_adapter_scale
+            ip_adapter = read_ip_adapter(args.ip_adapter, encoder, scale, base)
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"--ip_adapter: {error}") from error
+    tasks, warnings = load_tasks(config, base, args.size(), ip_adapter)
+    if ip_adapter is not None and all(task.ip_adapter is None for task in tasks):
+        warnings.append("--ip_adapter: no region of the config has an `ip_adapter_image`; it is not loaded.")
     for task in tasks:
         if task.config.negative_prompt is None:
             task.check_negative_prompt(args.negative_prompt or "", base)

@@ -15,7 +15,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -164,9 +164,13 @@ def parse_layout(
 
 def as_layout(regions: Iterable[Region]) -> list[dict[str, Any]]:
     """The list layout that `parse_layout` makes these regions of."""
+    keys = (*CONTENT_KEYS, "weight", "occurrence")
+    defaults = {part.name: part.default for part in fields(Region) if part.name in keys}
     entries = []
     for region in regions:
-        entry = {key: getattr(region, key) for key in (*CONTENT_KEYS, "weight", "occurrence")}
+        # What a region without words leaves open it may not say, either.
+        given = {key: getattr(region, key) for key in keys}
+        entry = {key: value for key, value in given.items() if value is not defaults[key] and value != defaults[key]}
         if region.is_named or region.is_background:
             entry["subject"] = region.subject
         if not region.is_background:

@@ -125,7 +125,8 @@ def _omost_place(region: Mapping[str, Any], where: str) -> tuple[float, float, f
             raise ValueError(f"{where}[{key!r}] is {region[key]!r}, expected {example}, as Omost writes it.")
         for word in words:
             centre = [at + by for at, by in zip(centre, moves[word], strict=True)]
-    size = _OMOST_AREAS.get(tuple(area.removeprefix("a ").removesuffix(" area").split()))  # type: ignore[arg-type]
+    kind, _, shape = area.removeprefix("a ").removesuffix(" area").partition(" ")
+    size = _OMOST_AREAS.get((kind, shape))
     if size is None:
         raise ValueError(
             f"{where}['area'] is {region['area']!r}, expected such as 'a small square area': small, medium-sized or"

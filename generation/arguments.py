@@ -55,6 +55,17 @@ class GenerateArguments:
     negative_prompt: str | None = HfArg(
         default=None, help="What not to show. An entry's own `negative_prompt` goes before this one."
     )
+    ip_adapter: str | None = HfArg(
+        default=None,
+        help="IP-Adapter for the reference pictures of regions: a .safetensors file, or on the Hub "
+        "h94/IP-Adapter/models/ip-adapter_sd15.safetensors.",
+    )
+    ip_adapter_image_encoder: str | None = HfArg(
+        default=None,
+        help="What encodes these pictures: a folder, or on the Hub h94/IP-Adapter/models/image_encoder. Default: the "
+        "folder image_encoder beside the IP-Adapter.",
+    )
+    ip_adapter_scale: float = HfArg(default=1.0, help="How strongly reference pictures act; 0: not at all.")
     device: str | None = HfArg(
         default=None, help="cpu, cuda, cuda:1, mps … Default: the best there is, one for each process."
     )
@@ -80,6 +91,10 @@ class GenerateArguments:
         scale = self.guidance_scale
         if scale is not None and (not math.isfinite(scale) or scale < 0):
             raise ValueError(f"--guidance_scale is {scale}; expected 0 or more, 5 to 7.5 is usual.")
+        if not math.isfinite(self.ip_adapter_scale):
+            raise ValueError(f"--ip_adapter_scale is {self.ip_adapter_scale}; expected a number, 0.5 to 1 is usual.")
+        if self.ip_adapter is None and self.ip_adapter_image_encoder is not None:
+            raise ValueError("--ip_adapter_image_encoder came without --ip_adapter; expected both, or none.")
         self.size()
         if self.device not in (None, "cpu"):
             check_device(self.device)

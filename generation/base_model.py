@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,12 +104,20 @@ def _read_config(model: str, component: str) -> dict[str, Any]:
 
 
 def _version(folder: Path) -> str:
-    if folder.parent.name == "snapshots":  # of the Hub's cache, whose other files may come later
-        return folder.name
-    digest = hashlib.sha256()
     encoders = [name for encoder in TEXT_ENCODERS for name in (encoder, tokenizer_of(encoder))]  # as each base has them
-    parts = (folder / part for part in ("unet", "vae", *encoders, "scheduler"))
-    for file in (folder / "model_index.json", *(file for part in parts for file in sorted(part.glob("*")))):
+    return files_version(folder, ["unet", "vae", *encoders, "scheduler"])
+
+
+def files_version(folder: Path, parts: Sequence[str]) -> str:
+    """What changes when the files in some subfolders of a model's folder, or its `model_index.json`, do: a Hub commit,
+    or a checksum of the files (of large ones, the time)."""
+    for parent in (folder, *folder.parents):
+        # Of the Hub's cache, whose other files may come later
+        if parent.parent.name == "snapshots" and parent.parents[1].name.startswith("models--"):
+            return parent.name
+    digest = hashlib.sha256()
+    paths = (folder / part for part in parts)
+    for file in (folder / "model_index.json", *(file for path in paths for file in sorted(path.glob("*")))):
         if file.is_file():
             status = file.stat()
             is_small = status.st_size <= 2**26

@@ -36,6 +36,7 @@ class GenerationConfig:
         layout: where subjects stand: a colour map, a JSON file, `{phrase: box}` or a list of dicts, whose regions may
             hold words, negatives and pictures of their own (see `layout.parse_layout`).
         color_context: colour of the map `"255,0,0"` -> `[subject, weight]`.
+        lora_dict: name of a LoRA in `lora` of a region -> its file, folder or Hub id. More than regions use are fine.
         guidance_steps: how many of the first steps follow the layout; 0: none, the layout is not even read.
         guidance_weight: strength of the pull into the regions.
         weight_negative: weight of a subject's words outside its region, at most 0.
@@ -51,6 +52,7 @@ class GenerationConfig:
     subject_list: Sequence[tuple[str, int]] | None = None
     layout: Any = None
     color_context: Mapping[str, Any] | None = None
+    lora_dict: Mapping[str, str] = field(default_factory=dict)
     guidance_steps: int | None = None
     guidance_weight: float | None = None
     weight_negative: float | None = None
@@ -109,6 +111,14 @@ _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "color_context": (
         lambda value: isinstance(value, dict) and bool(value),
         'a dictionary such as {"255,0,0": ["person", 2.5]}',
+    ),
+    "lora_dict": (
+        lambda value: (
+            isinstance(value, dict)
+            and all(map(_is_text, [*value, *value.values()]))
+            and not any("." in name for name in value)  # which peft cannot call a LoRA
+        ),
+        'a dictionary such as {"petrucci": "embeddings/loras/petrucci.safetensors"}, with names without dots',
     ),
     "guidance_steps": (lambda value: _is_count(value, 0), "a whole number from 0 (no layout guidance)"),
     "guidance_weight": (lambda value: _is_number(value) and abs(value) <= 1e6, "a number such as 0.08"),
@@ -264,7 +274,9 @@ def _check_types(entry: Any, index: int, report: Report) -> GenerationConfig | N
         report.problem("colours without a `layout` mean nothing: add the colour map's path.", index, "color_context")
         good.pop("color_context", None)
     # The checks that follow look at these together; without one of them they would report what is not wrong.
-    related = {"prompt", "residual_dict", "subject_list", "layout", "color_context"} & ({"prompt"} | entry.keys())
+    related = {"prompt", "residual_dict", "subject_list", "layout", "color_context", "lora_dict"} & (
+        {"prompt"} | entry.keys()
+    )
     return GenerationConfig(**good) if related <= good.keys() else None
 
 

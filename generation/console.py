@@ -27,19 +27,29 @@ def is_main_process() -> bool:
     return all(env.get(rank, "0") == "0" or env.get(size, "1") == "1" for rank, size in _RANKS.items())
 
 
+_NO_NEWS = {
+    "transformers.utils.import_utils": "requires torchvision",  # without it they take Pillow instead
+    "diffusers.loaders.lora_base": "No LoRA keys associated to",  # for a text encoder, as most LoRAs have none
+    "diffusers.models.modeling_utils": "should be kept in float32: []",  # none is
+}
+"""What diffusers and transformers say while they are imported and load, and nobody needs: logger -> words."""
+
+
 @contextmanager
 def quiet_imports() -> Iterator[None]:
-    """Around imports of diffusers and transformers: without torchvision they say that they take Pillow instead."""
-    chatty = logging.getLogger("transformers.utils.import_utils")
-    chatty.addFilter(_is_news)
+    """Around imports of diffusers and transformers, and what they load: without what is no news."""
+    chatty = [logging.getLogger(name) for name in _NO_NEWS]
+    for logger in chatty:
+        logger.addFilter(_is_news)
     try:
         yield
     finally:
-        chatty.removeFilter(_is_news)
+        for logger in chatty:
+            logger.removeFilter(_is_news)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    return "requires torchvision" not in record.getMessage()
+    return _NO_NEWS[record.name] not in record.getMessage()
 
 
 @contextmanager

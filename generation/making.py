@@ -7,12 +7,14 @@ import importlib
 import inspect
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from diffusers.utils import logging as diffusers_logging
+from transformers import CLIPVisionModelWithProjection
 from transformers.utils import logging as transformers_logging
 
 from multisubject.base_models import Architecture
@@ -23,6 +25,7 @@ from multisubject.generation.console import quiet_imports, quiet_loading, shown
 from multisubject.generation.picture_files import WantedPicture, save_picture
 from multisubject.generation.tasks import GenerationTask
 from multisubject.layout import Region, as_layout, layout_checksum
+from multisubject.region_loras import placed_loras
 from multisubject.residual_embeddings import ResidualEmbedding
 from multisubject.training.devices import cpu_has_bfloat16
 from multisubject.visualization import attention_sheet
@@ -78,6 +81,10 @@ def task_settings(task: GenerationTask, args: GenerateArguments, dtype: torch.dt
         settings["layout"] = task.config.layout
         settings["color_context"] = task.config.color_context
         settings["layout_sha256"] = layout_checksum(task.regions())
+    if task.loras:
+        settings["loras"] = {name: weights.settings for name, weights in task.loras.items()}
+    if task.ip_adapter is not None:
+        settings["ip_adapter"] = task.ip_adapter.settings
     return json.loads(json.dumps(settings))  # as it reads back
 
 
@@ -131,16 +138,62 @@ def load_subjects(pipe: Any, task: GenerationTask) -> None:
             raise ValueError(f"subject {subject.key!r} of the prompt {task.config.prompt!r}: {error}") from None
 
 
+def load_loras(pipe: Any, task: GenerationTask) -> None:
+    """Give the pipeline the LoRAs that regions of a task hold, and no others."""
+    if any(pipe.get_list_adapters().values()):
+        pipe.unload_lora_weights()
+    models = [pipe.unet, *(getattr(pipe, slot.name) for slot in pipe.encoder_slots)]
+    for name, lora in task.loras.items():
+        folder, file = lora.path.parent, lora.path.name
+        try:
+            with quiet_loading(transformers_logging, diffusers_logging), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # at every second LoRA
+                pipe.load_lora_weights(str(folder), weight_name=file, adapter_name=name, use_safetensors=True)
+            if not any(name in of_model for of_model in pipe.get_list_adapters().values()):
+                raise ValueError("none of its weights is for a layer of the base model.")
+            for model in models:
+                with placed_loras(model, [name]):  # says what cannot act in a region
+                    pass
+        except (ValueError, RuntimeError, KeyError) as error:
+            reason = "its layers are of another base model" if "size mismatch" in str(error) else error
+            sys.exit(f"error: LoRA {name!r} of the prompt {task.config.prompt!r}: {lora.source}: {reason}")
+
+
+def load_ip_adapter(pipe: Any, task: GenerationTask) -> None:
+    """Give the pipeline the IP-Adapter of a task's regions, or take it away where they have no pictures: diffusers
+    wants a picture in every call then."""
+    adapter, is_loaded = task.ip_adapter, getattr(pipe.unet.config, "encoder_hid_dim_type", None) is not None
+    if adapter is None and is_loaded:
+        pipe.unload_ip_adapter()
+    if adapter is None or is_loaded:
+        return
+    try:
+        with quiet_loading(transformers_logging, diffusers_logging):
+            image_encoder = CLIPVisionModelWithProjection.from_pretrained(
+                adapter.image_encoder, subfolder=adapter.subfolder, dtype=pipe.dtype
+            )
+            pipe.register_modules(image_encoder=image_encoder.to(pipe.device))
+            folder, file = adapter.weights.path.parent, adapter.weights.path.name
+            pipe.load_ip_adapter(str(folder), subfolder="", weight_name=file, image_encoder_folder=None)
+    except (ValueError, RuntimeError, KeyError, OSError) as error:
+        reason = "it is of another base model" if "size mismatch" in str(error) else error
+        sys.exit(f"error: --ip_adapter {adapter.weights.source}: {reason}")
+    pipe.set_ip_adapter_scale(adapter.scale)
+
+
 def make_pictures(
     pipe: Any, share: Sequence[WantedPicture], tasks: Sequence[GenerationTask], args: GenerateArguments
 ) -> None:
-    """Make this process's share of the pictures, when the subjects of all tasks have been found to fit the model."""
+    """Make this process's share of the pictures, when the subjects and LoRAs of all tasks fit the model."""
     for task in tasks:
         load_subjects(pipe, task)
+        load_loras(pipe, task)
     current = None
     for picture in shown(share, "picture", lambda picture: picture.path):
         if picture.task is not current:
             load_subjects(pipe, picture.task)
+            load_loras(pipe, picture.task)
+            load_ip_adapter(pipe, picture.task)
             current = picture.task
         make_picture(pipe, picture, args)
 

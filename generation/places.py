@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,12 @@ def resolve_paths(layout: Any, config_path: Path) -> Any:
     if isinstance(layout, dict):
         return {subject: find(value) if isinstance(value, str) else value for subject, value in layout.items()}
     return [_with_paths(part, find) if isinstance(part, dict) else part for part in layout]
+
+
+def resolve_color_paths(color_context: Mapping[str, Any], config_path: Path) -> dict[str, Any]:
+    """The contents of a colour map's regions with the paths of their pictures found."""
+    find = partial(_find_file, config_path=config_path)
+    return {color: _with_paths(part, find) if isinstance(part, dict) else part for color, part in color_context.items()}
 
 
 def _with_paths(part: dict[str, Any], find: Callable[[str], str]) -> dict[str, Any]:

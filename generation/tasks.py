@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from multisubject.generation.adapters import IPAdapter, Weights, lora_source, read_lora
 from multisubject.generation.advice import advise
 from multisubject.generation.base_model import BaseModel
 from multisubject.generation.config_file import ConfigError, ConfigFile, GenerationConfig, Report
-from multisubject.generation.places import find_source, picture_folder, resolve_paths, texts_of_regions
+from multisubject.generation.places import (
+    find_source,
+    picture_folder,
+    resolve_color_paths,
+    resolve_paths,
+    texts_of_regions,
+)
 from multisubject.generation.prompts import check_names, mark_subjects, read_subject
 from multisubject.guidance_methods import GUIDANCE_METHODS, resolve_guidance_method
 from multisubject.layout import Region, parse_layout
@@ -44,16 +51,22 @@ class GenerationTask:
         prompt: what the pipeline gets: every personal subject marked as `<name>`.
         subjects: name -> personal subject.
         layout: the entry's layout with its paths found; None without layout guidance.
+        color_context: the same of the colours.
         size: `(height, width)` in pixels.
         folder: where the pictures go, below the output folder.
+        loras: name -> LoRA, of those that regions hold.
+        ip_adapter: what regions' reference pictures act by; None where there are none.
     """
 
     config: GenerationConfig
     prompt: str
     subjects: Mapping[str, TaskSubject]
     layout: Any
+    color_context: Any
     size: tuple[int, int]
     folder: Path
+    loras: Mapping[str, Weights] = field(default_factory=dict)
+    ip_adapter: IPAdapter | None = None
 
     def regions(self) -> tuple[Region, ...]:
         """The layout at the picture's size, its subjects under the names that the pipeline knows them by.
@@ -65,7 +78,7 @@ class GenerationTask:
         height, width = self.size
         return tuple(
             self._renamed(region)
-            for region in parse_layout(self.layout, height=height, width=width, color_context=self.config.color_context)
+            for region in parse_layout(self.layout, height=height, width=width, color_context=self.color_context)
         )
 
     def _renamed(self, region: Region) -> Region:
@@ -104,7 +117,7 @@ class GenerationTask:
 
 
 def load_tasks(
-    config: ConfigFile, base: BaseModel, size: tuple[int, int] | None = None
+    config: ConfigFile, base: BaseModel, size: tuple[int, int] | None = None, ip_adapter: IPAdapter | None = None
 ) -> tuple[list[GenerationTask], list[str]]:
     """Check all that a generation config names, and make its entries ready to run.
 
@@ -112,6 +125,7 @@ def load_tasks(
         config: what `read_config` found.
         base: the model that it will run on.
         size: `(height, width)` of the pictures; default: the base's.
+        ip_adapter: for the reference pictures of regions.
 
     Returns:
         One task per entry, and warnings about things that do not matter for the pictures.
@@ -121,7 +135,7 @@ def load_tasks(
     """
     report = replace(config.report, problems=[*config.report.problems], warnings=[*config.report.warnings])
     tasks = [
-        _plan(entry, index, report, base, size or base.size)
+        _plan(entry, index, report, base, size or base.size, ip_adapter)
         for index, entry in enumerate(config.entries)
         if entry is not None
     ]
@@ -130,18 +144,27 @@ def load_tasks(
 
 
 def _plan(
-    config: GenerationConfig, index: int, report: Report, base: BaseModel, size: tuple[int, int]
+    config: GenerationConfig,
+    index: int,
+    report: Report,
+    base: BaseModel,
+    size: tuple[int, int],
+    ip_adapter: IPAdapter | None,
 ) -> GenerationTask:
     """Everything about an entry that needs the files it names and the tokenizer."""
     problems = len(report.problems)
     if config.guidance_method is not None:
         with report.collect(index, "guidance_method"):
             resolve_guidance_method(config.guidance_method)
-    layout, texts = None, list[str]()
+    layout, color_context, texts = None, config.color_context, list[str]()
     if config.layout is not None and config.guidance_steps != 0:
         with report.collect(index, "layout"):
             layout = resolve_paths(config.layout, report.path)
             texts = texts_of_regions(layout)
+        if color_context is not None:
+            with report.collect(index, "color_context"):
+                color_context = resolve_color_paths(color_context, report.path)
+                texts += texts_of_regions([*color_context.values()])
     prompt, places = mark_subjects(config, index, report, base, texts)
     subjects: dict[str, TaskSubject] = {}
     for name, (key, phrase) in places.items():
@@ -152,20 +175,14 @@ def _plan(
             source = find_source(source, report.path)
             residual = read_subject(source, name, key, phrase, base)
         subjects[name] = TaskSubject(key, source, residual)
-    for key in config.residual_dict.keys() - {key for key, _ in places.values()}:
-        try:
-            find_source(config.residual_dict[key], report.path)
-        except (ValueError, RuntimeError) as error:
-            if any(key == meant for meant, _ in config.subject_list or []):  # with a wrong index, reported above
-                report.problem(str(error), index, "residual_dict", key)
-            else:
-                report.warn(f"{error} The prompt does not use it.", index, "residual_dict", key)
+    _check_unused(config, index, report, {key for key, _ in places.values()})
 
     folder = picture_folder([subject.key for subject in subjects.values()], config.prompt)
-    task = GenerationTask(config, prompt, subjects, layout, size, folder)
+    task = GenerationTask(config, prompt, subjects, layout, color_context, size, folder)
     regions: tuple[Region, ...] = ()
     with report.collect(index, "layout"):
         regions = task.regions()
+    task = replace(task, **_held_adapters(config, index, report, base, regions, ip_adapter))
     with report.collect(index, "prompt"):
         check_names(config, prompt, subjects, base)
         parsed = [
@@ -183,6 +200,47 @@ def _plan(
     if not subjects:
         task = replace(task, folder=picture_folder([region.subject for region in regions], config.prompt))
     return task
+
+
+def _check_unused(config: GenerationConfig, index: int, report: Report, used: Collection[str]) -> None:
+    """Warn of files that are not there, of subjects that the prompt does not use."""
+    for key in config.residual_dict.keys() - used:
+        try:
+            find_source(config.residual_dict[key], report.path)
+        except (ValueError, RuntimeError) as error:
+            if any(key == meant for meant, _ in config.subject_list or []):  # with a wrong index, reported above
+                report.problem(str(error), index, "residual_dict", key)
+            else:
+                report.warn(f"{error} The prompt does not use it.", index, "residual_dict", key)
+
+
+def _held_adapters(
+    config: GenerationConfig,
+    index: int,
+    report: Report,
+    base: BaseModel,
+    regions: Sequence[Region],
+    ip_adapter: IPAdapter | None,
+) -> dict[str, Any]:
+    """The LoRAs and the IP-Adapter of a task's regions, as fields of `GenerationTask`."""
+    loras = {}
+    for name in dict.fromkeys(name for region in regions for name in region.lora or ()):
+        with report.collect(index, *(("lora_dict", name) if name in config.lora_dict else ("layout",))):
+            loras[name] = read_lora(lora_source(config, name), report.path, base)
+    for name in config.lora_dict.keys() - loras.keys():
+        try:
+            find_source(config.lora_dict[name], report.path)
+        except (ValueError, RuntimeError) as error:
+            report.warn(f"{error} No region uses it.", index, "lora_dict", name)
+    has_pictures = any(region.ip_adapter_image is not None for region in regions)
+    if has_pictures and ip_adapter is None:
+        report.problem(
+            "a region has `ip_adapter_image`, which needs an IP-Adapter: pass --ip_adapter, such as"
+            " h94/IP-Adapter/models/ip-adapter_sd15.safetensors.",
+            index,
+            "layout",
+        )
+    return {"loras": loras, "ip_adapter": ip_adapter if has_pictures else None}
 
 
 def _check_regions(

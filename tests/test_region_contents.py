@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from multisubject.layout import Region, as_layout, layout_checksum, parse_layout, region_names
-from multisubject.region_contents import describe_contents
+from multisubject.region_contents import describe_contents, digest_contents
 
 LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
 
@@ -183,3 +183,9 @@ def test_what_a_region_holds_is_told_in_short_lines():
     region = one(subject="dog", prompt="a red dog", lora={"anna": 0.5, "film": 1}, end=0.5, strength=2)
     assert describe_contents(region) == ["“a red dog”", "LoRA anna 0.5, film", "steps 0% to 50%", "strength 2"]
     assert describe_contents(one(prompt="a ball")) == [], "its name says it"
+
+
+def test_a_region_without_words_reads_back_as_it_was():
+    (region,) = parse({"lora": "petrucci", "box": LEFT})
+    (again,) = parse(*as_layout([region]))
+    assert digest_contents(again) == digest_contents(region) and not again.is_named

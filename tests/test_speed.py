@@ -31,3 +31,12 @@ def test_the_thin_one_is_compared_there(monkeypatch, capsys):
     code = run(monkeypatch, "--model", "sdxl-tiny", "--pairs", "1", "--steps", "1", "--sdxl_latents", "8")
     (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| SDXL's")]
     assert code in (0, 1) and "latents 8 x 8 | multisubject | 1 |" in row
+
+
+def test_loras_in_regions_are_compared_with_the_same_everywhere(monkeypatch, capsys):
+    code = run(monkeypatch, "--model", "embedded", "--loras", "--pairs", "1", "--steps", "1")
+    out = capsys.readouterr().out
+    assert code in (0, 1) and "| embedded base, latents 16 x 16 | multisubject | 1 |" in out
+    assert "within 1.1 of the time" in out
+    assert run(monkeypatch, "--model", "sd15", "--loras") == 2
+    assert "--loras are of the embedded base" in capsys.readouterr().err

@@ -1,0 +1,166 @@
+"""LoRAs and the IP-Adapter that regions of a configuration hold: found, and compared with the base, before it loads."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from multisubject.base_models import component_file
+from multisubject.generation.base_model import BaseModel, files_version
+from multisubject.generation.config_file import GenerationConfig
+from multisubject.generation.places import find_source
+from multisubject.hub_client import parse_hub_source
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""What diffusers calls the file of a LoRA's folder or repository."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A file of weights on this machine.
+
+    Args:
+        source: what the configuration or the command line calls it.
+        path: the `.safetensors` file.
+        sha256: of all of it.
+    """
+
+    source: str
+    path: Path
+    sha256: str
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a picture says of it, as plain JSON data."""
+        return {"source": self.source, "sha256": self.sha256}
+
+
+@dataclass(frozen=True)
+class IPAdapter:
+    """An IP-Adapter and the model that encodes its pictures.
+
+    Args:
+        weights: its file.
+        image_encoder: folder of a `CLIPVisionModelWithProjection`, or `user/repo`.
+        subfolder: of that.
+        version: changes when the image encoder does.
+        scale: how strongly it acts.
+    """
+
+    weights: Weights
+    image_encoder: str
+    subfolder: str
+    version: str
+    scale: float
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a picture says of it, as plain JSON data."""
+        return {**self.weights.settings, "image_encoder_version": self.version, "scale": self.scale}
+
+
+def lora_source(config: GenerationConfig, name: str) -> str:
+    """Where an entry says that a LoRA is. Raises `ValueError` for one that it does not name."""
+    if name not in config.lora_dict:
+        close = difflib.get_close_matches(name, config.lora_dict, 1)
+        remedy = f"did you mean {close[0]!r}?" if close else "add its file there."
+        raise ValueError(f"the LoRA {name!r} has no file in lora_dict, which has {list(config.lora_dict)}; {remedy}")
+    return config.lora_dict[name]
+
+
+def read_lora(source: str, config_path: Path, base: BaseModel) -> Weights:
+    """The file of a LoRA. Raises `ValueError` where it is not there, is no LoRA, or was made for another base."""
+    path = _find_weights(source, config_path, LORA_FILE)
+    shapes = _read_shapes(source, path)
+    if not any("lora" in key.casefold() for key in shapes):
+        raise ValueError(f"{source}: this file holds no LoRA; expected one in a form that diffusers reads.")
+    if any("dora_scale" in key or "magnitude_vector" in key for key in shapes):
+        raise ValueError(
+            f"{source}: this LoRA is none that adds to what a layer gives (DoRA): it cannot act in a region alone."
+            " Train one without DoRA."
+        )
+    # What its layers read of the prompt, in the names of diffusers, peft and kohya
+    widths = {
+        shape[1] for key, shape in shapes.items() if re.search(r"attn2[._].*to_[kv].*(down|lora_A).*weight$", key)
+    }
+    _check_widths(source, "LoRA", widths, base)
+    return Weights(source, path, _sha256(path))
+
+
+def read_ip_adapter(source: str, image_encoder: str | None, scale: float, base: BaseModel) -> IPAdapter:
+    """An IP-Adapter of the command line, with its image encoder.
+
+    Args:
+        source: `user/repo/folder/file.safetensors`, or a file.
+        image_encoder: `user/repo/folder`, or a folder; None: `image_encoder` beside the file.
+        scale: how strongly it acts.
+        base: what it is for.
+
+    Raises:
+        ValueError, OSError: one of both is not there, is something else, or was made for another base.
+    """
+    path = _find_weights(source, Path.cwd() / "config.json", None)
+    shapes = _read_shapes(source, path)
+    widths = {shape[1] for key, shape in shapes.items() if key.startswith("ip_adapter.") and "to_k_ip" in key}
+    if not widths or not any(key.startswith("image_proj.") for key in shapes):
+        raise ValueError(f"{source}: this file holds no IP-Adapter; expected one in a form that diffusers reads.")
+    _check_widths(source, "IP-Adapter", widths, base)
+    encoder = f"{source.rpartition('/')[0] or '.'}/image_encoder" if image_encoder is None else image_encoder
+    place, folder = find_source(encoder, Path.cwd() / "config.json"), ""
+    if not Path(place).exists():
+        where = parse_hub_source(place)
+        place, folder = where.repo_id, where.path
+    config = component_file(place, folder)
+    if config is None:
+        raise ValueError(f"{encoder}: this is no image encoder; it has no config.json.")
+    return IPAdapter(Weights(source, path, _sha256(path)), place, folder, files_version(config.parent, ["."]), scale)
+
+
+def _find_weights(source: str, config_path: Path, name: str | None) -> Path:
+    """A `.safetensors` file, fetched if it is on the Hub; `name` is what it is called where `source` is silent."""
+    place = find_source(source, config_path)
+    is_file = place.endswith(".safetensors")
+    if not is_file and (name is None or Path(place).is_file()):
+        raise ValueError(f"{source}: expected a .safetensors file, or on the Hub user/repo/file.safetensors.")
+    path: Path | None
+    if Path(place).exists():
+        path = Path(place) if is_file else Path(place, str(name))
+    else:
+        where = parse_hub_source(place)
+        folder, _, file = where.path.rpartition("/") if is_file else (where.path, "", str(name))
+        path = component_file(where.repo_id, folder, file, revision=where.revision)
+    if path is None or not path.is_file():
+        remedy = "check its name" if is_file else f"name its file, as in {source.rstrip('/')}/my_lora.safetensors"
+        raise ValueError(f"{source}: there is no {file if path is None else path.name} there; {remedy}.")
+    return path
+
+
+def _read_shapes(source: str, path: Path) -> dict[str, Sequence[int]]:
+    """Name -> shape of a file's tensors, of its header alone."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{source}: this is no .safetensors file, or a damaged one: {error}.") from error
+
+
+def _check_widths(source: str, kind: str, widths: set[int], base: BaseModel) -> None:
+    """Raise `ValueError` for weights that read prompts of another width than a base's."""
+    expected = sum(base.embed_dims.values())
+    if widths - {expected}:
+        raise ValueError(
+            f"{source}: this {kind} reads prompt embeddings of width {', '.join(map(str, sorted(widths)))}, expected"
+            f" {expected}, those of {base.name}. Use the base model that it was made for."
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

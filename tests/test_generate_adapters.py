@@ -1,0 +1,311 @@
+"""LoRAs and reference pictures of regions in generation configurations, on the embedded base."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from multisubject.generate_images import main
+from multisubject.generation.adapters import LORA_FILE, read_ip_adapter, read_lora
+from multisubject.generation.base_model import BaseModel
+from multisubject.generation.config_file import ConfigError, read_config
+from multisubject.generation.picture_files import read_settings
+from multisubject.generation.tasks import load_tasks
+from multisubject.pipeline_multisubject import MultiSubjectPipeline
+from multisubject.tiny_world import EMBEDDED_BASE
+
+ROOT = Path(__file__).parent.parent
+LORAS = ROOT / "embeddings" / "loras"
+LEFT, RIGHT = [0, 0, 0.5, 1], [0.5, 0, 1, 1]
+LAYOUT = [
+    {"subject": "person", "box": LEFT, "lora": "petrucci"},
+    {"subject": "guitar", "box": RIGHT, "lora": {"solo": 0.5}},
+]
+ENTRY: dict[str, Any] = {
+    "prompt": "a photo of a person and a guitar on the beach",
+    "lora_dict": {"petrucci": "loras/petrucci.safetensors", "solo": "loras/majesty", "unused": "loras/no.safetensors"},
+    "layout": LAYOUT,
+}
+WIDTH = 16  # of picture embeddings
+
+
+@pytest.fixture(scope="module")
+def base():
+    return BaseModel.read(str(EMBEDDED_BASE))
+
+
+@pytest.fixture(autouse=True)
+def shop(tmp_path, monkeypatch):
+    """A user's folder, with LoRAs as a file and as diffusers' folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loras" / "majesty").mkdir(parents=True)
+    shutil.copy(LORAS / "petrucci.safetensors", tmp_path / "loras")
+    shutil.copy(LORAS / "majesty.safetensors", tmp_path / "loras" / "majesty" / LORA_FILE)
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "face.png")
+    return tmp_path
+
+
+@pytest.fixture
+def check(base, shop):
+    """Write an entry as a config and check it: its task and the warnings."""
+
+    def run(ip_adapter: Any = None, **changes: Any) -> Any:
+        (shop / "config.json").write_text(json.dumps([ENTRY | changes]), encoding="utf-8")
+        (task,), warnings = load_tasks(read_config(shop / "config.json"), base, None, ip_adapter)
+        return task, warnings
+
+    return run
+
+
+@pytest.fixture
+def ip_adapter(base, shop):
+    """A random IP-Adapter of the base and its image encoder, in the form of the released ones: its file."""
+    unet, dim = MultiSubjectPipeline.from_pretrained(str(EMBEDDED_BASE)).unet, sum(base.embed_dims.values())
+    layers = [unet.get_submodule(name.removesuffix(".processor")) for name in unet.attn_processors if "attn2" in name]
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        "image_proj.proj.weight": torch.randn(4 * dim, WIDTH, generator=generator),
+        "image_proj.proj.bias": torch.zeros(4 * dim),
+        "image_proj.norm.weight": torch.ones(dim),
+        "image_proj.norm.bias": torch.zeros(dim),
+    }
+    for index, layer in enumerate(layers):
+        for part in "kv":
+            shape = layer.inner_dim, dim
+            weights[f"ip_adapter.{2 * index + 1}.to_{part}_ip.weight"] = torch.randn(*shape, generator=generator)
+    (shop / "models").mkdir()
+    save_file(weights, shop / "models" / "ip-adapter.safetensors")
+    config = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16,
+        projection_dim=WIDTH,
+    )  # fmt: skip
+    CLIPVisionModelWithProjection(config).save_pretrained(shop / "models" / "image_encoder")
+    return "models/ip-adapter.safetensors"
+
+
+def command(*flags: str) -> None:
+    arguments = ["--generation_config", "config.json", "--output_dir", "out", "--num_images", "1"]
+    main([*arguments, "--num_inference_steps", "2", "--device", "cpu", "--resume", *flags])
+
+
+def drawn() -> Path:
+    (picture,) = Path("out").rglob("0000.png")
+    return picture
+
+
+# --- LoRAs -----------------------------------------------------------------------------------------------------------
+
+
+def test_loras_of_regions_are_found_and_others_only_warned_of(check):
+    task, (warning,) = check()
+    assert [*task.loras] == ["petrucci", "solo"]
+    assert task.loras["solo"].path == Path("loras/majesty", LORA_FILE).absolute()
+    assert "lora_dict['unused']" in warning and warning.endswith("No region uses it.")
+
+
+def test_a_picture_is_what_the_pipeline_makes_with_these_loras(check, capsys):
+    check()
+    command()
+    pipe = MultiSubjectPipeline.from_pretrained(str(EMBEDDED_BASE))
+    for name, file in (("petrucci", "petrucci"), ("solo", "majesty")):
+        pipe.load_lora_weights(str(LORAS), weight_name=f"{file}.safetensors", adapter_name=name)
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    (expected,) = pipe(ENTRY["prompt"], layout=LAYOUT, num_inference_steps=2, latents=latents).images
+    assert Image.open(drawn()).tobytes() == expected.tobytes()
+    settings = read_settings(drawn())
+    assert {name: lora["source"] for name, lora in settings["loras"].items()} == {
+        "petrucci": "loras/petrucci.safetensors",
+        "solo": "loras/majesty",
+    }
+    capsys.readouterr()
+    command()
+    assert "1 of 1 pictures are there already" in capsys.readouterr().out
+
+
+def test_resume_notices_another_lora_of_the_same_name(check, shop, capsys):
+    check()
+    command()
+    shutil.copy(LORAS / "slash.safetensors", shop / "loras" / "petrucci.safetensors")
+    capsys.readouterr()
+    command()
+    assert "0 of 1 pictures are there already" in capsys.readouterr().out
+
+
+def test_loras_of_the_entry_before_are_gone(shop):
+    entries = [ENTRY, {"prompt": ENTRY["prompt"], "seed": 3}]
+    (shop / "config.json").write_text(json.dumps(entries), encoding="utf-8")
+    command()
+    pipe = MultiSubjectPipeline.from_pretrained(str(EMBEDDED_BASE))
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    (expected,) = pipe(ENTRY["prompt"], num_inference_steps=2, latents=latents).images
+    found = [picture for picture in Path("out").rglob("0000.png") if read_settings(picture)["seed"] == 3]
+    assert Image.open(found[0]).tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"layout": [{"subject": "person", "box": LEFT, "lora": "petruci"}]},
+            "the LoRA 'petruci' has no file in lora_dict, .* did you mean 'petrucci'?",
+        ),
+        (
+            {"lora_dict": {"petrucci": "loras/no.safetensors", "solo": "loras/majesty"}},
+            "loras/no.safetensors' does",
+        ),
+        ({"lora_dict": {"petrucci": "loras", "solo": "loras/majesty"}}, f"loras: there is no {LORA_FILE} there; name"),
+        ({"lora_dict": {"petrucci": "face.png", "solo": "loras/majesty"}}, "face.png: expected a .safetensors file"),
+        ({"lora_dict": {"a.b": "loras"}}, "expected a dictionary such as .* with names without dots"),
+    ],
+)
+def test_what_is_no_lora_of_the_entry_is_reported_with_its_place(check, changes, message):
+    with pytest.raises(ConfigError, match=rf"config.json:1: entry 1, (layout|lora_dict)(?s:.*){message}"):
+        check(**changes)
+
+
+def as_kohya(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same LoRA under kohya's names."""
+    renamed = {}
+    for key, value in weights.items():
+        layer, part = re.fullmatch(r"unet\.(.*)\.lora\.(down|up)\.weight", key).groups()
+        renamed[f"lora_unet_{layer.replace('.', '_')}.lora_{part}.weight"] = value
+    return renamed
+
+
+@pytest.mark.parametrize("form", [dict, as_kohya])
+def test_a_lora_of_another_base_is_refused_before_the_model_loads(base, xl_base_path, form):
+    save_file(form(load_file(LORAS / "petrucci.safetensors")), "petrucci.safetensors")
+    path = Path("petrucci.safetensors").absolute()
+    assert read_lora("petrucci.safetensors", Path("config.json"), base).path == path
+    other = BaseModel.read(xl_base_path)
+    with pytest.raises(ValueError, match=rf"this LoRA reads .* of width 128, expected .* {xl_base_path}"):
+        read_lora("petrucci.safetensors", Path("config.json"), other)
+
+
+def test_a_file_without_loras_is_refused(base):
+    save_file({"dog": torch.zeros(1, 128)}, "subject.safetensors")
+    with pytest.raises(ValueError, match=r"subject.safetensors: this file holds no LoRA"):
+        read_lora("subject.safetensors", Path("config.json"), base)
+    Path("cut.safetensors").write_bytes(b"1")
+    with pytest.raises(ValueError, match=r"cut.safetensors: this is no .safetensors file, or a damaged one"):
+        read_lora("cut.safetensors", Path("config.json"), base)
+
+
+def test_a_lora_of_other_layers_is_one_line_before_the_first_picture(check):
+    """Of a base that reads prompts of the same width, but has other layers."""
+    weights = load_file(LORAS / "petrucci.safetensors")
+    save_file({key: value.repeat(1, 2) if "attn1.to_q.lora.down" in key else value for key, value in weights.items()},
+              "loras/petrucci.safetensors")  # fmt: skip
+    check()
+    with pytest.raises(SystemExit) as caught:
+        command()
+    assert "LoRA 'petrucci'" in str(caught.value) and "its layers are of another base model" in str(caught.value)
+    assert "\n" not in str(caught.value) and not [*Path("out").rglob("*.png")]
+
+
+def test_what_cannot_act_in_a_region_is_refused(base):
+    renamed = as_kohya(load_file(LORAS / "petrucci.safetensors"))
+    key = next(key for key in renamed if key.endswith("lora_up.weight"))
+    save_file(renamed | {key.replace("lora_up.weight", "dora_scale"): torch.ones(48, 1)}, "dora.safetensors")
+    with pytest.raises(ValueError, match=r"dora.safetensors: this LoRA is none that adds .* \(DoRA\)"):
+        read_lora("dora.safetensors", Path("config.json"), base)
+
+
+def test_loading_loras_says_nothing(check, capfd):
+    check(lora_dict={name: source for name, source in ENTRY["lora_dict"].items() if name != "unused"})
+    command()
+    assert not [line for line in capfd.readouterr().err.splitlines() if "LoRA" in line or "peft" in line]
+
+
+# --- reference pictures ----------------------------------------------------------------------------------------------
+
+WITH_PICTURE = {"layout": [{"ip_adapter_image": "face.png", "box": LEFT}], "prompt": "a photo on the beach"}
+
+
+def test_pictures_of_regions_need_an_ip_adapter(check):
+    with pytest.raises(ConfigError, match=r"entry 1, layout: a region has `ip_adapter_image`, .* pass --ip_adapter"):
+        check(**WITH_PICTURE)
+
+
+def test_a_picture_is_what_the_pipeline_makes_with_the_ip_adapter(check, ip_adapter, shop):
+    """In one run with an entry that has no pictures, which is drawn as without an IP-Adapter."""
+    entries = [{"prompt": ENTRY["prompt"], "seed": seed} for seed in (3, 4)]
+    entries.insert(1, {**WITH_PICTURE, "seed": 5})
+    (shop / "config.json").write_text(json.dumps(entries), encoding="utf-8")
+    command("--ip_adapter", ip_adapter, "--ip_adapter_scale", "0.7")
+    pipe = MultiSubjectPipeline.from_pretrained(str(EMBEDDED_BASE))
+
+    def expected(seed: int, prompt: str, layout: Any = None) -> bytes:
+        latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(seed))
+        return pipe(prompt, layout=layout, num_inference_steps=2, latents=latents).images[0].tobytes()
+
+    found = {read_settings(path)["seed"]: path for path in Path("out").rglob("0000.png")}
+    for seed in (3, 4):
+        assert Image.open(found[seed]).tobytes() == expected(seed, ENTRY["prompt"])
+        assert "ip_adapter" not in read_settings(found[seed])
+    plain = expected(5, WITH_PICTURE["prompt"])
+    pipe.load_ip_adapter("models", subfolder="", weight_name="ip-adapter.safetensors")
+    pipe.set_ip_adapter_scale(0.7)
+    assert Image.open(found[5]).tobytes() == expected(5, WITH_PICTURE["prompt"], WITH_PICTURE["layout"]) != plain
+    settings = read_settings(found[5])["ip_adapter"]
+    assert (settings["source"], settings["scale"]) == (ip_adapter, 0.7)
+
+
+def test_resume_notices_another_picture_scale_or_image_encoder(check, ip_adapter, shop, capsys, base):
+    check(read_ip_adapter(ip_adapter, None, 1.0, base), **WITH_PICTURE)
+
+    def there(*flags: str) -> str:
+        capsys.readouterr()
+        command("--ip_adapter", ip_adapter, *flags)
+        return capsys.readouterr().out
+
+    assert "0 of 1" in there() and "1 of 1" in there()
+    Image.new("RGB", (8, 8), "blue").save(shop / "face.png")
+    assert "0 of 1" in there() and "1 of 1" in there()
+    assert "0 of 1" in there("--ip_adapter_scale", "0.5") and "0 of 1" in there()
+    config = shop / "models" / "image_encoder" / "config.json"
+    config.write_text(config.read_text() + "\n")
+    assert "0 of 1" in there()
+
+
+def test_paths_in_a_color_context_are_those_of_the_config(check, ip_adapter, base, shop, monkeypatch):
+    Image.new("RGB", (8, 8), (255, 0, 0)).save(shop / "map.png")
+    adapter = read_ip_adapter(ip_adapter, None, 1.0, base)
+    monkeypatch.chdir("/")
+    colors = {"255,0,0": {"ip_adapter_image": "face.png"}}
+    task, _ = check(adapter, prompt="a photo on the beach", layout="map.png", color_context=colors, lora_dict={})
+    assert task.regions()[0].ip_adapter_image.getpixel((0, 0)) == (255, 0, 0) and task.ip_adapter is adapter
+
+
+def test_an_ip_adapter_of_another_base_or_none_is_refused(ip_adapter, xl_base_path, base):
+    with pytest.raises(ValueError, match=r"this IP-Adapter reads prompt embeddings of width 128, expected"):
+        read_ip_adapter(ip_adapter, None, 1.0, BaseModel.read(xl_base_path))
+    with pytest.raises(ValueError, match=r"petrucci.safetensors: this file holds no IP-Adapter"):
+        read_ip_adapter("loras/petrucci.safetensors", None, 1.0, base)
+    with pytest.raises(ValueError, match=r"models: expected a .safetensors file, or on the Hub"):
+        read_ip_adapter("models", None, 1.0, base)
+    with pytest.raises(ValueError, match=r"loras: this is no image encoder; it has no config.json"):
+        read_ip_adapter(ip_adapter, "loras", 1.0, base)
+    with pytest.raises(ValueError, match=r"'./no' does not exist"):
+        read_ip_adapter(ip_adapter, "./no", 1.0, base)
+
+
+def test_an_ip_adapter_that_is_not_there_or_not_used_is_told(check, ip_adapter, capsys):
+    check(layout=LAYOUT[:1])
+    with pytest.raises(SystemExit):
+        command("--ip_adapter", "no.safetensors")
+    assert "--ip_adapter: 'no.safetensors' does not exist" in capsys.readouterr().err
+    command("--ip_adapter", ip_adapter)
+    assert "warning: --ip_adapter: no region of the config has an `ip_adapter_image`" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command("--ip_adapter_image_encoder", "models/image_encoder")
+    assert "--ip_adapter_image_encoder came without --ip_adapter" in capsys.readouterr().err

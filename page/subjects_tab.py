@@ -25,6 +25,8 @@ CSS = """
 #subjects .fixed-height, #strip .fixed-height { min-height: 0; }
 #subjects .grid-container { grid-template-columns: repeat(auto-fill, minmax(6.5rem, 1fr)); }
 #strip .grid-container { grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr)); }
+#subjects .thumbnail-lg { aspect-ratio: 4 / 5; }
+#subjects .thumbnail-lg > img { position: absolute; inset: 0 0 auto; height: auto; aspect-ratio: 1; }
 #subjects .caption-label, #strip .caption-label {
   left: 0; right: 0; bottom: 0; max-width: none; white-space: normal; overflow-wrap: anywhere; text-align: center;
 }

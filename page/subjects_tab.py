@@ -15,13 +15,22 @@ from PIL import Image, ImageDraw, ImageFont
 from multisubject.page.canvas import offering
 from multisubject.page.safety import MOST_BYTES, opaque, read_data_url, read_picture
 from multisubject.page.subjects import THUMBNAIL_SIZE, SubjectLibrary
-from multisubject.page.training import MOST_PICTURES, MOST_STEPS, Job, TrainingJobs, TrainingPicture
+from multisubject.page.subjects_service import SubjectsService
+from multisubject.page.training import (
+    MOST_PICTURES,
+    MOST_STEPS,
+    TrainingJobs,
+    TrainingPicture,
+    as_training_picture,
+)
+from multisubject.page.training_view import progress_html
 
-_LONGEST_SIDE = 1536  # more than any base is taught with
 _SECONDS_BETWEEN_LOOKS = 1.0
-_MASK_COLOUR = "#ff3b8d"
+_MASK_COLOUR, _MASK_OPACITY = "#ff3b8d", 0.6  # what is painted over stays to be seen
 
 CSS = """
+#subjects .grid-wrap { max-height: none; overflow: visible; }
+#subjects_said:not(:has(p)), #train_said:not(:has(p)) { display: none; }
 #subjects .fixed-height, #strip .fixed-height { min-height: 0; }
 #subjects .grid-container { grid-template-columns: repeat(auto-fill, minmax(6.5rem, 1fr)); }
 #strip .grid-container { grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr)); }
@@ -36,13 +45,6 @@ CSS = """
   border: 1px solid var(--border-color-primary); border-radius: var(--radius-lg); padding: 0.6rem;
 }
 """
-
-_PHASES = {
-    "loading": "loading the base and the pictures",
-    "training": "learning",
-    "saving": "drawing pictures to look at",
-    "done": "adding it to the subjects",
-}
 
 
 def subjects_tab(library: SubjectLibrary, jobs: TrainingJobs, canvas: gr.Component) -> None:
@@ -74,6 +76,7 @@ class _SubjectsTab:
             # What this browser shows: a component, for a state's change would not reach the browser from a timer.
             self.names = gr.Textbox(visible="hidden", elem_id="shown_subjects", label="Subjects shown")
             self.shown = gr.State(None)  # of the training that it shows
+            SubjectsService(self.library, self.jobs).serve()
         self._wire(canvas)
 
     def _what_there_is(self) -> None:
@@ -140,15 +143,20 @@ class _SubjectsTab:
             visible=False,
         )
         with gr.Column(visible=False, elem_id="editing") as self.editing:
+            gr.Markdown("Paint over the subject, or nothing at all to learn the whole picture. The first tool crops.")
             self.editor = gr.ImageEditor(
-                label="Paint over the subject, or nothing at all to learn the whole picture; crop with the first tool",
+                label="Picture to crop and to paint over",
+                show_label=False,
                 elem_id="editor",
                 type="pil",
                 sources=[],
                 transforms=["crop"],
                 layers=False,
                 brush=gr.Brush(
-                    colors=[_MASK_COLOUR], default_color=_MASK_COLOUR, color_mode="fixed", default_size="auto"
+                    colors=[(_MASK_COLOUR, _MASK_OPACITY)],
+                    default_color=(_MASK_COLOUR, _MASK_OPACITY),
+                    color_mode="fixed",
+                    default_size="auto",
                 ),
                 buttons=[],
                 height=420,
@@ -179,6 +187,7 @@ class _SubjectsTab:
             self.progress = gr.HTML(elem_id="training_progress", padding=True)
             self.sheet = gr.Image(
                 label="What it draws so far",
+                show_label=False,
                 elem_id="validation",
                 interactive=False,
                 format="png",
@@ -309,10 +318,7 @@ class _SubjectsTab:
             except (ValueError, OSError) as error:
                 problems.append(str(error))
                 continue
-            picture.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE), Image.Resampling.LANCZOS)
-            alpha = picture.getchannel("A") if picture.mode == "RGBA" else None
-            has_mask = alpha is not None and min(alpha.tobytes()) < 255 and alpha.getbbox()
-            pictures.append(TrainingPicture(opaque(picture), alpha if has_mask else None))
+            pictures.append(as_training_picture(picture))
         return (
             pictures,
             *_strip(pictures),
@@ -387,9 +393,9 @@ class _SubjectsTab:
         return (
             gr.Column(visible=True),
             self._dropdown(job.key),
-            _progress(job, said),
+            progress_html(job, said, sheets),
             sheet,
-            gr.Button(visible=job.state in ("waiting", "running"), interactive=True),
+            gr.Button("Stop at once" if job.state == "stopping" else "Cancel", visible=job.is_active),
             gr.Button(visible=job.state in ("stopped", "failed")),
             gr.Button(visible=not job.is_active),
             news,
@@ -437,7 +443,7 @@ def _strip(pictures: Sequence[TrainingPicture]) -> tuple[Any, Any]:
 def _painted(mask: Image.Image) -> Image.Image:
     """A mask as the brush would have drawn it."""
     layer = Image.new("RGBA", mask.size, _MASK_COLOUR)
-    layer.putalpha(mask)
+    layer.putalpha(mask.point(lambda value: round(value * _MASK_OPACITY)))
     return layer
 
 
@@ -448,7 +454,8 @@ def _from_editor(value: dict[str, Any]) -> TrainingPicture:
     for layer in value.get("layers") or ():
         painted = layer.convert("RGBA").getchannel("A").resize(background.size)
         covered = np.maximum(covered, np.asarray(painted))
-    mask = Image.fromarray(np.where(covered > 127, 255, 0).astype(np.uint8)) if covered.max() > 127 else None
+    inside = covered > 255 * _MASK_OPACITY / 2
+    mask = Image.fromarray(np.where(inside, 255, 0).astype(np.uint8)) if inside.any() else None
     return TrainingPicture(opaque(background), mask)
 
 
@@ -482,56 +489,3 @@ def _text(value: Any) -> str | None:
 
 def _is_index(index: Any, items: Sequence[Any]) -> bool:
     return isinstance(index, int) and 0 <= index < len(items)
-
-
-def _progress(job: Job, said: dict[str, Any]) -> str:
-    """A training in words, as a bar and as a curve."""
-    step, of, loss = said.get("step") or 0, said.get("of") or job.steps, said.get("loss")
-    phase = _PHASES.get(str(said.get("phase")), "starting")
-    words = {
-        "waiting": "waits for the training before it",
-        "running": f"{phase}, step {step} of {of}" if said.get("phase") == "training" else phase,
-        "stopping": "stopping after this step",
-        "done": f"done: <{job.name}> is among the subjects",
-        "stopped": f"stopped at step {step} of {of}; it can go on from there",
-        "failed": f"failed: {job.message}",
-    }[job.state]
-    rest = f" · loss {loss:.4f}" if isinstance(loss, float) and job.state != "failed" else ""
-    name = html.escape(f"<{job.name}> · {job.class_phrase}")
-    role = ' role="alert"' if job.state == "failed" else ""
-    return (
-        f"<p><b>{name}</b></p><p{role}>{html.escape(words)}{rest}</p>"
-        f'<progress value="{step}" max="{of}" aria-label="Steps"></progress>'
-        f"{loss_curve(said.get('curve') or [])}"
-    )
-
-
-def loss_curve(points: Sequence[Sequence[float]], width: int = 400, height: int = 130) -> str:
-    """The loss over the steps as SVG, in the colour of the text.
-
-    Args:
-        points: `[step, loss]`, as the trainer's `--progress_file` has them.
-        width, height: of the drawing's own units; it takes all the width that there is.
-    """
-    if len(points) < 2:
-        return ""
-    steps, losses = zip(*points, strict=True)
-    low, high = min(losses), max(losses)
-    left, top, right, bottom = 50, 12, width - 12, height - 24
-    span = (high - low) or 1.0
-
-    def at(step: float, loss: float) -> str:
-        x = left + (step - steps[0]) / (steps[-1] - steps[0]) * (right - left)
-        return f"{x:.1f},{bottom - (loss - low) / span * (bottom - top):.1f}"
-
-    style = 'fill="currentColor" font-size="11"'
-    return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="Loss, from {losses[0]:.4f} to {losses[-1]:.4f}">'
-        f'<path d="M{left} {top}V{bottom}H{right}" fill="none" stroke="currentColor" opacity="0.4"/>'
-        f'<polyline points="{" ".join(at(*point) for point in points)}" fill="none" stroke="currentColor" '
-        f'stroke-width="1.5"/>'
-        f'<text x="{left - 6}" y="{top + 8}" text-anchor="end" {style}>{high:.4f}</text>'
-        f'<text x="{left - 6}" y="{bottom}" text-anchor="end" {style}>{low:.4f}</text>'
-        f'<text x="{left}" y="{height - 6}" {style}>step {steps[0]}</text>'
-        f'<text x="{right}" y="{height - 6}" text-anchor="end" {style}>step {steps[-1]}</text></svg>'
-    )

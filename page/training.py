@@ -22,11 +22,13 @@ from PIL import Image
 
 from multisubject.generation.base_model import BaseModel
 from multisubject.model_card import sample_path
+from multisubject.page.safety import opaque
 from multisubject.page.subjects import SubjectLibrary, free_path
-from multisubject.pictures import png_bytes
+from multisubject.pictures import png_bytes, split_alpha
 from multisubject.subject_file import write_atomically
 from multisubject.tiny_world import EMBEDDED_BASE, EMBEDDED_BASE_XL
 from multisubject.training.config import TrainConfig, class_phrase_of
+from multisubject.training.pictures import MASK_ENDING
 
 MOST_PICTURES = 30
 MOST_STEPS = 4000
@@ -35,6 +37,7 @@ MOST_JOBS = 50
 _CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 _JOB_FILE, _PROGRESS_FILE, _LOG_FILE = "job.json", "progress.json", "log.txt"
 _SECONDS_TO_STOP = 20.0
+_LONGEST_SIDE = 1536  # in pixels, more than any base is taught with
 
 State = Literal["waiting", "running", "stopping", "done", "stopped", "failed"]
 
@@ -157,7 +160,8 @@ class TrainingJobs:
             raise ValueError(f"{len(pictures)} pictures; expected 1 to {MOST_PICTURES} of the subject.")
         if not isinstance(steps, int) or not 1 <= steps <= MOST_STEPS:
             raise ValueError(f"steps: {steps!r}; expected a whole number from 1 to {MOST_STEPS}.")
-        with self._lock:
+        files = [item for index, picture in enumerate(pictures) for item in _files(picture, f"{index:03d}").items()]
+        with self._lock:  # for which every tab waits: pictures are encoded before
             if any(job.name.casefold() == name.casefold() and job.is_active for job in self._jobs.values()):
                 raise ValueError(f"<{name}> is being trained already. Choose another name.")
             if len(self._jobs) >= MOST_JOBS:
@@ -165,40 +169,39 @@ class TrainingJobs:
             self.folder.mkdir(parents=True, exist_ok=True)
             folder = free_path(self.folder / name)
             (folder / "pictures").mkdir(parents=True)
-            for index, picture in enumerate(pictures):
-                write_atomically(folder / "pictures" / f"{index:03d}.png", png_bytes(picture.image.convert("RGB")))
-                if picture.mask is not None and picture.mask.getbbox():
-                    mask = picture.mask.convert("L")
-                    write_atomically(folder / "pictures" / f"{index:03d}_mask.png", png_bytes(mask))
+            for file, data in files:
+                (folder / "pictures" / file).write_bytes(data)
             job = Job(folder.name, name, phrase, steps, self.base.name)
             self._put(job)
         self._enqueue(job.key)
         return job
 
     def stop(self, key: str) -> None:
-        """Cancel a job; what it has learnt stays as a checkpoint. Nothing happens to one that is over."""
+        """Cancel a job; what it has learnt stays as a checkpoint. Doing so again after a while ends it at once.
+        Nothing happens to a job that is over."""
         with self._lock:
-            job = self._jobs.get(key)
+            job = self._jobs.get(key) if isinstance(key, str) else None
             if job is not None and job.state == "waiting":
                 self._put(replace(job, state="stopped"))
-            elif job is not None and job.state == "running":
+            elif job is not None and job.state in ("running", "stopping"):
                 self._put(replace(job, state="stopping"))
                 self._end_process()
 
     def resume(self, key: str) -> None:
         """Go on with a job that was cancelled, failed, or was cut off. Raises `ValueError` for one that is not there,
-        not over, or finished."""
+        not over, or finished, and where another subject has its name by now."""
         with self._lock:
-            job = self._jobs.get(key)
+            job = self._jobs.get(key) if isinstance(key, str) else None
             if job is None or job.state not in ("stopped", "failed"):
                 raise ValueError("this training cannot go on: it is not there, not over, or finished.")
+            self.library.check_free(job.name)
             self._put(replace(job, state="waiting", message=None))
         self._enqueue(key)
 
     def remove(self, key: str) -> None:
         """Forget a job that is over, with its pictures and checkpoints. Raises `ValueError` for another."""
         with self._lock:
-            job = self._jobs.get(key)
+            job = self._jobs.get(key) if isinstance(key, str) else None
             if job is None or job.is_active:
                 raise ValueError("this training cannot be removed: it is not there, or not over.")
             del self._jobs[key]
@@ -210,8 +213,10 @@ class TrainingJobs:
             self._closed, process = True, self._process
             self._end_process()
         if process is not None:
-            with suppress(subprocess.TimeoutExpired):
+            try:
                 process.wait(_SECONDS_TO_STOP)
+            except subprocess.TimeoutExpired:  # it would go on without a server
+                process.kill()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._queue.put("")
             self._thread.join(_SECONDS_TO_STOP)
@@ -321,6 +326,35 @@ class TrainingJobs:
             return str(said["message"])[:2000]
         log = (self.folder / job.key / _LOG_FILE).read_text(encoding="utf-8", errors="replace").strip()
         return log.splitlines()[-1][:2000] if log else f"the training ended with status {status}."
+
+
+def as_training_picture(image: Image.Image, mask: Image.Image | None = None) -> TrainingPicture:
+    """A picture that somebody sent, no larger than training needs. What is transparent is outside of its mask.
+
+    Args:
+        image: `RGB` or `RGBA`.
+        mask: white where the subject is; None: the picture's transparency, if it has any.
+
+    Raises:
+        ValueError: the mask has another size.
+    """
+    rgb, alpha = split_alpha(image)
+    mask = alpha if mask is None else opaque(mask).convert("L")
+    if mask is not None and mask.size != rgb.size:
+        raise ValueError(f"a mask has the size {mask.size}, its picture {rgb.size}; expected the same.")
+    scale = min(1.0, _LONGEST_SIDE / max(rgb.size))
+    size = max(1, round(rgb.width * scale)), max(1, round(rgb.height * scale))
+    rgb = rgb.resize(size, Image.Resampling.LANCZOS)
+    return TrainingPicture(rgb, mask.resize(size) if mask is not None and mask.getbbox() else None)
+
+
+def _files(picture: TrainingPicture, stem: str) -> dict[str, bytes]:
+    """A picture and its mask as the trainer reads them: file name -> bytes, without metadata."""
+    image = picture.image.convert("RGB")
+    image.info = {}
+    if picture.mask is None or not picture.mask.getbbox():
+        return {f"{stem}.png": png_bytes(image)}
+    return {f"{stem}.png": png_bytes(image), f"{stem}{MASK_ENDING}.png": png_bytes(picture.mask.convert("L"))}
 
 
 def training_threads() -> int:

@@ -1,24 +1,35 @@
 """The page's subjects: the library, trainings as jobs of the server, the tab in a real browser on tiny settings."""
 
+import base64
 import json
+import os
 import shutil
 import socket
+import sys
 import threading
 import time
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
+import gradio as gr
 import pytest
 from PIL import Image
 
 import multisubject
+from multisubject.base_models import load_text_encoders
 from multisubject.generation.base_model import BaseModel
 from multisubject.hub_utils import load_subject, save_subject
 from multisubject.page import subjects as subjects_module
 from multisubject.page.subjects import SubjectLibrary
-from multisubject.page.training import TrainingJobs, TrainingPicture, training_threads
+from multisubject.page.subjects_service import SubjectsService
+from multisubject.page.training import TrainingJobs, TrainingPicture, as_training_picture, training_threads
+from multisubject.pictures import data_url
+from multisubject.tiny_world import EMBEDDED_BASE, EMBEDDED_BASE_XL
 from multisubject.tiny_world.scenes import World
 from multisubject.tiny_world.subjects import get_subject, subject_pictures
 from multisubject.train_residual import main as train_main
+from multisubject.training.pictures import load_pictures
 from multisubject.training.progress import ProgressFile, thinned
 
 ROOT = Path(multisubject.__file__).parent
@@ -31,9 +42,14 @@ def base(base_path):
     return BaseModel.read(base_path)
 
 
+@pytest.fixture(scope="module")
+def encoders(base_path):
+    return load_text_encoders(base_path)
+
+
 @pytest.fixture
-def library(tmp_path):
-    return SubjectLibrary({"text_encoder": 128}, tmp_path / "subjects")
+def library(base, encoders, tmp_path):
+    return SubjectLibrary(base, encoders, tmp_path / "subjects")
 
 
 @pytest.fixture
@@ -64,22 +80,21 @@ def wait(until, seconds=120.0):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("folder", "widths"), [("", [128]), ("xl", [128, 160])])
-def test_shipped_subjects_have_small_thumbnails(folder, widths, tmp_path):
-    names = ("text_encoder", "text_encoder_2")
-    library = SubjectLibrary(dict(zip(names, widths, strict=False)), tmp_path)
+@pytest.mark.parametrize(("folder", "path"), [("", EMBEDDED_BASE), ("xl", EMBEDDED_BASE_XL)])
+def test_shipped_subjects_have_small_thumbnails(folder, path, tmp_path):
+    library = SubjectLibrary(BaseModel.read(str(path)), load_text_encoders(path), tmp_path)
     assert len(library.read(str(EMBEDDINGS / folder))) == 8
     for said in library.listing():
         assert said["thumbnail"].startswith("data:image/png;base64,"), said["name"]
         assert (EMBEDDINGS / folder / "thumbnails" / f"{said['name']}.png").stat().st_size < 8000
 
 
-def test_an_added_file_is_copied_and_there_again_after_a_restart(library, tmp_path):
+def test_an_added_file_is_copied_and_there_again_after_a_restart(library, encoders, tmp_path):
     sent = tmp_path / "sent.safetensors"
     shutil.copy(EMBEDDINGS / "comet.safetensors", sent)
     assert library.add_file(sent, name="balloon") == ["balloon"]
     sent.unlink()
-    again = SubjectLibrary(library.embed_dims, library.folder)
+    again = SubjectLibrary(library.base, encoders, library.folder)
     assert again.sources() == library.sources() == {"balloon": str(library.folder / "balloon.safetensors")}
     assert load_subject(again.sources()["balloon"])["balloon"].class_phrase == "ball"
     again.remove("Balloon")
@@ -96,7 +111,11 @@ def test_what_cannot_be_added_is_refused_and_leaves_nothing(library, tmp_path):
         (EMBEDDINGS / "comet.safetensors", {"name": "../x"}, "a subject's name is"),
         (EMBEDDINGS / "comet.safetensors", {"name": "x", "class_phrase": "<b>"}, "without '<' and '>'"),
         (EMBEDDINGS / "comet.pt", {"name": "x"}, "fill in both"),
-        (EMBEDDINGS / "xl" / "comet.safetensors", {"name": "x"}, "width 128 and 160, and this base has 128"),
+        (
+            EMBEDDINGS / "xl" / "comet.safetensors",
+            {"name": "x"},
+            "has deltas for ['text_encoder', 'text_encoder_2'], this base",
+        ),
         (junk, {}, "junk.safetensors"),
     ):
         with pytest.raises(ValueError) as error:
@@ -132,14 +151,53 @@ def test_a_slow_download_holds_nobody_up(library, monkeypatch):
     assert [*library.sources()] == ["pepper", "comet"]
 
 
-def test_a_subject_of_another_base_keeps_its_file(library):
+def test_a_subject_of_another_base_keeps_its_file(library, encoders):
     other = load_subject(EMBEDDINGS / "xl" / "comet.safetensors")["comet"]
     library.folder.mkdir()
     theirs = save_subject(other, library.folder / "comet.safetensors")
     before = theirs.read_bytes()
-    library = SubjectLibrary(library.embed_dims, library.folder)
+    library = SubjectLibrary(library.base, encoders, library.folder)
     assert library.add_file(EMBEDDINGS / "comet.safetensors") == ["comet"]
     assert theirs.read_bytes() == before and library.sources()["comet"].endswith("comet-2.safetensors")
+
+
+def test_a_subject_that_would_fail_in_a_picture_is_refused_at_once(library, tmp_path):
+    given = load_subject(EMBEDDINGS / "comet.safetensors")["comet"]
+    for change, words in (
+        ({"class_phrase": "red ball"}, "2 tokens"),
+        ({"metadata": {"text_encoder_fingerprint": f"signs256:{'0' * 64}"}}, "trained against another text_encoder"),
+    ):
+        file = save_subject(replace(given, **change), tmp_path / "rex.safetensors")
+        with pytest.raises(ValueError, match=words):
+            library.add_file(file)
+        with pytest.raises(ValueError, match=words):
+            library.read(str(file))
+    with pytest.raises(ValueError, match="does not say what it is"):
+        library.read(str(EMBEDDINGS / "comet.pt"))
+    assert not library.sources() and not library.folder.exists()
+
+
+def test_one_of_many_threads_gets_a_name(library):
+    barrier, won = threading.Barrier(6), []
+
+    def add():
+        barrier.wait()
+        with suppress(ValueError):
+            won.extend(library.add_file(EMBEDDINGS / "slash.safetensors", name="rex"))
+
+    threads = [threading.Thread(target=add) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert won == ["rex"] == [*library.sources()] and len([*library.folder.iterdir()]) == 1
+
+
+def test_a_kept_thumbnail_is_small(library):
+    photo = Image.effect_noise((640, 480), 90).convert("RGB")
+    library.add_trained(EMBEDDINGS / "slash.safetensors", photo)
+    (said,) = library.listing()
+    assert said["thumbnail"].startswith("data:image/png;base64,") and len(said["thumbnail"]) < 2**14
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -248,6 +306,69 @@ def test_a_training_is_cancelled_goes_on_in_a_new_server_and_ends_among_the_subj
         again.close()
 
 
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Have a line of Python in the place of the trainer."""
+
+    def put(code):
+        monkeypatch.setattr(TrainingJobs, "_command", lambda self, job: [sys.executable, "-c", code])
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("print('one'); print('no space'); raise SystemExit(1)", "no space"),
+        ("raise KeyError('x')", "KeyError: 'x'"),
+        ("import os; os.kill(os.getpid(), 9)", "the training ended with status -9."),
+        ("pass", "no such file or folder"),
+    ],
+)
+def test_how_a_trainer_failed_is_said_also_after_a_restart(code, message, jobs, pictures, stand_in):
+    stand_in(code)
+    job = jobs.start("rex", "dog", pictures, 3)
+    wait(lambda: not jobs.get(job.key).is_active)
+    assert jobs.get(job.key).state == "failed" and message in jobs.get(job.key).message
+    again = TrainingJobs(jobs.base, jobs.library, jobs.folder)
+    assert again.jobs() == jobs.jobs()
+    again.close()
+
+
+def test_a_trainer_is_given_less_than_the_page(jobs, pictures, stand_in):
+    stand_in("import os, sys, time; time.sleep(0.2); sys.exit(f'{os.environ[\"OMP_NUM_THREADS\"]} {os.nice(0)}')")
+    job = jobs.start("rex", "dog", pictures, 3)
+    wait(lambda: not jobs.get(job.key).is_active)
+    assert jobs.get(job.key).message == f"{training_threads()} {min(19, os.nice(0) + 10)}"
+
+
+def test_a_trainer_that_hears_nothing_is_ended_with_the_server(jobs, pictures, stand_in, monkeypatch):
+    stand_in(
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(99)"
+    )
+    monkeypatch.setattr("multisubject.page.training._SECONDS_TO_STOP", 1.0)
+    job = jobs.start("rex", "dog", pictures, 3)
+    wait(
+        lambda: (
+            (jobs.folder / job.key / "log.txt").exists() and "deaf" in (jobs.folder / job.key / "log.txt").read_text()
+        )
+    )
+    process = jobs._process
+    jobs.stop(job.key)
+    assert jobs.get(job.key).state == "stopping"
+    jobs.close()
+    assert process.wait(10) == -9 and jobs.get(job.key).state == "stopped"
+
+
+def test_a_name_that_was_taken_meanwhile_stops_a_resumed_training(jobs, pictures, stand_in):
+    stand_in("raise SystemExit(1)")
+    job = jobs.start("rex", "dog", pictures, 3)
+    wait(lambda: not jobs.get(job.key).is_active)
+    jobs.library.add_file(EMBEDDINGS / "pepper.safetensors", name="Rex")
+    with pytest.raises(ValueError, match="there is a subject"):
+        jobs.resume(job.key)
+
+
 @pytest.mark.slow
 def test_a_training_that_fails_says_why(jobs, pictures, base):
     failing = TrainingJobs(base, jobs.library, jobs.folder, on_cpu=True, options=[*FAST, "--resolution=7"])
@@ -258,6 +379,92 @@ def test_a_training_that_fails_says_why(jobs, pictures, base):
         assert "this base needs a multiple of" in failing.get(job.key).message
     finally:
         failing.close()
+
+
+def test_pictures_are_kept_as_the_trainer_reads_them(jobs, stand_in):
+    stand_in("pass")
+    red = Image.new("RGB", (64, 48), "red")
+    cut_out = Image.new("RGBA", (48, 48), (255, 0, 0, 0))
+    cut_out.paste((0, 255, 0, 255), (0, 0, 24, 24))
+    half = Image.new("L", red.size)
+    half.paste(255, (0, 0, 32, 48))
+    given = [
+        (red, None),
+        (red, half),
+        (cut_out, None),
+        (red, Image.new("RGB", red.size)),
+        (red.resize((3200, 2400)), None),
+    ]
+    job = jobs.start("rex", "dog", [as_training_picture(*one) for one in given], 3)
+    read = load_pictures(jobs.folder / job.key / "pictures", strict=True)
+    assert [picture.mask is not None for picture in read] == [False, True, True, False, False]
+    assert read[1].mask.tobytes() == half.tobytes() and read[1].image.getpixel((40, 0)) == (255, 0, 0)
+    assert sum(read[2].mask.histogram()[255:]) == 24 * 24
+    assert read[4].image.size == (1536, 1152)
+    with pytest.raises(ValueError, match="a mask has the size"):
+        as_training_picture(red, Image.new("L", (3, 3)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Over HTTP
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def service(jobs):
+    return SubjectsService(jobs.library, jobs)
+
+
+def test_a_subject_comes_and_goes_over_http(service):
+    data = base64.b64encode((EMBEDDINGS / "comet.safetensors").read_bytes()).decode()
+    assert service.add_subject(data, "balloon") == ["balloon"]
+    service.remove_subject("balloon")
+    assert not service.library.sources()
+
+
+def test_a_training_begins_and_ends_over_http(service, stand_in):
+    stand_in("import time; time.sleep(60)")
+    picture = {"image": data_url(Image.new("RGB", (64, 64), "red")), "mask": data_url(Image.new("L", (64, 64), 255))}
+    key = service.train("rex", "dog", [picture])["key"]
+    assert {"000.png", "000_mask.png"} == {path.name for path in (service.jobs.folder / key / "pictures").iterdir()}
+    wait(lambda: service.trainings()[0]["state"] == "running")
+    (said,) = service.trainings()
+    assert (said["name"], said["class_phrase"], said["steps"], said["step"]) == ("rex", "dog", 300, 0)
+    service.change_training(key, "stop")
+    wait(lambda: service.trainings()[0]["state"] == "stopped")
+    service.change_training(key, "remove")
+    assert service.trainings() == []
+
+
+RED = {"image": data_url(Image.new("RGB", (64, 64), "red"))}
+
+
+@pytest.mark.parametrize(
+    ("call", "given", "words"),
+    [
+        ("add_subject", ["%"], "file: expected base64"),
+        ("add_subject", [None], "file: expected base64"),
+        ("add_subject", [""], "not a safetensors file"),
+        ("add_subject", ["AAAA", ["x"]], "name: expected text"),
+        ("remove_subject", [{}], "was not added on this page"),
+        ("train", ["rex", "dog", []], "pictures: expected a list of 1 to"),
+        ("train", ["rex", "dog", ["/etc/passwd"]], "picture 1: expected"),
+        ("train", ["rex", "dog", [{"image": "/etc/passwd"}]], "picture 1 is no picture"),
+        ("train", ["rex", "dog", [{**RED, "mask": "x"}]], "the mask of picture 1 is no picture"),
+        ("train", ["rex", "dog", [{**RED, "path": "x"}]], "picture 1: expected"),
+        ("train", ["rex", "dog", [RED], "3"], "steps: '3'"),
+        ("train", ["rex", "dog", [RED], False], "steps: False"),
+        ("train", ["rex", None, [RED]], "class_phrase: expected text"),
+        ("change_training", ["rex", "start"], "action: 'start'; expected one of stop, resume, remove"),
+        ("change_training", ["../..", "remove"], "there is no training"),
+        ("change_training", [["x"], "remove"], "there is no training"),
+    ],
+)
+def test_what_makes_no_sense_over_http_is_refused_in_words(call, given, words, service):
+    with pytest.raises(gr.Error) as error:
+        getattr(service, call)(*given)
+    assert words in str(error.value)
+    assert not service.library.sources() and not service.jobs.jobs()
 
 
 def test_a_training_leaves_a_processor_to_the_page(monkeypatch):
@@ -274,7 +481,6 @@ def test_a_training_leaves_a_processor_to_the_page(monkeypatch):
 
 @pytest.mark.slow
 def test_a_subject_is_taught_from_pictures_on_the_page(jobs, tmp_path):
-    gr = pytest.importorskip("gradio", reason="the extra `page` is not installed")
     browser_module = pytest.importorskip("multisubject.tests.browser")
     if browser_module.CHROMIUM is None:
         pytest.skip("there is no Chromium: apt-get install chromium")

@@ -31,6 +31,7 @@ from multisubject.training.config import (
     parse_config,
     read_concepts,
 )
+from multisubject.training.progress import ProgressFile
 from multisubject.training.stopping import Interrupted, StopRequest
 
 if TYPE_CHECKING:  # torch, diffusers and accelerate take seconds: they are imported when the configuration is sound
@@ -45,12 +46,20 @@ logger = logging.getLogger("multisubject.training")  # above those of its rooms:
 def train(config: TrainConfig) -> dict[str, ResidualEmbedding]:
     """Learn every subject that `config` names; returns them by name, as they are saved in the output folders.
 
+    A `--progress_file` says how far it is, and how it ended.
+
     Raises:
         ValueError: something about the configuration, the folder or its pictures; the message says what to do.
         OSError: the output folder or the disk.
         FloatingPointError: the loss is not a number any more; the last good checkpoint is kept.
         Interrupted: SIGINT or SIGTERM came; a checkpoint of that moment is kept.
     """
+    progress_file = ProgressFile(config.progress_file)
+    with progress_file.outcome():
+        return _train(config, progress_file)
+
+
+def _train(config: TrainConfig, progress_file: ProgressFile) -> dict[str, ResidualEmbedding]:
     # 1. Configuration: what is asked for, on what, and where it goes.
     concept_configs = read_concepts(config)
     check_inputs(config, concept_configs)
@@ -94,7 +103,7 @@ def train(config: TrainConfig) -> dict[str, ResidualEmbedding]:
             for number, concept in enumerate(concepts, start=1):
                 tuned = text_encoders if number == len(concepts) else copy.deepcopy(text_encoders)
                 with StopRequest() as stop:
-                    progress = fit(concept, models, accelerator, stop, tuned)
+                    progress = fit(concept, models, accelerator, stop, tuned, progress_file)
                 if accelerator.is_main_process:
                     subjects[concept.config.subject_name] = save_result(concept, progress, models)
                 accelerator.wait_for_everyone()

@@ -15,21 +15,27 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from multisubject.page.canvas import canvas, noting, underlaying
+from multisubject.page.canvas import canvas, noting, offering, underlaying
 from multisubject.page.entries import DEFAULTS, LIMITS, METHODS, MOST_IMAGES, MOST_SEED, MOST_STEPS, STARTS, Settings
 from multisubject.page.reading import read_file
 from multisubject.page.safety import MOST_BYTES
 from multisubject.page.service import Service
 from multisubject.page.studio import Cancelled, Picture, Progress, Refused
+from multisubject.page.subjects_tab import CSS as SUBJECTS_CSS
+from multisubject.page.subjects_tab import subjects_tab
+from multisubject.page.training import TrainingJobs
 from multisubject.pictures import data_url
 
-CSS = """
+CSS = (
+    """
 #status progress { width: 100%; height: 0.6rem; }
 #status p { margin: 0; }
 #results .grid-wrap { max-height: 40rem; overflow-y: auto; }
 .fine img { image-rendering: pixelated; }
 footer { display: none !important; }
 """
+    + SUBJECTS_CSS
+)
 
 # Wherever a file is dropped that the canvas does not take, it goes to the field that opens files.
 _DROP_ANYWHERE = """() => {
@@ -52,19 +58,20 @@ _AT_ONCE: dict[str, Any] = {**_QUIET, "queue": False}
 _COPY = "(text) => { navigator.clipboard?.writeText(text); return text; }"
 
 
-def build(service: Service, work: Path) -> gr.Blocks:
+def build(service: Service, jobs: TrainingJobs, work: Path) -> gr.Blocks:
     """The page.
 
     Args:
         service: what it does.
+        jobs: its trainings.
         work: folder for files that go when the server stops.
     """
-    return _Page(service, work).blocks()
+    return _Page(service, jobs, work).blocks()
 
 
 class _Page:
-    def __init__(self, service: Service, work: Path):
-        self.service, self.studio, self.work = service, service.studio, work
+    def __init__(self, service: Service, jobs: TrainingJobs, work: Path):
+        self.service, self.studio, self.jobs, self.work = service, service.studio, jobs, work
         call = inspect.signature(type(self.studio.pipe).__call__)
         self.own_scale: float = call.parameters["guidance_scale"].default
 
@@ -79,6 +86,7 @@ class _Page:
                     self.canvas = canvas(self.example(), self.offers())
                 with gr.Column(scale=2, min_width=340):
                     self._pictures()
+            subjects_tab(self.service.library, self.jobs, self.canvas)
             self.made = gr.State([])
             self._serve()
             self._wire(page)
@@ -126,19 +134,19 @@ class _Page:
                 format="png",
                 buttons=["download", "fullscreen"],
             )
-        with gr.Accordion("Take it along, bring it back", open=False, elem_id="along"):
+        with gr.Accordion("Take it along", open=False, elem_id="along"):
             with gr.Row():
                 self.as_python = gr.Button("Copy as Python", elem_id="as_python", min_width=120)
                 self.as_config = gr.Button("Copy as config", elem_id="as_config", min_width=120)
-            gr.Markdown("A picture that was made here, or its config, brings everything back: drop it anywhere.")
             self.python = gr.Code(language="python", label="Python", visible=False, elem_id="python", max_lines=20)
             self.config = gr.Code(language="json", label="page.json", visible=False, elem_id="config", max_lines=20)
-            self.file = gr.File(
-                label="Open a picture, a config or a zip",
-                elem_id="open",
-                file_types=[".png", ".json", ".zip"],
-                height=150,
-            )
+        # Not in a part that is closed at first, which the browser has no field of before it is opened.
+        self.file = gr.File(
+            label="Bring back: a picture made here, or its config",
+            elem_id="open",
+            file_types=[".png", ".json", ".zip"],
+            height=130,
+        )
         self.controls = controls
 
     def _start_controls(self) -> dict[str, Any]:
@@ -279,6 +287,7 @@ class _Page:
             show = button.click(self.code(name), asked, [code, other, copied, self.status], **_AT_ONCE)
             show.success(None, copied, None, js=_COPY)
         self.file.upload(self.open, [self.file], [*asked, self.file, self.status], api_visibility="private")
+        page.load(lambda: offering(self.offers()), None, self.canvas, **_AT_ONCE)
         page.load(None, js=_DROP_ANYWHERE)
 
     def _serve(self) -> None:

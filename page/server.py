@@ -158,6 +158,7 @@ def make_page(args: PageArguments, work: Path) -> tuple[Any, Any]:
         from multisubject.page import app
         from multisubject.page.service import Service
         from multisubject.page.studio import Studio
+        from multisubject.page.training import TrainingJobs
 
     base = BaseModel.read(args.pretrained_model_name or str(EMBEDDED_BASE))
     state = PartialState(cpu=args.device == "cpu" or not torch.accelerator.is_available())
@@ -166,28 +167,21 @@ def make_page(args: PageArguments, work: Path) -> tuple[Any, Any]:
     making.warn_of_imitation(device, dtype)
     studio = Studio(base, device, dtype, Path(args.output_dir), find_loras(args.loras or own_loras(base.name)))
     service = Service(studio, _library(args, base))
-    return app.build(service, work), service
+    folder = studio.output_dir / "trainings"
+    jobs = TrainingJobs(base, service.library, folder, on_cpu=device.type == "cpu")
+    return app.build(service, jobs, work), service
 
 
 def _library(args: PageArguments, base: Any) -> Any:
-    from multisubject.hub_utils import load_subject
+    from multisubject.page.subjects import SubjectLibrary
 
-    class Stub:
-        def __init__(self) -> None:
-            self.found = {}
-            for folder in args.subjects or own_subjects(base.name):
-                for file in sorted(Path(folder).glob("*.safetensors")):
-                    self.found[file.stem] = (str(file), load_subject(str(file))[file.stem].class_phrase)
-
-        def sources(self) -> dict[str, str]:
-            return {name: file for name, (file, _) in self.found.items()}
-
-        def listing(self) -> list[dict[str, Any]]:
-            return [
-                {"name": name, "class_phrase": phrase, "thumbnail": None} for name, (_, phrase) in self.found.items()
-            ]
-
-    return Stub()
+    library = SubjectLibrary(base.embed_dims, Path(args.output_dir) / "subjects")
+    for source in args.subjects or own_subjects(base.name):
+        try:
+            library.read(source)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"--subjects {source}: {error}") from None
+    return library
 
 
 def own_loras(base: str) -> list[str]:

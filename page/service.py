@@ -6,7 +6,7 @@ import base64
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any
 
 import gradio as gr
 
@@ -14,16 +14,7 @@ from multisubject.page.as_python import as_python
 from multisubject.page.document import Document, read_document
 from multisubject.page.entries import Settings, as_command, as_config, read_settings
 from multisubject.page.studio import Job, Picture, Problem, Progress, Refused, Studio
-
-
-class Library(Protocol):
-    """The page's subjects; what they are may change at any time."""
-
-    def sources(self) -> dict[str, str]:
-        """Name -> file."""
-
-    def listing(self) -> list[dict[str, Any]]:
-        """The subjects as the canvas shows them: `name`, `class_phrase`, `thumbnail`."""
+from multisubject.page.subjects import SubjectLibrary
 
 
 class Service:
@@ -34,7 +25,7 @@ class Service:
         library: the subjects.
     """
 
-    def __init__(self, studio: Studio, library: Library):
+    def __init__(self, studio: Studio, library: SubjectLibrary):
         self.studio, self.library = studio, library
         self._stops: dict[str, set[threading.Event]] = {}
         self._lock = threading.Lock()

@@ -36,9 +36,9 @@ def draw_two(page):
     """The prompt's two subjects in two columns."""
     page.uncheck(".snap")
     drag(page, LEFT[:2], LEFT[2:])
-    page.wait_for_function("document.querySelectorAll('.regions > li').length === 1")
+    page.wait_for_function("document.querySelectorAll('.regions > li.region').length === 1")
     drag(page, RIGHT[:2], RIGHT[2:])
-    page.wait_for_function("document.querySelectorAll('.regions > li').length === 2")
+    page.wait_for_function("document.querySelectorAll('.regions > li.region').length === 2")
 
 
 def number(page, name, value):
@@ -52,17 +52,30 @@ def says(page, text, seconds=60):
     page.locator("#status").get_by_text(text).first.wait_for(timeout=1000 * seconds)
 
 
+def run(page):
+    """Generate, and wait for the end."""
+    before = page.locator("#status p").first.inner_text()
+    page.click("#go")
+    page.wait_for_function(
+        """(before) => {
+            const said = document.querySelector("#status p")?.innerText ?? "";
+            return said.startsWith("Done in") && said !== before;
+        }""",
+        arg=before,
+        timeout=90_000,
+    )
+
+
 def generate(page, pictures=1, steps=3):
     number(page, "num_images", pictures)
     number(page, "steps", steps)
-    page.click("#go")
-    says(page, "Done in")
+    run(page)
     page.wait_for_function(f"document.querySelectorAll('#results .thumbnail-item').length === {pictures}")
 
 
 def newest(page_server, count=1):
     """The pictures that were kept last."""
-    folder = max(page_server.output.iterdir(), key=lambda folder: folder.stat().st_mtime_ns)
+    folder = max(page_server.output.glob("20*"), key=lambda folder: folder.stat().st_mtime_ns)
     files = sorted(folder.glob("000?.png"))
     assert len(files) == count
     return files
@@ -133,9 +146,7 @@ def test_a_result_lies_under_the_regions_and_one_of_them_is_redrawn(page, page_s
     page.wait_for_function("document.querySelector('#region input')?.value === '1 petrucci'")
     page.locator("#region input").click()
     page.get_by_role("option", name="2 majesty").click()
-    page.click("#go")
-    says(page, "Done in")
-    page.wait_for_timeout(300)
+    run(page)
     (after,) = newest(page_server)
     changed = (pixels(before) != pixels(after)).any(-1)
     assert changed[30:110, 74:118].any() and not changed[:, :64].any()
@@ -160,11 +171,10 @@ def test_a_dropped_picture_brings_everything_back(page, browser, page_server):
     with visited(browser, page_server.url) as fresh:
         drop(fresh, kept.read_bytes())
         says(fresh, "Opened.")
-        fresh.wait_for_function("document.querySelectorAll('.regions > li').length === 3")
+        fresh.wait_for_function("document.querySelectorAll('.regions > li.region').length === 3")
         assert fresh.input_value(".prompt") == "a photo of <petrucci> and <majesty> and <biscuit>"
         assert fresh.locator("#seed input").input_value() == "21"
-        fresh.click("#go")
-        says(fresh, "Done in")
+        run(fresh)
         (again,) = newest(page_server)
     assert again != kept and np.array_equal(pixels(again), pixels(kept))
 
@@ -185,7 +195,7 @@ def test_copies_are_what_the_command_line_and_python_take(page, page_server):
 def test_what_is_wrong_is_said_in_its_place_before_a_run(page):
     draw_two(page)
     page.fill(".prompt", "a photo of <petrucci> on the beach")
-    problem = page.locator(".regions > li").filter(has_text="not in the prompt")
+    problem = page.locator(".regions > li.region").filter(has_text="not in the prompt")
     problem.wait_for()
     assert "majesty" in problem.inner_text()
     page.click("#go")
@@ -200,7 +210,7 @@ def test_words_are_text_and_never_markup(page):
     config = json.dumps([{"prompt": hostile, "layout": [{"phrase": hostile, "box": LEFT}]}])
     drop(page, config.encode(), "x.json")
     says(page, "Not among the subjects here")
-    page.wait_for_function("document.querySelectorAll('.regions > li').length === 1")
+    page.wait_for_function("document.querySelectorAll('.regions > li.region').length === 1")
     assert page.input_value(".prompt") == hostile
     page.click("#go")
     page.locator("#status").get_by_text("onerror").first.wait_for()
@@ -219,7 +229,7 @@ def test_words_are_text_and_never_markup(page):
 def test_a_dropped_file_of_another_kind_is_refused_in_words(data, message, page):
     drop(page, data, "x.json")
     says(page, message)
-    assert page.locator(".regions > li").count() == 0
+    assert page.locator(".regions > li.region").count() == 0
 
 
 def test_two_tabs_do_not_mix_their_pictures(page, browser, page_server):
@@ -250,7 +260,7 @@ def test_two_tabs_do_not_mix_their_pictures(page, browser, page_server):
 )
 def test_a_phone_is_enough(page, page_server):
     page.get_by_role("button", name="two columns").tap()
-    page.wait_for_function("document.querySelectorAll('.regions > li').length === 2")
+    page.wait_for_function("document.querySelectorAll('.regions > li.region').length === 2")
     wide = page.evaluate("document.documentElement.scrollWidth")
     assert wide <= 390
     number(page, "num_images", 1)

@@ -224,7 +224,7 @@ def identity(config: TrainConfig, pictures: str, base: str | None) -> dict[str, 
         "output_dir", "overwrite_output_dir", "train_batch_size", "gradient_accumulation_steps", "class_data_dir",
         "gradient_checkpointing", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
         "validation_steps", "validation_prompts", "validation_guidance_scale", "validation_inference_steps",
-        "report_to", "push_to_hub", "hub_model_id", "hub_private", "license",
+        "report_to", "progress_file", "push_to_hub", "hub_model_id", "hub_private", "license",
     }  # fmt: skip
     if config.lr_scheduler in ("constant", "constant_with_warmup"):
         without_a_say.add("max_train_steps")

@@ -157,12 +157,20 @@ class TrainConfig:
         None, "Tracker: tensorboard, wandb, or another that accelerate knows; all: every installed one."
     )
 
+    progress_file: str | None = _flag(
+        None,
+        "JSON file for programs that watch the run, replaced as it goes on: phase, step, of, loss, curve "
+        "(docs/training.md).",
+    )
+
     push_to_hub: bool = _flag(False, "Upload the result (log in with `hf auth login` first).")
     hub_model_id: str | None = _flag(None, "Repository to upload to. Left out: your user name and the subject's name.")
     hub_private: bool = _flag(False, "Create the repository private.")
     license: str | None = _flag(None, "Licence of the adapter for the model card, e.g. cc-by-4.0.")
 
     def __post_init__(self) -> None:
+        if self.progress_file is not None and not Path(self.progress_file).absolute().parent.is_dir():
+            raise ValueError(f"--progress_file: {self.progress_file!r}; expected a file in a folder that is there.")
         for flags, least in ((_POSITIVE, 1), (_NOT_NEGATIVE, 0)):
             for flag in flags:
                 value = getattr(self, flag)

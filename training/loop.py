@@ -28,7 +28,7 @@ from multisubject.training.config import TrainConfig
 from multisubject.training.learners import make_learner, with_residual
 from multisubject.training.loss import denoising_loss, draw_batch, draw_sample
 from multisubject.training.models import Models, TextEncoders
-from multisubject.training.progress import ProgressBar
+from multisubject.training.progress import Phase, ProgressBar, ProgressFile
 from multisubject.training.results import save_config, save_validation_sheet, validation_pictures
 from multisubject.training.stopping import Interrupted, StopRequest
 
@@ -36,9 +36,15 @@ logger = logging.getLogger(__name__)
 
 
 def fit(
-    concept: Concept, models: Models, accelerator: Accelerator, stop: StopRequest, text_encoders: TextEncoders | None
+    concept: Concept,
+    models: Models,
+    accelerator: Accelerator,
+    stop: StopRequest,
+    text_encoders: TextEncoders | None,
+    progress_file: ProgressFile,
 ) -> Progress:
-    """Learn one subject. Returns the finished progress with `best_residual` set to the delta to keep."""
+    """Learn one subject, and tell `progress_file` of it. Returns the finished progress with `best_residual` set to the
+    delta to keep."""
     config = concept.config
     output = Path(config.output_dir)
     plain_learner = make_learner(concept, models, text_encoders)
@@ -56,6 +62,18 @@ def fit(
     accelerator.wait_for_everyone()
 
     silent = not accelerator.is_main_process
+
+    def tell(phase: Phase) -> None:
+        if not silent:
+            progress_file.tell(
+                phase,
+                subject=config.subject_name,
+                step=progress.step,
+                of=config.max_train_steps,
+                losses=progress.losses,
+            )
+
+    tell("training")
     with ProgressBar(config.subject_name, config.max_train_steps, "step", done=progress.step, silent=silent) as bar:
         while progress.step < config.max_train_steps:
             for group in optimizer.param_groups:
@@ -81,6 +99,7 @@ def fit(
                     optimizer.zero_grad()
             progress.step += 1
             progress.losses.append(mean_loss)
+            tell("training")
             bar.advance(loss=f"{np.mean(progress.losses[-50:]):.4f}")
             values = {"loss": mean_loss, "learning_rate": optimizer.param_groups[0]["lr"]}
             accelerator.log(
@@ -95,12 +114,14 @@ def fit(
                     score_residual(concept, models, plain_learner.residual(), progress)
                 checkpoint = save_checkpoint(config, progress, accelerator)
                 if signal_number and not last:
+                    tell("stopped")
                     raise Interrupted(signal_number, checkpoint)
             if config.validation_steps and progress.step % config.validation_steps == 0 and not last:
                 residual = plain_learner.residual()
                 if accelerator.is_main_process:
                     save_validation_sheet(validation_pictures(concept, models, residual), progress.step, output)
                 accelerator.wait_for_everyone()
+    tell("saving")
     if not concept.held_out:
         progress.best_residual = plain_learner.residual().tolist()
     for hook in hooks:

@@ -36,7 +36,8 @@ logger = logging.getLogger(__name__)
 
 def save_config(config: TrainConfig) -> None:
     """`config.yaml`: every flag's value, as `--config` reads it."""
-    again = replace(config, overwrite_output_dir=False, resume_from_checkpoint=None)  # that is for each run to say
+    # The rest is for each run to say.
+    again = replace(config, overwrite_output_dir=False, resume_from_checkpoint=None, progress_file=None)
     text = yaml.safe_dump(asdict(again), sort_keys=False, allow_unicode=True)
     path = Path(config.output_dir) / "config.yaml"
     with writing(path, path.parent):

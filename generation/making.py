@@ -156,7 +156,7 @@ def load_loras(pipe: Any, task: GenerationTask) -> None:
                     pass
         except (ValueError, RuntimeError, KeyError) as error:
             reason = "its layers are of another base model" if "size mismatch" in str(error) else error
-            sys.exit(f"error: LoRA {name!r} of the prompt {task.config.prompt!r}: {lora.source}: {reason}")
+            raise ValueError(f"LoRA {name!r} of the prompt {task.config.prompt!r}: {lora.source}: {reason}") from None
 
 
 def load_ip_adapter(pipe: Any, task: GenerationTask) -> None:
@@ -177,7 +177,7 @@ def load_ip_adapter(pipe: Any, task: GenerationTask) -> None:
             pipe.load_ip_adapter(str(folder), subfolder="", weight_name=file, image_encoder_folder=None)
     except (ValueError, RuntimeError, KeyError, OSError) as error:
         reason = "it is of another base model" if "size mismatch" in str(error) else error
-        sys.exit(f"error: --ip_adapter {adapter.weights.source}: {reason}")
+        raise ValueError(f"--ip_adapter {adapter.weights.source}: {reason}") from None
     pipe.set_ip_adapter_scale(adapter.scale)
 
 

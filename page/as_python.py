@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from multisubject.generation.base_model import BaseModel
@@ -15,23 +14,22 @@ _SAVE = 'image.save("picture.png")\n'
 
 
 def as_python(
-    document: Document, settings: Settings, sources: Mapping[str, str], base: BaseModel, loras: Mapping[str, Path]
+    document: Document, settings: Settings, sources: Mapping[str, str], base: BaseModel, loras: Mapping[str, str]
 ) -> str:
     """A script that makes the first picture of a run.
 
     Args:
-        document, settings, sources: as for `entry_of`.
+        document, settings, sources, loras: as for `entry_of`.
         base: the model.
-        loras: name of each known LoRA -> its file.
     """
-    entry = entry_of(document, settings, short_paths(sources))
+    entry = entry_of(document, settings, short_paths(sources), short_paths(loras))
     guidance = {key: value for key, value in entry.items() if key in ("layout", "negative_prompt", *ENTRY_KEYS)}
     width, height = document.size
     guidance |= {"height": height, "width": width}
     steps: dict[str, Any] = {"num_inference_steps": settings.num_inference_steps}
     if settings.guidance_scale is not None:
         steps["guidance_scale"] = settings.guidance_scale
-    load = _loading(document, entry, base, loras)
+    load = _loading(entry, base)
     if settings.start == "noise":
         call = _keywords(guidance | steps) + _generator(settings)
         return f"import torch\n\n{load}image = pipe(\n    {document.prompt!r},\n{call}).images[0]\n{_SAVE}"
@@ -39,7 +37,7 @@ def as_python(
     return _from_picture(document, settings, load, guidance, steps, "text_encoder_2" in base.embed_dims)
 
 
-def _loading(document: Document, entry: Mapping[str, Any], base: BaseModel, loras: Mapping[str, Path]) -> str:
+def _loading(entry: Mapping[str, Any], base: BaseModel) -> str:
     kind, name = base.architecture.pipeline, repr(base.name)
     lines = [f"from multisubject.{base.architecture.module} import {kind}"]
     if base.name == str(EMBEDDED_BASE):
@@ -47,10 +45,9 @@ def _loading(document: Document, entry: Mapping[str, Any], base: BaseModel, lora
         name = "EMBEDDED_BASE"
     lines += ["", f"pipe = {kind}.from_pretrained({name})"]
     lines += [f"pipe.load_subject({path!r}, name={name!r})" for name, path in entry.get("residual_dict", {}).items()]
-    for lora in document.loras():
-        if lora in loras:
-            folder, _, file = short_paths({lora: str(loras[lora])})[lora].rpartition("/")
-            lines.append(f"pipe.load_lora_weights({folder!r}, weight_name={file!r}, adapter_name={lora!r})")
+    for lora, path in entry.get("lora_dict", {}).items():
+        folder, _, file = path.rpartition("/")
+        lines.append(f"pipe.load_lora_weights({folder!r}, weight_name={file!r}, adapter_name={lora!r})")
     return "\n".join([*lines, ""])
 
 

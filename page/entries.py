@@ -111,18 +111,23 @@ def read_settings(value: Any) -> Settings:
     return settings
 
 
-def entry_of(document: Document, settings: Settings, sources: Mapping[str, str]) -> dict[str, Any]:
+def entry_of(
+    document: Document, settings: Settings, sources: Mapping[str, str], loras: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """The entry of a generation config that makes these pictures. Drawn shapes are in it as text.
 
     Args:
         document, settings: checked ones.
         sources: name of each known subject -> its file.
+        loras: name of each known LoRA -> its file.
     """
     names = {name.casefold(): name for name in sources}
     used = [names[name.casefold()] for name in document.names() if name.casefold() in names]
     entry: dict[str, Any] = {"prompt": document.prompt}
     if used:
         entry["residual_dict"] = {name: sources[name] for name in used}
+    if held := {name: loras[name] for name in document.loras() if loras and name in loras}:
+        entry["lora_dict"] = held
     if document.regions:
         entry["layout"] = document.layout()
         changed = {key: getattr(settings, key) for key in ENTRY_KEYS}
@@ -146,9 +151,12 @@ def arguments_of(document: Document, settings: Settings, base: BaseModel) -> Gen
     )
 
 
-def as_config(document: Document, settings: Settings, sources: Mapping[str, str]) -> str:
-    """The text of a generation config."""
-    return json.dumps([entry_of(document, settings, short_paths(sources))], indent=2, ensure_ascii=False)
+def as_config(
+    document: Document, settings: Settings, sources: Mapping[str, str], loras: Mapping[str, str] | None = None
+) -> str:
+    """The text of a generation config; arguments as for `entry_of`."""
+    entry = entry_of(document, settings, short_paths(sources), short_paths(loras or {}))
+    return json.dumps([entry], indent=2, ensure_ascii=False)
 
 
 def as_command(document: Document, settings: Settings, base: BaseModel) -> str:

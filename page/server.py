@@ -196,14 +196,14 @@ def own_subjects(base: str) -> list[str]:
     return [str(_ROOT / folders[base])] if base in folders else []
 
 
-def find_loras(sources: Sequence[str]) -> dict[str, Path]:
+def find_loras(sources: Sequence[str]) -> dict[str, str]:
     """Name -> file of the LoRAs in files and folders. Raises `ValueError` for what is neither."""
-    found: dict[str, Path] = {}
+    found: dict[str, str] = {}
     for source in map(Path, sources):
         files = sorted(source.glob("*.safetensors")) if source.is_dir() else [source]
         if not files or not all(file.is_file() for file in files):
             raise ValueError(f"--loras: {str(source)!r} is no .safetensors file and no folder of them.")
-        found |= {file.stem: file.resolve() for file in files}
+        found |= {file.stem: str(file.resolve()) for file in files}
     return found
 
 

@@ -80,7 +80,7 @@ class Service:
         asked, sources, base = (job.document, job.settings), self.library.sources(), self.studio.base
         return {
             "python": as_python(*asked, sources, base, self.studio.loras),
-            "config": as_config(*asked, sources),
+            "config": as_config(*asked, sources, self.studio.loras),
             "command": as_command(*asked, base),
         }
 

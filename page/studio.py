@@ -134,7 +134,7 @@ class Studio:
         device: torch.device,
         dtype: torch.dtype,
         output_dir: Path,
-        loras: Mapping[str, Path] | None = None,
+        loras: Mapping[str, str] | None = None,
     ):
         self.base, self.dtype, self.output_dir, self.loras = base, dtype, output_dir, dict(loras or {})
         self.pipe = making.load_pipeline(base, device, dtype, show_progress=False)
@@ -168,7 +168,7 @@ class Studio:
             raise Refused([Problem("Write a prompt: what is to be seen?")])
         problems = self._unknown(document, sources) + self._unfit(document, settings)
         args = arguments_of(document, settings, self.base)
-        entry = entry_of(document, settings, sources)
+        entry = entry_of(document, settings, sources, self.loras)
         try:
             config = parse_config(_PlainReport(Path("page.json"), json.dumps([entry])))
             (task,), warnings = load_tasks(config, self.base, args.size())
@@ -261,9 +261,9 @@ class Studio:
             seed = job.settings.seed + index
             with self._turn(stop, lambda: tell(Progress(0, 0, job.settings.num_inference_steps))):
                 making.load_subjects(self.pipe, job.task)
-                with self._loras(job.document.loras()):
-                    follow = _Follower(self.pipe, index + 1, stop, tell)
-                    image, maps = self._draw(job, seed, regions, follow)
+                making.load_loras(self.pipe, job.task)
+                follow = _Follower(self.pipe, index + 1, stop, tell)
+                image, maps = self._draw(job, seed, regions, follow)
             path, sheet_path = folder / f"{index:04d}.png", None
             if maps:
                 sheet_path = folder / f"{index:04d}_attention.png"
@@ -286,18 +286,6 @@ class Studio:
             yield
         finally:
             self._lock.release()
-
-    @contextmanager
-    def _loras(self, names: Sequence[str]) -> Iterator[None]:
-        """Within it the pipeline has these LoRAs, which act in regions alone."""
-        try:
-            for name in names:
-                file = self.loras[name]
-                self.pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
-            yield
-        finally:
-            if names:
-                self.pipe.unload_lora_weights()
 
     def _draw(self, job: Job, seed: int, regions: Sequence[Region], follow: Any) -> tuple[Image.Image, Any]:
         """One picture and its attention maps, if it has words to map."""

@@ -25,7 +25,7 @@ from multisubject.pictures import data_url
 
 ROOT = Path(multisubject.__file__).parent
 SOURCES = {path.stem: str(path) for path in sorted((ROOT / "embeddings").glob("*.safetensors"))}
-LORAS = {path.stem: path for path in sorted((ROOT / "embeddings" / "loras").glob("*.safetensors"))}
+LORAS = {path.stem: str(path) for path in sorted((ROOT / "embeddings" / "loras").glob("*.safetensors"))}
 LEFT, RIGHT = [0.05, 0.2, 0.45, 0.9], [0.55, 0.2, 0.95, 0.9]
 DOCUMENT = {
     "size": [128, 128],

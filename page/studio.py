@@ -174,7 +174,8 @@ class Studio:
             (task,), warnings = load_tasks(config, self.base, args.size())
         except ConfigError as error:
             # What is unknown has been said, with names that the page knows.
-            said = [text for text in error.problems or [str(error)] if "residual_dict" not in text or not problems]
+            told = ("residual_dict", "lora_dict") if problems else ()
+            said = [text for text in error.problems or [str(error)] if not any(key in text for key in told)]
             raise Refused([*problems, *(_about(document, text, "error") for text in said)]) from None
         if problems:
             raise Refused(problems)

@@ -38,19 +38,19 @@ footer { display: none !important; }
 )
 
 # Wherever a file is dropped that the canvas does not take, it goes to the field that opens files.
-_DROP_ANYWHERE = """() => {
-  for (const kind of ["dragover", "drop"])
-    window.addEventListener(kind, (event) => {
-      const files = event.dataTransfer?.files, input = document.querySelector("#open input[type=file]");
-      if (event.defaultPrevented || !event.dataTransfer?.types.includes("Files")) return;
-      event.preventDefault();
-      if (kind === "dragover" || !files.length || !input) return;
-      const one = new DataTransfer();
-      one.items.add(files[0]);
-      input.files = one.files;
-      input.dispatchEvent(new Event("change", { bubbles: true }));
-    });
-}"""
+HEAD = """<script>
+for (const kind of ["dragover", "drop"])
+  window.addEventListener(kind, (event) => {
+    const files = event.dataTransfer?.files, input = document.querySelector("#open input[type=file]");
+    if (event.defaultPrevented || !event.dataTransfer?.types.includes("Files")) return;
+    event.preventDefault();
+    if (kind === "dragover" || !files.length || !input) return;
+    const one = new DataTransfer();
+    one.items.add(files[0]);
+    input.files = one.files;
+    input.dispatchEvent(new Event("change", { bubbles: true }));
+  });
+</script>"""
 
 _QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 _AT_ONCE: dict[str, Any] = {**_QUIET, "queue": False}
@@ -145,7 +145,7 @@ class _Page:
             label="Bring back: a picture made here, or its config",
             elem_id="open",
             file_types=[".png", ".json", ".zip"],
-            height=130,
+            height=165,
         )
         self.controls = controls
 
@@ -288,7 +288,6 @@ class _Page:
             show.success(None, copied, None, js=_COPY)
         self.file.upload(self.open, [self.file], [*asked, self.file, self.status], api_visibility="private")
         page.load(lambda: offering(self.offers()), None, self.canvas, **_AT_ONCE)
-        page.load(None, js=_DROP_ANYWHERE)
 
     def _serve(self) -> None:
         """The same over HTTP."""

@@ -243,6 +243,7 @@ def launch(page: Any, args: PageArguments, users: list[tuple[str, str]] | None =
         strict_cors=True,
         footer_links=[],
         css=app.CSS,
+        head=app.HEAD,
         quiet=True,
         prevent_thread_lock=True,
     )

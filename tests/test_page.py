@@ -87,6 +87,7 @@ def open_part(page, name):
 
 def drop(page, data, name="x.png"):
     """A file is let go somewhere on the page."""
+    page.wait_for_selector("#open input[type=file]", state="attached")
     transfer = page.evaluate_handle(
         """([data, name]) => {
             const transfer = new DataTransfer();

@@ -228,6 +228,25 @@ def test_the_progress_file_says_how_a_run_ended(tmp_path, monkeypatch):
     assert [*tmp_path.iterdir()] == [path]
 
 
+def test_a_progress_file_that_cannot_be_written_any_more_is_told_of_once(tmp_path, caplog):
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    progress_file = ProgressFile(str(folder / "progress.json"))
+    with progress_file.outcome():
+        shutil.rmtree(folder)
+        folder.touch()
+        for step in (1, 2):
+            progress_file.tell("training", subject="rex", step=step, of=step, losses=[1.0] * step)
+    assert len(caplog.messages) == 1 and "the run goes on without" in caplog.messages[0]
+
+
+def test_of_several_processes_the_first_one_writes_the_progress_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with ProgressFile(str(tmp_path / "progress.json")).outcome():
+        pass
+    assert not [*tmp_path.iterdir()]
+
+
 def test_the_trainer_refuses_a_progress_file_in_no_folder(tmp_path, caplog):
     with pytest.raises(SystemExit):
         train_main(["--progress_file", str(tmp_path / "nowhere" / "p.json")])

@@ -228,6 +228,25 @@ def test_the_progress_file_says_how_a_run_ended(tmp_path, monkeypatch):
     assert [*tmp_path.iterdir()] == [path]
 
 
+def test_a_progress_file_that_cannot_be_written_any_more_is_told_of_once(tmp_path, caplog):
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    progress_file = ProgressFile(str(folder / "progress.json"))
+    with progress_file.outcome():
+        shutil.rmtree(folder)
+        folder.touch()
+        for step in (1, 2):
+            progress_file.tell("training", subject="rex", step=step, of=step, losses=[1.0] * step)
+    assert len(caplog.messages) == 1 and "the run goes on without" in caplog.messages[0]
+
+
+def test_of_several_processes_the_first_one_writes_the_progress_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with ProgressFile(str(tmp_path / "progress.json")).outcome():
+        pass
+    assert not [*tmp_path.iterdir()]
+
+
 def test_the_trainer_refuses_a_progress_file_in_no_folder(tmp_path, caplog):
     with pytest.raises(SystemExit):
         train_main(["--progress_file", str(tmp_path / "nowhere" / "p.json")])
@@ -484,6 +503,7 @@ def test_a_subject_is_taught_from_pictures_on_the_page(jobs, tmp_path):
     browser_module = pytest.importorskip("multisubject.tests.browser")
     if browser_module.CHROMIUM is None:
         pytest.skip("there is no Chromium: apt-get install chromium")
+    from multisubject.page.canvas import canvas
     from multisubject.page.subjects_tab import CSS, subjects_tab
 
     jobs.library.read(str(EMBEDDINGS))
@@ -493,8 +513,9 @@ def test_a_subject_is_taught_from_pictures_on_the_page(jobs, tmp_path):
         picture.resize((320, 256)).save(files[-1])
     (tmp_path / "bad.png").write_bytes(b"no picture")
     with gr.Blocks() as blocks:
-        document = gr.JSON({"subjects": []}, elem_id="document")
-        subjects_tab(jobs.library, jobs, document)
+        document = {"size": [128, 128], "prompt": "", "negative_prompt": "", "regions": [], "underlay": None}
+        offers = {"sizes": [], "subjects": jobs.library.listing(), "loras": [], "adapters": 0}
+        subjects_tab(jobs.library, jobs, canvas(document, offers))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -539,7 +560,7 @@ def test_a_subject_is_taught_from_pictures_on_the_page(jobs, tmp_path):
             page.wait_for_selector("#training_progress svg polyline")
             page.wait_for_selector("#validation img")
             page.wait_for_selector("#subjects :text('balloon · ball')")
-            assert "balloon" in page.locator("#document").inner_text()
+            page.wait_for_selector(".chip[data-subject=balloon]")
             context.close()
     finally:
         blocks.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -71,14 +72,15 @@ class ProgressFile:
     Its keys are `phase`, `subject` (its name, or null), `step` and `of` (steps done and to do), `loss` (mean of the
     last 50 steps, or null), `curve` (the loss as `[step, loss]`, at most 200 points), `message` (why it ended, or
     null) and `time` (seconds since 1970). Within a phase it is renewed every half second at most. A disk that takes no
-    more does not end the run.
+    more does not end the run. Of several processes the first one writes.
 
     Args:
         path: the file; None: nobody watches.
     """
 
     def __init__(self, path: str | None) -> None:
-        self._path = None if path is None else Path(path)
+        is_first_process = os.environ.get("RANK", "0") == "0"  # asked before torch is imported
+        self._path = Path(path) if path is not None and is_first_process else None
         self._told: dict[str, object] = {}
         self._next = 0.0
 
@@ -125,7 +127,8 @@ class ProgressFile:
         try:
             write_atomically(self._path, json.dumps(told | {"time": time.time()}).encode())
         except OSError as error:
-            logger.warning("--progress_file: %s cannot be written: %s", self._path, error)
+            logger.warning("--progress_file: %s cannot be written, the run goes on without: %s", self._path, error)
+            self._path = None
         self._next = time.monotonic() + _SECONDS_BETWEEN
 
 

@@ -158,7 +158,7 @@ def test_wrong_input_is_refused_whoever_sends_it(document, page_server):
     answer = run(page_server, "review", document, *values)
     assert answer.status_code == 200 or not isinstance(document, dict)
     if isinstance(document, dict):
-        assert answer.json()["data"][0]["problems"] == problems
+        assert answer.json()["data"][0]["props"]["problems"] == problems
     assert events(page_server, "generate", document, {})[-1][0] == "error"
 
 

@@ -126,19 +126,21 @@ def read_ip_adapter(source: str, image_encoder: str | None, scale: float, base: 
 def _find_weights(source: str, config_path: Path, name: str | None) -> Path:
     """A `.safetensors` file, fetched if it is on the Hub; `name` is what it is called where `source` is silent."""
     place = find_source(source, config_path)
-    is_file = place.endswith(".safetensors")
-    if not is_file and (name is None or Path(place).is_file()):
-        raise ValueError(f"{source}: expected a .safetensors file, or on the Hub user/repo/file.safetensors.")
-    path: Path | None
+    path: Path | None = Path(place)
     if Path(place).exists():
-        path = Path(place) if is_file else Path(place, str(name))
+        file = name if name is not None and Path(place).is_dir() else ""
+        path = Path(place, file)
     else:
         where = parse_hub_source(place)
-        folder, _, file = where.path.rpartition("/") if is_file else (where.path, "", str(name))
-        path = component_file(where.repo_id, folder, file, revision=where.revision)
+        folder, _, file = where.path.rpartition("/")
+        if name is not None and not file.endswith(".safetensors"):
+            folder, file = where.path, name
+        path = component_file(where.repo_id, folder, file, revision=where.revision) if file else Path(place)
+    if path is not None and path.suffix != ".safetensors":
+        raise ValueError(f"{source}: expected a .safetensors file, or on the Hub user/repo/file.safetensors.")
     if path is None or not path.is_file():
-        remedy = "check its name" if is_file else f"name its file, as in {source.rstrip('/')}/my_lora.safetensors"
-        raise ValueError(f"{source}: there is no {file if path is None else path.name} there; {remedy}.")
+        remedy = "name its file, as in user/repo/my_lora.safetensors" if file == name else "check its name"
+        raise ValueError(f"{source}: there is no {file} there; {remedy}.")
     return path
 
 

@@ -6,9 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 
 from multisubject.tiny_world import EMBEDDED_BASE, EMBEDDED_BASE_XL, picture_size
 
@@ -100,6 +101,19 @@ def test_python_of_the_readme_runs_as_it_stands(tmp_path):
     )
     assert "kept in float32" not in run.stderr  # what diffusers says where `from_pipe` casts for nothing
     assert (tmp_path / "image.png").is_file()
+
+
+@pytest.mark.slow
+def test_python_of_the_page_on_regions_makes_its_pictures(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "regions.md").read_text(), re.DOTALL)
+    (tmp_path / "embeddings").symlink_to(ROOT / "embeddings")
+    subprocess.run([sys.executable, "-c", "\n".join(blocks)], cwd=tmp_path, check=True, capture_output=True)
+    shown = {path.name: path for path in (ROOT / "docs" / "images" / "regions").glob("*.png")}
+    made = {path.name: path for path in (tmp_path / "output" / "regions").glob("*.png")}
+    assert shown.keys() == made.keys() and len(made) == 6
+    for name, path in made.items():
+        difference = ImageChops.difference(*(Image.open(file).convert("RGB") for file in (path, shown[name])))
+        assert np.mean(difference) < 8, name  # processors round in different ways, and the page's have fewer colours
 
 
 def test_inpainting_follows_subjects_and_layout(base_path, judge):

@@ -36,6 +36,8 @@ from safetensors.torch import save
 
 from multisubject import cli, hub_client, hub_utils
 from multisubject.base_models import ARCHITECTURES
+from multisubject.generation.adapters import LORA_FILE, read_lora
+from multisubject.generation.base_model import BaseModel
 from multisubject.hub_utils import (
     inspect_subject,
     load_subject,
@@ -868,3 +870,16 @@ def test_a_repository_holds_one_architectures_pipeline(hub):
     with pytest.raises(ValueError, match=r"architecture='xl', expected one of \['sd', 'sdxl'\]"):
         push_pipeline_to_hub("user/pipe", architecture="xl")
     push_pipeline_to_hub("user/pipe", architecture="sdxl")  # its own next version
+
+
+def test_a_lora_of_a_configuration_comes_from_the_hub(hub, tmp_path, monkeypatch):
+    """A file of a repository, at a revision, or what diffusers calls a repository's LoRA."""
+    monkeypatch.chdir(tmp_path)
+    lora = (ROOT / "embeddings" / "loras" / "petrucci.safetensors").read_bytes()
+    hub.create("user/loras", files={"loras/anna.safetensors": lora, LORA_FILE: lora})
+    base, config = BaseModel.read(str(EMBEDDED_BASE)), tmp_path / "config.json"
+    for source in ("user/loras/loras/anna.safetensors", "user/loras/loras/anna.safetensors@main", "user/loras"):
+        weights = read_lora(source, config, base)
+        assert (weights.source, weights.path.read_bytes()) == (source, lora)
+    with pytest.raises(ValueError, match=r"user/loras/ben.safetensors: there is no ben.safetensors there; check its"):
+        read_lora("user/loras/ben.safetensors", config, base)

@@ -127,10 +127,9 @@ def test_a_preview_and_progress_are_shown_meanwhile(page):
     says(page, "Picture 1 of 2, step")
     page.wait_for_function("document.querySelectorAll('#results .thumbnail-item').length === 1")
     assert page.locator("#stop").is_enabled()
-    start = time.monotonic()
     page.click("#stop")
-    says(page, "Cancelled.", 10)
-    assert time.monotonic() - start < 5
+    says(page, "Cancelled.")
+    assert page.locator("#results .thumbnail-item").count() < 2  # and not when all was done
     page.wait_for_function("document.querySelector('#stop').disabled")
 
 

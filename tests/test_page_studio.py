@@ -85,8 +85,8 @@ def test_copied_python_makes_the_picture(start, studio, tmp_path, monkeypatch):
     settings = {"start": start, "region": "b", "num_inference_steps": 4}
     asked = job(studio, settings, underlay=underlay)
     (made,) = [news for news in studio.run(asked, threading.Event()) if isinstance(news, Picture)]
+    monkeypatch.chdir(tmp_path)  # before: paths below the working folder are shortened
     code = as_python(asked.document, asked.settings, SOURCES, studio.base, LORAS)
-    monkeypatch.chdir(tmp_path)
     source.save("source.png")
     with contextlib.redirect_stderr(io.StringIO()):
         exec(compile(code, "page.py", "exec"), {})

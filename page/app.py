@@ -268,7 +268,7 @@ class _Page:
             concurrency_id="model",
             **_QUIET,
         )
-        self.stop.click(self.cancel, None, self.status, **_AT_ONCE)
+        self.stop.click(self.cancel, **_AT_ONCE)
         changes = [self.canvas.change, *(self.controls[name].change for name in self.controls if name != "region")]
         gr.on(
             [*changes, page.load],
@@ -368,9 +368,9 @@ class _Page:
         shown = {self.gallery: [*pictures, (news.preview, "…")]} if news.preview else {}
         return self._busy(f"{of}step {news.step} of {news.steps}", done) | shown
 
-    def cancel(self, request: gr.Request) -> Any:
-        """Stop this tab's run."""
-        return _said("Stopping …") if self.service.cancel(request.session_hash or "") else gr.skip()
+    def cancel(self, request: gr.Request) -> None:
+        """Stop this tab's run, which says so itself."""
+        self.service.cancel(request.session_hash or "")
 
     def choose(self, document: Any, made: list[dict[str, Any]], event: gr.SelectData) -> tuple[Any, Any]:
         """The chosen picture lies under the regions, its attention maps are shown."""

@@ -7,6 +7,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -164,5 +165,12 @@ def _check_widths(source: str, kind: str, widths: set[int], base: BaseModel) -> 
 
 
 def _sha256(path: Path) -> str:
+    """Of a file's bytes. The page asks at every stroke of a pen: a file that is as it was is not read again."""
+    status = path.stat()
+    return _sha256_of(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _sha256_of(path: Path, size: int, changed: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

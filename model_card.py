@@ -171,8 +171,8 @@ def _usage(
 ) -> str:
     """Code that draws the first two of an architecture's subjects, which may be `alone` in their repository."""
     names, bases = sorted(subjects)[:2], _bases(subjects.values(), mirrors)
-    folder = str(subjects[names[0]].get("base_model"))  # a stranger's text: only a name goes into the code
-    is_name = re.fullmatch(r"[\w.-]+", folder) and folder != "None"
+    folder = subjects[names[0]].get("base_model") or ""  # a stranger's text: only a name goes into the code
+    is_name = re.fullmatch(r"[\w.-]+", str(folder))
     base = bases[0] if bases else f"path/to/{folder if is_name else 'the/base/model'}"
     boxes = [(0.05, 0.2, 0.5, 1.0), (0.5, 0.2, 0.95, 1.0)]
     loads = "\n".join(f'pipe.load_subject("{repo_id}", name="{name}")' for name in names)

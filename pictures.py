@@ -47,7 +47,12 @@ def picture_name(value: str | os.PathLike[str]) -> str:
 
 def data_url(image: Image.Image) -> str:
     """A picture as text, which layouts take for a mask or a reference picture."""
-    return f"data:image/png;base64,{base64.b64encode(png_bytes(image)).decode()}"
+    return png_url(png_bytes(image))
+
+
+def png_url(data: bytes) -> str:
+    """A PNG file's bytes as such text."""
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
 
 
 def open_picture(path: Path) -> Image.Image:

@@ -278,7 +278,7 @@ class _Page:
             trigger_mode="always_last",
             **_AT_ONCE,
         )
-        self.gallery.select(self.choose, [self.canvas, self.made], [self.canvas, self.sheet], **_AT_ONCE)
+        self.gallery.select(self.choose, self.made, [self.canvas, self.sheet], **_AT_ONCE)
         copied = gr.Textbox(visible=False)
         for button, name, code, other in (
             (self.as_python, "python", self.python, self.config),
@@ -372,9 +372,9 @@ class _Page:
         """Stop this tab's run, which says so itself."""
         self.service.cancel(request.session_hash or "")
 
-    def choose(self, document: Any, made: list[dict[str, Any]], event: gr.SelectData) -> tuple[Any, Any]:
+    def choose(self, made: list[dict[str, Any]], event: gr.SelectData) -> tuple[Any, Any]:
         """The chosen picture lies under the regions, its attention maps are shown."""
-        if not isinstance(document, dict) or not isinstance(event.index, int) or not 0 <= event.index < len(made):
+        if not isinstance(event.index, int) or not 0 <= event.index < len(made):
             return gr.skip(), gr.skip()
         with Image.open(made[event.index]["path"]) as picture:
             return underlaying(data_url(picture)), made[event.index]["sheet"]

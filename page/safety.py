@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from PIL import Image, UnidentifiedImageError
 
-from multisubject.pictures import PICTURE_ERRORS, split_alpha, upright
+from multisubject.pictures import PICTURE_ERRORS, is_data_url, split_alpha, upright
 
 MOST_BYTES = 20 * 2**20
 """Of a file or a picture that the browser sends."""
@@ -21,7 +21,8 @@ MOST_PIXELS = 2**24
 
 _FORMATS = ("PNG", "JPEG", "WEBP")
 _PREFIXES = tuple(f"data:image/{kind.lower()};base64," for kind in _FORMATS)
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+"""Names of this machine for itself."""
 
 _Message = Mapping[str, Any]
 
@@ -55,13 +56,12 @@ def read_picture(data: bytes, what: str) -> Image.Image:
 
 def read_data_url(value: Any, what: str) -> Image.Image:
     """The picture of a text `data:image/png;base64,…`, as `read_picture`."""
-    prefix = next((prefix for prefix in _PREFIXES if isinstance(value, str) and value.startswith(prefix)), None)
-    if prefix is None:
+    if not is_data_url(value):
         raise ValueError(f"{what} is no picture, expected text that begins with one of {', '.join(_PREFIXES)}.")
     if len(value) > MOST_BYTES * 4 // 3 + 100:
         raise ValueError(f"{what} has {len(value):,} letters, expected at most {MOST_BYTES:,} bytes.")
     try:
-        data = base64.b64decode(value[len(prefix) :], validate=True)
+        data = base64.b64decode(value.partition(",")[2], validate=True)
     except (binascii.Error, ValueError) as error:
         raise ValueError(f"{what} is no base64: {error}.") from None
     return read_picture(data, what)
@@ -83,7 +83,7 @@ class OwnPagesOnly:
         hosts: names, without ports, under which the server is asked; None: any, behind a password.
     """
 
-    def __init__(self, app: Callable[..., Awaitable[None]], hosts: Collection[str] | None = _LOOPBACK):
+    def __init__(self, app: Callable[..., Awaitable[None]], hosts: Collection[str] | None = LOOPBACK):
         self.app = app
         self.hosts = None if hosts is None else {host.casefold() for host in hosts}
 

@@ -23,10 +23,10 @@ from transformers.hf_argparser import HfArg
 from multisubject.generation.arguments import DataclassParser, check_device, parse_arguments
 from multisubject.generation.config_file import ConfigError
 from multisubject.generation.console import quiet_imports
+from multisubject.page.safety import LOOPBACK, MOST_BYTES, OwnPagesOnly
 from multisubject.tiny_world import EMBEDDED_BASE, EMBEDDED_BASE_XL
 
 _ROOT = Path(__file__).resolve().parent.parent
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MOST_WAITING = 16
 
 
@@ -78,7 +78,7 @@ class PageArguments:
     @property
     def is_local(self) -> bool:
         """Whether this machine alone is answered."""
-        return self.host in _LOOPBACK
+        return self.host in LOOPBACK
 
     def users(self) -> list[tuple[str, str]] | None:
         """Users and passwords, None without `--auth`. Raises `ValueError`."""
@@ -96,8 +96,8 @@ class PageArguments:
     def hosts(self) -> list[str] | None:
         """Names under which the page may be asked; None: any."""
         if self.allowed_host or self.is_local:
-            return [*_LOOPBACK, *self.allowed_host]
-        return [*_LOOPBACK, os.environ["SPACE_HOST"]] if os.environ.get("SPACE_HOST") else None
+            return [*LOOPBACK, *self.allowed_host]
+        return [*LOOPBACK, os.environ["SPACE_HOST"]] if os.environ.get("SPACE_HOST") else None
 
 
 def in_space() -> bool:
@@ -222,7 +222,6 @@ def launch(page: Any, args: PageArguments, users: list[tuple[str, str]] | None =
     from starlette.middleware import Middleware
 
     from multisubject.page import app
-    from multisubject.page.safety import MOST_BYTES, OwnPagesOnly
 
     page.queue(max_size=MOST_WAITING, default_concurrency_limit=4)
     return page.launch(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -15,6 +15,16 @@ from multisubject.page.document import Document, read_document
 from multisubject.page.entries import Settings, as_command, as_config, read_settings
 from multisubject.page.studio import Job, Picture, Problem, Progress, Refused, Studio
 from multisubject.page.subjects import SubjectLibrary
+from multisubject.pictures import png_url
+
+
+@contextmanager
+def told(*errors: type[Exception]) -> Iterator[None]:
+    """These become one whose words Gradio passes on."""
+    try:
+        yield
+    except errors as error:
+        raise gr.Error(str(error), print_exception=False) from None
 
 
 class Service:
@@ -84,13 +94,6 @@ class Service:
             "command": as_command(*asked, base),
         }
 
-    def _told(self, document: Any, settings: Any) -> Job:
-        """As `job`, but the error is one whose words Gradio passes on."""
-        try:
-            return self.job(document, settings)
-        except Refused as refused:
-            raise gr.Error(str(refused), print_exception=False) from None
-
     # --- over HTTP ---------------------------------------------------------------------------------------------------
 
     def generate(self, document: dict, settings: dict) -> Iterator[dict]:
@@ -100,12 +103,14 @@ class Service:
             document: `prompt`, `regions` and so on, see docs/page.md.
             settings: `num_images`, `seed`, `num_inference_steps` and so on.
         """
-        job, pictures = self._told(document, settings), list[dict[str, Any]]()
+        with told(Refused):
+            job = self.job(document, settings)
+        pictures: list[dict[str, Any]] = []
         for news in self.run(job, session=f"call {id(pictures)}"):
             if isinstance(news, Picture):
-                pictures.append({"seed": news.seed, "image": _as_text(news.path)})
+                pictures.append({"seed": news.seed, "image": png_url(news.path.read_bytes())})
                 if news.sheet_path:
-                    pictures[-1]["attention_maps"] = _as_text(news.sheet_path)
+                    pictures[-1]["attention_maps"] = png_url(news.sheet_path.read_bytes())
             else:
                 yield {"picture": news.number, "step": news.step, "steps": news.steps}
         yield {"pictures": pictures}
@@ -116,12 +121,10 @@ class Service:
 
     def code(self, document: dict, settings: dict) -> dict:
         """The document as lines of Python, as a generation config, and the command for the latter."""
-        return self.code_of(self._told(document, settings))
+        with told(Refused):
+            job = self.job(document, settings)
+        return self.code_of(job)
 
     def subjects(self) -> list[dict]:
         """The subjects that documents may name."""
         return [{key: said[key] for key in ("name", "class_phrase")} for said in self.library.listing()]
-
-
-def _as_text(path: Any) -> str:
-    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"

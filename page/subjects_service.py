@@ -5,14 +5,13 @@ from __future__ import annotations
 import base64
 import binascii
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from multisubject.page.safety import MOST_BYTES, read_data_url
+from multisubject.page.service import told
 from multisubject.page.subjects import SubjectLibrary
 from multisubject.page.training import MOST_PICTURES, Job, TrainingJobs, as_training_picture
 
@@ -43,7 +42,7 @@ class SubjectsService:
             name: what to call the subject, where there is one; which to take of several.
             class_phrase: what it is; default: what the file says.
         """
-        with _told():
+        with told(ValueError, OSError):
             if not isinstance(file, str) or len(file) > MOST_BYTES * 4 // 3 + 4:
                 raise ValueError(f"file: expected base64 of at most {MOST_BYTES:,} bytes.")
             try:
@@ -59,7 +58,7 @@ class SubjectsService:
 
     def remove_subject(self, name: str) -> None:
         """Remove a subject that was added here."""
-        with _told():
+        with told(ValueError, OSError):
             self.library.remove(name)
 
     def train(self, name: str, class_phrase: str, pictures: list[dict], steps: int = 0) -> dict:
@@ -72,7 +71,7 @@ class SubjectsService:
                 there is to be learnt.
             steps: 0: as many as fit the base.
         """
-        with _told():
+        with told(ValueError, OSError):
             if not isinstance(pictures, list) or not 1 <= len(pictures) <= MOST_PICTURES:
                 raise ValueError(f"pictures: expected a list of 1 to {MOST_PICTURES}.")
             read = []
@@ -97,7 +96,7 @@ class SubjectsService:
 
     def change_training(self, key: str, action: str) -> None:
         """`stop` a training with a checkpoint, `resume` it, or `remove` one that is over."""
-        with _told():
+        with told(ValueError, OSError):
             if action not in _ACTIONS:
                 raise ValueError(f"action: {str(action)[:40]!r}; expected one of {', '.join(_ACTIONS)}.")
             if self.jobs.get(key) is None:
@@ -117,15 +116,6 @@ class SubjectsService:
             "loss": told.get("loss"),
             "curve": told.get("curve", []),
         }
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    """What is wrong is an error whose words Gradio passes on."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise gr.Error(str(error), print_exception=False) from None
 
 
 def _text(value: Any, what: str) -> str | None:

@@ -56,7 +56,9 @@ def test_offloading_changes_nothing(make):
         assert_equal_up_to_rounding(sample(offloaded, layout=held), expected, RUN)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    ("make", "backend"), [("sd1", "eager"), ("sd1", "aot_eager"), ("xl", "eager")], indirect=["make"]
+)
 def test_a_compiled_unet_is_one_graph_while_the_same_regions_guide(make, backend):
     """A second run compiles nothing anew; one graph more is for the steps after a region's end."""
     pipe, held, graphs = make(), layout(embeddings(1)), []

@@ -56,6 +56,7 @@ def test_offloading_changes_nothing(make):
         assert_equal_up_to_rounding(sample(offloaded, layout=held), expected, RUN)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "backend"), [("sd1", "eager"), ("sd1", "aot_eager"), ("xl", "eager")], indirect=["make"]
 )

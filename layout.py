@@ -62,6 +62,7 @@ class Region:
             dict of them by adapter.
         begin, end: fractions of the steps between which the region guides, from 0 to 1.
         strength: factor of the weight; more than 0.
+        place: where it stands in the layout, such as `layout[1] ('dog')`, for messages.
     """
 
     subject: str
@@ -77,6 +78,7 @@ class Region:
     begin: float = 0.0
     end: float = 1.0
     strength: float = 1.0
+    place: str = ""
 
 
 def is_whole(value: Any, at_least: int) -> bool:
@@ -153,7 +155,7 @@ def parse_layout(
             "colour-map image with color_context."
         )
     claims = [_read_entry(entry, place, (height, width)) for place, entry in entries.items()]
-    backgrounds = [claim.place for claim in claims if claim.region.is_background]
+    backgrounds = [claim.region.place for claim in claims if claim.region.is_background]
     if len(backgrounds) > 1:
         raise ValueError(
             f"{backgrounds[0]} and {backgrounds[1]} are both what no other region covers, expected one of them. Write"
@@ -216,11 +218,10 @@ def masks_at(masks: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Claim:
-    """A region before overlaps are resolved. `place` is where it came from, for messages."""
+    """A region before overlaps are resolved."""
 
     region: Region
     priority: float
-    place: str
 
 
 def _mapping_entry(subject: Any, value: Any) -> dict[str, Any]:
@@ -244,7 +245,7 @@ def _read_entry(entry: Any, place: str, size: tuple[int, int]) -> _Claim:
     if unknown := [key for key in entry if key not in _REGION_KEYS]:
         raise ValueError(f"{place} has the unknown key {unknown[0]!r}; {did_you_mean(unknown[0], _REGION_KEYS)}.")
     subject = _read_subject(entry, place)
-    place = place if subject is None or repr(subject) in place else f"{place} ({subject!r})"
+    place = place if subject is None else _named(place, subject)
     contents = read_contents(entry, place)
     has_place = entry.get("box") is not None, entry.get("mask") is not None
     is_background = subject is not None and subject.casefold() == BACKGROUND and has_place == (False, False)
@@ -269,8 +270,15 @@ def _read_entry(entry: Any, place: str, size: tuple[int, int]) -> _Claim:
         mask = _blur(mask, max(feather * min(size), 0.1))  # a blur of a tenth of a pixel changes nothing
     name = subject or name_of_contents(contents)
     occurrence = None if occurrence is None else int(occurrence)
-    region = Region(name, mask, weight, occurrence, is_named=subject is not None, **contents)
-    return _Claim(region, priority, place)
+    is_named = subject is not None
+    region = Region(name, mask, weight, occurrence, is_named=is_named, place=_named(place, name), **contents)
+    return _Claim(region, priority)
+
+
+def _named(place: str, name: str) -> str:
+    """A place in a layout with the name of what stands there, which a long text is shortened to."""
+    short = name if len(name) <= 40 else f"{name[:39]}…"
+    return place if repr(name) in place or repr(short) in place else f"{place} ({short!r})"
 
 
 def _read_background(
@@ -289,8 +297,8 @@ def _read_background(
         )
     weight = read_number(entry.get("weight", DEFAULT_WEIGHT), f"{place}: weight", low=0)
     mask = np.ones(size, np.float32)
-    region = Region(BACKGROUND, mask, weight, is_named=False, is_background=True, **contents)
-    return _Claim(region, -math.inf, place)
+    region = Region(BACKGROUND, mask, weight, is_named=False, is_background=True, place=place, **contents)
+    return _Claim(region, -math.inf)
 
 
 def _read_subject(entry: Mapping[str, Any], place: str) -> str | None:
@@ -398,13 +406,13 @@ def _resolve_priorities(claims: Sequence[_Claim]) -> list[Region]:
             mask = np.clip(region.mask - sum(other.region.mask for other in higher), 0, 1)
             if mask.max() < MIN_PEAK and region.is_background:
                 raise ValueError(
-                    f"{claim.place} has no place: the other regions cover the whole picture. Make them smaller, or"
+                    f"{region.place} has no place: the other regions cover the whole picture. Make them smaller, or"
                     " leave it out."
                 )
             if mask.max() < MIN_PEAK:
                 raise ValueError(
-                    f"{claim.place} is covered entirely by regions of higher priority: "
-                    f"{', '.join(other.place for other in higher)}. Move or enlarge it, or raise its priority "
+                    f"{region.place} is covered entirely by regions of higher priority: "
+                    f"{', '.join(other.region.place for other in higher)}. Move or enlarge it, or raise its priority "
                     f"({claim.priority:g})."
                 )
             region = replace(region, mask=mask)

@@ -92,12 +92,12 @@ def read_words(region: Region, prompt: str, read: Callable[[str], Sequence[Parse
     try:
         return read(prompt)
     except ValueError as error:
-        raise ValueError(f"the `prompt` of region {shown(region)}: {error}") from None
+        raise ValueError(f"the `prompt` of {shown(region)}: {error}") from None
 
 
 def shown(region: Region) -> str:
     """What to call a region in a message."""
-    return repr(region.subject if len(region.subject) <= 40 else f"{region.subject[:39]}…")
+    return region.place or f"the region {region.subject!r}"
 
 
 def find_places(texts: Sequence[ParsedPrompt], region: Region, words: Sequence[ParsedPrompt] | None) -> list[Place]:
@@ -106,7 +106,10 @@ def find_places(texts: Sequence[ParsedPrompt], region: Region, words: Sequence[P
     first, *others = texts
     if not region.is_named or (words and not first.find_all(region.subject) and words[0].find_all(region.subject)):
         return []
-    places = [first.find(region.subject, region.occurrence)]
+    try:
+        places = [first.find(region.subject, region.occurrence)]
+    except ValueError as error:
+        raise ValueError(f"{shown(region)}: {error}") from None
     for text in others:
         if text.text == first.text:
             places.append(text.find(region.subject, region.occurrence))
@@ -130,7 +133,7 @@ def check_served(placed: Sequence[PlacedPrompt], method: GuidanceMethod) -> None
             "background": region.is_background,
         }
         if problem := unserved(method, [key for key, is_used in keys.items() if is_used]):
-            raise ValueError(f"`layout`: region {shown(region)} {problem}")
+            raise ValueError(f"{shown(region)} {problem}")
 
 
 def per_prompt(value: Any, prompt: str | list[str] | None, argument: str) -> list[Any]:

@@ -112,7 +112,7 @@ def words_texts(placed: Sequence[PlacedPrompt]) -> list[RegionText]:
         if own is not None
     ]
     for text in found:
-        _check_length(text.texts, f"the `prompt` of region {shown(placed[text.row].regions[text.region])}")
+        _check_length(text.texts, f"the `prompt` of {shown(placed[text.row].regions[text.region])}")
     _check_sum(found, lambda text: len(text.named) + 1, "prompt")
     return found
 
@@ -168,7 +168,7 @@ def negative_texts(
         for number, region in enumerate(of_prompt.regions):
             if region.negative_prompt is None:
                 continue
-            place = f"the `negative_prompt` of region {shown(region)}"
+            place = f"the `negative_prompt` of {shown(region)}"
             try:
                 own = read([", ".join(filter(None, (text, region.negative_prompt))) for text in of_picture])
             except ValueError as error:

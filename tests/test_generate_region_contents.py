@@ -67,9 +67,9 @@ def test_paths_of_reference_pictures_are_found(check, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("region", "changes", "message"),
     [
-        ({"prompt": "a <cat>"}, {}, "the `prompt` of region 'a <cat>': prompt names the subject '<cat>'"),
+        ({"prompt": "a <cat>"}, {}, "the `prompt` of layout[0] ('a <cat>'): prompt names the subject '<cat>'"),
         ({"prompt": "hat " * 80}, {}, "has 80 tokens, expected at most 75"),
-        ({"prompt": "a ball", "negative_prompt": "<cat>"}, {}, "the `negative_prompt` of region 'a ball'"),
+        ({"prompt": "a ball", "negative_prompt": "<cat>"}, {}, "the `negative_prompt` of layout[0] ('a ball')"),
         ({"subject": "cat", "prompt": "a ball"}, {}, "'cat' is not in the prompt"),
         ({"prompt": "a ball", "strength": 2}, {"guidance_method": "masked"}, "has `strength`, which guidance_method"),
         ({"ip_adapter_image": "no.png"}, {}, "'no.png' does not exist"),

@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import EMBED_DIM, EMBED_DIM_2, make_components, make_pipeline
 from PIL import Image
+from test_region_ip_adapters import embeddings, load_adapters
 
 from multisubject.generation.picture_files import read_settings
 from multisubject.guidance_methods import GUIDANCE_METHODS
@@ -153,6 +154,69 @@ def test_compiled_unet_draws_the_same_picture(base: Base) -> None:
     resets = torch._dynamo.utils.counters["frames"]["total"]
     draw(pipe)
     assert torch._dynamo.utils.counters["frames"]["total"] == resets  # nothing is compiled anew
+
+
+# --- what regions hold -----------------------------------------------------------------------------------------------
+
+HELD = [
+    {"subject": "person", "box": LAYOUT["petrucci"], "lora": "petrucci", "negative_prompt": "a dog"},
+    {"prompt": "a guitar", "box": LAYOUT["majesty"], "lora": {"majesty": 0.9}, "ip_adapter_image": embeddings(1)},
+]
+
+
+def draw_held(pipe: Any, latents: torch.Tensor, layout: Any = HELD) -> Image.Image:
+    prompt = "a photo of a person and a guitar on the beach"
+    settings = {"num_inference_steps": 25, "guidance_scale": 5.0}
+    return pipe(prompt, layout=layout, latents=latents.to(pipe.dtype), **settings).images[0]
+
+
+@pytest.fixture
+def held_latents() -> torch.Tensor:
+    return torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def load_held(embedded_base: Base) -> Any:
+    """The embedded base with two of its LoRAs and an IP-Adapter of random weights, in a precision, on the CPU."""
+
+    def load(dtype: torch.dtype) -> Any:
+        pipe = embedded_base.load(dtype, {})
+        for name in LAYOUT:
+            pipe.load_lora_weights(
+                str(ROOT / "embeddings" / "loras"), weight_name=f"{name}.safetensors", adapter_name=name
+            )
+        load_adapters(pipe)
+        return pipe
+
+    return load
+
+
+def test_what_regions_hold_is_on_the_gpu_what_it_is_on_the_cpu(load_held: Any, held_latents: torch.Tensor) -> None:
+    expected = draw_held(load_held(torch.float32), held_latents)
+    nothing = [{"box": LAYOUT["majesty"], "ip_adapter_image": torch.zeros_like(embeddings(1))}]
+    changed = difference(expected, draw_held(load_held(torch.float32), held_latents, nothing))
+    for dtype, most in ((torch.float32, 0.05), (torch.float16, 0.2), (torch.bfloat16, 0.6)):
+        found = draw_held(load_held(dtype).to("cuda"), held_latents)
+        assert difference(found, expected) < most * changed, dtype
+
+
+@pytest.mark.parametrize("way", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
+def test_what_regions_hold_is_offloaded(load_held: Any, held_latents: torch.Tensor, way: str) -> None:
+    expected = draw_held(load_held(torch.float16).to("cuda"), held_latents)
+    pipe = load_held(torch.float16)
+    getattr(pipe, way)()
+    assert difference(draw_held(pipe, held_latents), expected) < 1.0
+
+
+def test_what_regions_hold_is_compiled(load_held: Any, held_latents: torch.Tensor) -> None:
+    torch._dynamo.reset()
+    expected = draw_held(load_held(torch.float32).to("cuda"), held_latents)
+    pipe = load_held(torch.float32).to("cuda")
+    pipe.unet.compile(fullgraph=True)
+    assert difference(draw_held(pipe, held_latents), expected) < 3.0
+
+
+# --- training --------------------------------------------------------------------------------------------------------
 
 
 def train(folder: Path, *flags: str) -> dict[str, Any]:

@@ -179,9 +179,11 @@ def transformers_says():
 
 def test_longer_words_than_an_encoder_reads_are_an_error(pipe):
     words = "hat " * 80
-    with pytest.raises(ValueError, match=r"the `prompt` of region .* has 80 tokens, expected at most 75"):
+    with pytest.raises(ValueError, match=r"the `prompt` of layout.* has 80 tokens, expected at most 75"):
         sample(pipe, layout=[{"prompt": words, "box": LEFT}])
-    with pytest.raises(ValueError, match=r"the `negative_prompt` of region 'red dog', .* has 82 tokens, expected"):
+    with pytest.raises(
+        ValueError, match=r"the `negative_prompt` of layout\[\d\] \('red dog'\), .* has 82 tokens, expected"
+    ):
         sample(pipe, layout=[{**DOG, "negative_prompt": words}], negative_prompt="hat")
 
 
@@ -197,7 +199,9 @@ def test_twenty_regions_of_long_words_draw_and_too_many_are_an_error(pipe, monke
 
 
 def test_only_a_loaded_subject_can_be_named_in_own_words(pipe):
-    with pytest.raises(ValueError, match=r"the `prompt` of region 'a <rex>': prompt names the subject '<rex>'"):
+    with pytest.raises(
+        ValueError, match=r"the `prompt` of layout\[\d\] \('a <rex>'\): prompt names the subject '<rex>'"
+    ):
         sample(pipe, layout=[{"prompt": "a <rex>", "box": LEFT}])
 
 
@@ -328,10 +332,14 @@ def test_strength_is_a_factor_of_the_weight_and_0_is_no_region(pipe):
 
 
 def test_a_method_that_cannot_serve_a_key_says_so(pipe):
-    with pytest.raises(ValueError, match=r"'red dog' has `strength`, which guidance_method 'masked' cannot serve"):
+    with pytest.raises(
+        ValueError, match=r"layout.* .'red dog'. has `strength`, which guidance_method 'masked' cannot serve"
+    ):
         sample(pipe, layout=[{**DOG, "strength": 2}], guidance_method="masked")
     background = {"subject": "background", "prompt": "a beach"}
-    with pytest.raises(ValueError, match=r"region 'background' is the background, which .* 'bounded_attention' cannot"):
+    with pytest.raises(
+        ValueError, match=r"layout\[\d\] \('background'\) is the background, which .* 'bounded_attention' cannot"
+    ):
         sample(pipe, layout=[DOG, background], guidance_method="bounded_attention")
     with pytest.raises(ValueError, match=r"'<lambda>' cannot serve. Leave it out, or use one of \['cones2', "):
         sample(pipe, layout=[{**DOG, "strength": 2}], guidance_method=lambda layer: None)

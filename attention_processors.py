@@ -17,6 +17,7 @@ from torch import nn
 
 from .guidance_methods import AttentionLayer, GuidanceMethod, GuidanceStep, KeyMoments, RegionMaps
 from .region_ip_adapters import PictureCall, SharedWeights, add_pictures, keeps_pictures
+from .region_moves import RegionLook
 
 __multisubject_version__ = "0.1.0"
 
@@ -173,6 +174,7 @@ class RegionCall:
         region_negatives: `(B, M, dim)`, the same for the unconditional samples.
         recorder: collects attention maps, if wanted.
         pictures: where the regions' reference pictures are, if they hold any.
+        look: collects where the regions' objects are, if they are to be moved after this call.
         kept_keys: what earlier calls computed from the prompt alone.
         kept_biases: of this call, of methods that are `same_in_every_layer`.
         frames: of earlier calls, what surrounds a method's bias in the whole batch's; see `_framed`.
@@ -187,6 +189,7 @@ class RegionCall:
     region_negatives: torch.Tensor | None = None
     recorder: AttentionRecorder | None = None
     pictures: PictureCall | None = None
+    look: RegionLook | None = None
     kept_keys: PromptKeys = field(default_factory=PromptKeys)
     kept_biases: dict[tuple[int, bool], torch.Tensor | None] = field(default_factory=dict)
     frames: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
@@ -238,6 +241,8 @@ class RegionAttnProcessor(AttnProcessor2_0):
         key, value = keys.key, keys.value
 
         # 2. Ask the guidance method for its bias
+        if regions.look is not None:
+            _look_at(regions, query, keys, attn.scale, is_cross)
         bias = _kept_bias(regions, query, keys, attn.scale, is_cross)
         if attention_mask is not None:
             attention_mask = F.pad(attention_mask, (0, key.shape[2] - attention_mask.shape[-1]))
@@ -338,6 +343,14 @@ def _projected(attn: Attention, projection: nn.Module, states: torch.Tensor) -> 
     """
     projected = projection(states.flatten(0, 1))
     return projected.view(*states.shape[:2], attn.heads, -1).transpose(1, 2)
+
+
+def _look_at(regions: RegionCall, query: torch.Tensor, keys: LayerKeys, scale: float, is_cross: bool) -> None:
+    """Show a layer's conditional samples, before any bias, to what looks for objects."""
+    assert regions.look is not None and regions.maps is not None
+    if query.shape[2] in regions.maps:  # else the guidance has its say about that
+        tokens = regions.maps[query.shape[2]].tokens if is_cross else None
+        regions.look.add(query[-regions.batch :], keys.key[-regions.batch :, :, : keys.num_tokens], scale, tokens)
 
 
 def _kept_bias(

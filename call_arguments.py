@@ -113,18 +113,31 @@ def bind_arguments(
 
 
 def check_call(
-    asked: Mapping[str, Any], pipeline: Any, guidance_steps: int | None, recurrence: int, recurrence_steps: int | None
+    asked: Mapping[str, Any],
+    pipeline: Any,
+    guidance_steps: int | None,
+    recurrence: int,
+    recurrence_steps: int | None,
+    moves: Sequence[float] | None,
 ) -> None:
     """Raise `ValueError` or `TypeError` for arguments of a call that diffusers would stumble over deep inside.
 
     Args:
         asked: diffusers' arguments by name.
         pipeline: the one that is called.
-        guidance_steps, recurrence, recurrence_steps: the call's own.
+        guidance_steps, recurrence, recurrence_steps, moves: the call's own.
     """
     check_steps("guidance_steps", guidance_steps, "all steps")
     check_steps("recurrence_steps", recurrence_steps, "the guided steps")
     _check_count("recurrence", recurrence, "each step once")
+    if moves is not None and not (
+        isinstance(moves, (list, tuple))
+        and all(isinstance(at, (int, float)) and not isinstance(at, bool) and 0 <= at < 1 for at in moves)
+    ):
+        raise ValueError(
+            f"`moves` is {moves!r}, expected shares of the steps, from 0 to less than 1, such as (0.15, 0.3, 0.45);"
+            " or () to move nothing."
+        )
     if asked["num_inference_steps"] is not None or (asked.get("timesteps") is None and asked.get("sigmas") is None):
         _check_count("num_inference_steps", asked["num_inference_steps"], "50 are usual")
     _check_count("num_images_per_prompt", asked["num_images_per_prompt"], "one picture")

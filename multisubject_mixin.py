@@ -28,10 +28,11 @@ from .placed_prompts import (
     recorded_tokens,
 )
 from .prompt_encoder import EMBEDS, PromptEncoderMixin
-from .recurrence import recurrent_steps
+from .recurrence import builds_on_former_steps, recurrent_steps
 from .region_attention import ExpectedCalls, RegionConditioning, region_attention
 from .region_ip_adapters import encode_pictures
 from .region_loras import check_loras, lora_names
+from .region_moves import RegionMover
 from .saved_pipeline import PIPELINES, copy_pipeline_sources, load_saved_subjects, save_subjects_with_pipeline
 from .shared_models import in_turn
 
@@ -84,6 +85,7 @@ class MultiSubjectMixin(PromptEncoderMixin):
         guidance_method: str | GuidanceMethod = "multisubject",
         recurrence: int = 1,
         recurrence_steps: int | None = None,
+        moves: Sequence[float] | None = None,
         output_attention_maps: bool = False,
         **kwargs: Any,
     ) -> Any:
@@ -105,6 +107,10 @@ class MultiSubjectMixin(PromptEncoderMixin):
                 then of order 1); `callback_on_step_end` is called at every visit.
             recurrence_steps: None: as many as are guided. With several subjects, 20 steps of which the first five are
                 taken twice were better than 25 that are taken once (docs/placement.md).
+            moves: after which shares of the steps objects that show beside their regions are moved into them, without
+                further calls of the UNet (`region_moves.py`); `()`: never. Needs a scheduler as `recurrence` does, and
+                at least 10 steps. None: as the guidance method has it, `multisubject` after 0.15, 0.3 and 0.45, where
+                the scheduler can. A compiled UNet cannot be looked into: nothing moves.
             output_attention_maps: also return where the subjects' tokens were attended to.
             negative_prompt: what not to show; loaded subjects as `<name>`, other words are plain words.
             prompt_embeds: `(batch, tokens, dim)` instead of the prompt's own embeddings, taken as they are: what
@@ -120,7 +126,7 @@ class MultiSubjectMixin(PromptEncoderMixin):
         # 1. Check inputs
         asked = bind_arguments(super().__call__, args, kwargs, own=MultiSubjectMixin.__call__)  # type: ignore[misc]
         guidance_function = resolve_guidance_method(guidance_method)
-        check_call(asked, self, guidance_steps, recurrence, recurrence_steps)
+        check_call(asked, self, guidance_steps, recurrence, recurrence_steps, moves)
         height, width = asked["height"], asked["width"] = self._size(asked["height"], asked["width"])
         prompt, prompt_embeds, num_images = asked["prompt"], asked["prompt_embeds"], asked["num_images_per_prompt"]
         placed_prompts = {slot.prompt: asked[slot.prompt] for slot in self.encoder_slots}
@@ -158,6 +164,7 @@ class MultiSubjectMixin(PromptEncoderMixin):
             if output_attention_maps:
                 recorded = [recorded_tokens(of_prompt) for of_prompt in placed]
                 recorder = make_recorder(recorded, num_tokens, num_images, conditioning, guidance_function)
+            mover = self._mover(conditioning, guidance_function, moves)
 
             # 4. Encode the prompts with their subjects, denoise and decode
             guidance = region_attention(
@@ -170,10 +177,10 @@ class MultiSubjectMixin(PromptEncoderMixin):
                 weight_negative=weight_negative,
                 guidance_steps=guidance_steps,
                 recorder=recorder,
+                mover=mover,
             )
-            again = recurrent_steps(
-                self, recurrence, guidance_steps if recurrence_steps is None else recurrence_steps, asked["generator"]
-            )
+            repeated = guidance_steps if recurrence_steps is None else recurrence_steps
+            again = recurrent_steps(self, recurrence, repeated, asked["generator"], mover)
             # Of what is still to be encoded then, nothing is a region's.
             no_region = self._loras_of_words(placed, False, (), None)
             with guidance, again, self._running_on(device), no_region:
@@ -297,6 +304,16 @@ class MultiSubjectMixin(PromptEncoderMixin):
             ),
         ):
             yield embeds
+
+    def _mover(self, regions: RegionConditioning | None, method: Any, at: Sequence[float] | None) -> RegionMover | None:
+        """What moves the regions' objects at the shares `at` of the steps, None for nothing.
+
+        Without `at` they are those of the guidance method, if the scheduler can.
+        """
+        if at is None:
+            scheduler = self.scheduler  # type: ignore[attr-defined]
+            at = () if builds_on_former_steps(scheduler) else getattr(method, "moves_objects", ())
+        return RegionMover(regions.masks, regions.background, at) if regions is not None and at else None
 
     def _held_by(
         self, regions: RegionConditioning | None, pipeline: Any, device: torch.device, method: GuidanceMethod | None

@@ -47,6 +47,7 @@ try:
     from .region_contents import __multisubject_version__ as _
     from .region_ip_adapters import __multisubject_version__ as _
     from .region_loras import __multisubject_version__ as _
+    from .region_moves import __multisubject_version__ as _
     from .region_texts import __multisubject_version__ as _
     from .residual_embeddings import __multisubject_version__ as _
     from .saved_pipeline import __multisubject_version__ as _
@@ -65,7 +66,7 @@ _SIBLINGS = (
     "attention_processors", "base_models", "call_arguments", "guidance_methods", "guidance_schedule", "hub_client",
     "hub_utils", "layout", "layout_images", "model_card", "multisubject_mixin", "pictures", "placed_prompts",
     "prompt_encoder", "recurrence", "region_attention", "region_conditioning", "region_contents",
-    "region_ip_adapters", "region_loras", "region_texts",
+    "region_ip_adapters", "region_loras", "region_moves", "region_texts",
     "residual_embeddings", "saved_pipeline", "shared_models", "subject_file", "subject_loader", "subject_pickle",
 )  # fmt: skip
 _versions = {

@@ -33,6 +33,7 @@ from .guidance_schedule import GuidanceSchedule, check_number
 from .region_conditioning import RegionConditioning, RegionPrompts, make_maps
 from .region_ip_adapters import PictureCall, RegionPictures, keeps_pictures
 from .region_loras import RegionLoras, placed_loras
+from .region_moves import RegionLook, RegionMover
 from .shared_models import LoraSwitch, inside, runs_in, state_of
 
 __all__ = ["ExpectedCalls", "RegionConditioning", "RegionPrompts", "region_attention"]
@@ -67,6 +68,7 @@ def region_attention(
     guidance_steps: int | None = None,
     recorder: AttentionRecorder | None = None,
     calls: ExpectedCalls | None = None,
+    mover: RegionMover | None = None,
 ) -> Iterator[None]:
     """Within the context, calls of `unet` are guided by `regions`; afterwards the UNet is as it was.
 
@@ -88,6 +90,7 @@ def region_attention(
         recorder: collects attention maps of every UNet call, guided or not.
         calls: what the UNet will be called with, where somebody else's pipeline calls it; None: not checked, and every
             call has one conditional sample for each image of `regions`.
+        mover: is shown the steps that it wants to look at. A compiled UNet shows it nothing.
 
     Raises:
         ValueError: a custom attention processor of the UNet would be lost, a LoRA cannot act in a region, a bad
@@ -117,6 +120,7 @@ def region_attention(
         weight_negative=weight_negative,
         recorder=recorder,
         calls=calls,
+        mover=None if whole is not unet or getattr(unet, "_compiled_call_impl", None) is not None else mover,
     )
     _check_processors({name: layer.get_processor() for name, layer in layers.items()})
     handle = None
@@ -211,6 +215,7 @@ class _RegionHook:
         weight_negative: float,
         recorder: AttentionRecorder | None,
         calls: ExpectedCalls | None,
+        mover: RegionMover | None,
     ):
         check_number("weight_negative", weight_negative)
         if not -torch.finfo(torch.float32).max <= weight_negative <= 0:
@@ -225,7 +230,7 @@ class _RegionHook:
         self.own_words = has_prompts and getattr(method, "uses_own_words", False)
         self.regions, self.has_attention, self.layers, self.schedule = regions, has_attention, layers, schedule
         self.resize_masks, self.method, self.weight_negative = resize_masks, method, weight_negative
-        self.recorder, self.calls = recorder, calls
+        self.recorder, self.calls, self.mover = recorder, calls, mover
         self.regions_of_prompts = regions
         self.guiding: RegionConditioning | None = regions
         self.guiding_now: tuple[tuple[bool, ...], ...] | None = None
@@ -430,9 +435,17 @@ class _RegionHook:
             None if negatives is None or len(sample) == batch else negatives.embeds.flatten(1, 2).to(device),
             recorder=self.recorder,
             pictures=pictures,
+            look=self._look(timestep, of_shape.maps, sizes),
             kept_keys=self.kept_keys,
             frames=of_shape.frames,
         )
+
+    def _look(
+        self, timestep: torch.Tensor, maps: Mapping[int, RegionMaps], sizes: Mapping[int, tuple[int, int]]
+    ) -> RegionLook | None:
+        if self.mover is None or not self.mover.looks_at(timestep):
+            return None
+        return self.mover.look([*maps.values()], [*sizes.values()])
 
     def _unguided_call(
         self, sample: torch.Tensor, sizes: Mapping[int, tuple[int, int]], pictures: PictureCall | None

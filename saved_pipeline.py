@@ -46,6 +46,7 @@ PIPELINE_SIBLINGS = (
     "region_contents",
     "region_ip_adapters",
     "region_loras",
+    "region_moves",
     "region_texts",
     "residual_embeddings",
     "saved_pipeline",

@@ -92,6 +92,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "cones2, first steps twice": {"guidance_method": "cones2", "second_visits": 0.2},
     "multisubject": {"guidance_method": "multisubject"},
     "multisubject, first steps twice": {"guidance_method": "multisubject", "second_visits": 0.2},
+    "multisubject, nothing moved": {"guidance_method": "multisubject", "moves": ()},
+    "multisubject, first steps twice, nothing moved": {
+        "guidance_method": "multisubject",
+        "moves": (),
+        "second_visits": 0.2,
+    },
     # Objects that only their regions' own words describe, in a prompt of the setting alone or that counts them
     "multisubject, own words": {"own_words": ""},
     "multisubject, own words counted": {"own_words": " and a"},

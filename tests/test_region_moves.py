@@ -1,0 +1,280 @@
+"""Objects are found where attention has them, moved into their regions, and nothing else changes."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    LMSDiscreteScheduler,
+)
+
+from multisubject.benchmarks.bases import DrawnBase
+from multisubject.benchmarks.placement import draw_tasks
+from multisubject.benchmarks.placement_scores import score_picture
+from multisubject.guidance_methods import multisubject, uses_own_words
+from multisubject.recurrence import RecurrentScheduler
+from multisubject.region_moves import RegionLook, RegionMover, boxes_around, covered
+from multisubject.tiny_world import EMBEDDED_BASE
+from multisubject.tiny_world.judge import Judge
+
+SIZE = (16, 16)
+PROMPT = "a photo of a red dog and a blue ball"
+LAYOUT = {"red dog": (0.1, 0.2, 0.4, 0.7), "blue ball": (0.6, 0.3, 0.9, 0.8)}
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def sample(pipe: Any, prompt: Any = PROMPT, **kwargs: Any) -> torch.Tensor:
+    """Final latents of a run that is just long enough."""
+    return pipe(prompt, **({"num_inference_steps": 10, "output_type": "latent", "generator": seeded()} | kwargs)).images
+
+
+@pytest.fixture(params=["sd1", "xl"])
+def pipe(request):
+    return request.getfixturevalue(f"{request.param}_pipe")
+
+
+def look_that_sees(boxes: torch.Tensor, objects: torch.Tensor, size: tuple[int, int] = SIZE) -> RegionLook:
+    """As if each region's words were attended to on its object, and places of one object to one another."""
+    look = RegionLook(boxes, size)
+    shown = covered(objects, size)
+    look.words += shown
+    kinds = torch.cat([shown, 1 - shown.amax(dim=1, keepdim=True)], dim=1).flatten(2)
+    look.alike += kinds.transpose(1, 2) @ kinds
+    return look
+
+
+# --- where objects are -----------------------------------------------------------------------------------------------
+
+
+def test_boxes_go_around_masks_and_empty_ones_are_empty():
+    masks = torch.zeros(1, 3, 20, 40)
+    masks[0, 0, 5:10, 8:20] = 0.8
+    masks[0, 0, 0, 0] = 0.3  # less than half of the peak
+    masks[0, 2] = 1
+    expected = [[0.2, 0.25, 0.5, 0.5], [0, 0, 0, 0], [0, 0, 1, 1]]
+    assert torch.allclose(boxes_around(masks), torch.tensor([expected]))
+
+
+@pytest.mark.parametrize("size", [(16, 16), (24, 32)])
+def test_objects_are_found_where_attention_has_them(size):
+    boxes = torch.tensor([[(0.1, 0.2, 0.4, 0.7), (0.6, 0.3, 0.9, 0.8)]])
+    objects = boxes + torch.tensor([(0.05, -0.12) * 2, (0.0, 0.1) * 2])
+    found = look_that_sees(boxes, objects, size).found()
+    assert (found - objects).abs().max() < 0.04
+    assert (found - boxes).abs().max() > 0.08
+
+
+def test_where_nothing_is_seen_the_region_itself_is_found():
+    boxes = torch.tensor([[(0.1, 0.2, 0.4, 0.7), (0.0, 0.0, 0.0, 0.0)]])
+    look = RegionLook(boxes, SIZE)
+    look.words += 1
+    look.alike += 1
+    assert (look.found() - boxes)[0, 0].abs().max() < 0.05
+
+
+def test_a_look_adds_up_the_layers_of_its_size_alone():
+    boxes, tokens = torch.tensor([[(0.1, 0.2, 0.4, 0.7)]]), torch.tensor([[[False, True, False]]])
+    look = RegionLook(boxes, (2, 2))
+    query, key = torch.randn(1, 2, 4, 8, generator=seeded(1)), torch.randn(1, 2, 3, 8, generator=seeded(2))
+    look.add(query, key, 0.5, tokens)
+    expected = (0.5 * query @ key.transpose(-1, -2)).softmax(-1).mean(1)[0, :, 1].view(2, 2)
+    assert torch.allclose(look.words[0, 0], expected, atol=1e-6)
+    look.add(torch.randn(1, 2, 16, 8), key, 0.5, tokens)
+    look.add(torch.randn(1, 2, 16, 8), torch.randn(1, 2, 16, 8), 0.5, None)
+    assert torch.allclose(look.words[0, 0], expected, atol=1e-6)
+    assert look.alike.abs().max() == 0
+
+
+# --- moving them -----------------------------------------------------------------------------------------------------
+
+
+def mover_that_sees(objects: torch.Tensor, boxes: torch.Tensor) -> RegionMover:
+    mover = RegionMover(torch.zeros(*boxes.shape[:2], 4, 4), None, (0.5,))
+    mover.seen = look_that_sees(boxes, objects)
+    return mover
+
+
+def test_an_object_is_lifted_off_its_background_and_set_down():
+    boxes = torch.tensor([[(0.25, 0.25, 0.625, 0.625)]])
+    objects = boxes + torch.tensor((0.0, 0.125) * 2)
+    x0 = 1 + 4 * covered(objects, SIZE).expand(1, 4, -1, -1)
+    signal, level = torch.tensor(0.8), torch.tensor(0.6)
+    before = signal * x0 + level * torch.randn(1, 4, *SIZE, generator=seeded(3))
+    after = mover_that_sees(objects, boxes).move(before, x0, signal, level, seeded(4))
+    left, right, top, bottom = 4, 10, 4, 10
+    inside = (after[..., top:bottom, left:right] / signal).mean()
+    below = (after[..., bottom, left:right] / signal).mean()
+    assert inside == pytest.approx(5, abs=0.4)
+    assert below == pytest.approx(1, abs=0.8)
+    changed = (after != before).any(dim=1)[0]
+    assert not changed[:3].any() and not changed[13:].any() and not changed[:, :3].any() and not changed[:, 11:].any()
+    noise = (after - signal * x0) / level
+    assert noise[..., changed].std() > 0.5
+
+
+def test_what_stands_in_its_region_stays_bit_for_bit():
+    boxes = torch.tensor([[(0.25, 0.25, 0.625, 0.625)]])
+    mover, before = mover_that_sees(boxes, boxes), torch.randn(1, 4, *SIZE)
+    after = mover.move(before, torch.randn(1, 4, *SIZE), torch.tensor(0.8), torch.tensor(0.6), None)
+    assert after is before
+    assert mover.move(before, before, torch.tensor(0.8), torch.tensor(0.6), None) is before  # nothing was looked at
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_move_keeps_the_dtype_and_does_not_depend_on_the_batch(dtype):
+    boxes = torch.tensor([[(0.25, 0.25, 0.625, 0.625)]]).repeat(3, 1, 1)
+    objects = boxes + torch.tensor([(0.0, 0.125), (0.0, 0.0), (0.08, 0.1)]).repeat(1, 2)[:, None]
+    before, x0 = (torch.randn(3, 4, *SIZE, generator=seeded(seed)).to(dtype) for seed in (1, 2))
+    levels = torch.tensor(0.8), torch.tensor(0.6)
+    together = mover_that_sees(objects, boxes).move(before, x0, *levels, [seeded(n) for n in range(3)])
+    assert together.dtype == dtype and together.isfinite().all()
+    assert torch.equal(together[1], before[1])
+    alone = mover_that_sees(objects[2:], boxes[2:]).move(before[2:], x0[2:], *levels, [seeded(2)])
+    assert torch.allclose(together[2:].float(), alone.float(), atol=1e-2)
+    assert not torch.equal(together[2], before[2])
+
+
+class Seen:
+    """In place of a mover: what it is given."""
+
+    at = (0.3,)
+
+    def start(self, timesteps):
+        self.timesteps, self.moves = timesteps, []
+
+    def looks_at(self, timestep):
+        return float(timestep) == float(self.timesteps[3])
+
+    def move(self, sample, predicted, signal, level, generator):
+        self.moves.append((sample - signal * predicted) / level)
+        return sample
+
+
+@pytest.mark.parametrize("recurrence", [1, 2])
+@pytest.mark.parametrize(
+    "kind",
+    [DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, LMSDiscreteScheduler],
+)
+def test_a_mover_is_told_how_much_noise_the_sample_holds(kind, recurrence):
+    """A perfect denoiser: what is left of the sample has a spread of 1, once, after the last visit of the step."""
+    mover = Seen()
+    scheduler = RecurrentScheduler(kind(), recurrence, None, seeded(), mover)
+    scheduler.set_timesteps(10)
+    picture = torch.full((1, 4, 64, 64), 0.5)
+    x = torch.randn(picture.shape, generator=seeded(1)) * scheduler.init_noise_sigma
+    more = {} if kind is LMSDiscreteScheduler else {"generator": seeded(2)}
+    for timestep in scheduler.timesteps:
+        scheduler.scale_model_input(x, timestep)
+        alpha = scheduler.alphas_cumprod[int(timestep)]
+        signal, level = alpha.sqrt(), (1 - alpha).sqrt()
+        if hasattr(scheduler, "sigmas"):
+            signal, level = 1, scheduler.sigmas[scheduler.step_index]
+        x = scheduler.step((x - signal * picture) / level, timestep, x, **more)[0]
+    assert len(mover.timesteps) == 10
+    (noise,) = mover.moves
+    assert float(noise.std()) == pytest.approx(1, abs=0.05)
+    assert float(noise.mean()) == pytest.approx(0, abs=0.1)
+
+
+# --- in a pipeline ---------------------------------------------------------------------------------------------------
+
+
+def test_moves_change_the_picture_with_no_further_call_and_leave_the_unet_as_it_was(pipe):
+    processors, scheduler, calls = dict(pipe.unet.attn_processors), pipe.scheduler, []
+    hook = pipe.unet.register_forward_hook(lambda *_: calls.append(1))
+    moved = sample(pipe, layout=LAYOUT)
+    assert len(calls) == 10
+    still = sample(pipe, layout=LAYOUT, moves=())
+    hook.remove()
+    assert moved.isfinite().all() and not torch.equal(moved, still)
+    assert pipe.scheduler is scheduler and dict(pipe.unet.attn_processors) == processors
+    without = uses_own_words(lambda layer: multisubject(layer))  # a method that moves nothing
+    assert torch.equal(sample(pipe, layout=LAYOUT, guidance_method=without), still)
+    assert torch.equal(sample(pipe, layout=LAYOUT, moves=(0.15, 0.3, 0.45)), moved)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"layout": {}}, {"layout": LAYOUT, "num_inference_steps": 9},
+                                       {"layout": LAYOUT, "guidance_steps": 1}])  # fmt: skip
+def test_nothing_moves_without_a_layout_in_short_runs_and_unguided_steps(pipe, arguments):
+    expected = sample(pipe, **arguments, moves=())
+    assert torch.equal(sample(pipe, **arguments, moves=(0.2, 0.99)), expected)
+
+
+def test_schedulers_that_build_on_former_steps_move_nothing_unless_asked(sd1_pipe):
+    sd1_pipe.scheduler = DPMSolverMultistepScheduler.from_config(sd1_pipe.scheduler.config)
+    assert torch.equal(sample(sd1_pipe, layout=LAYOUT), sample(sd1_pipe, layout=LAYOUT, moves=()))
+    with pytest.raises(
+        ValueError, match=r"`moves` is \[0.3\], but DPMSolverMultistepScheduler cannot .* or moves=\(\)"
+    ):
+        sample(sd1_pipe, layout=LAYOUT, moves=[0.3])
+    sd1_pipe.scheduler = LMSDiscreteScheduler.from_config(sd1_pipe.scheduler.config)
+    assert torch.equal(sample(sd1_pipe, layout=LAYOUT), sample(sd1_pipe, layout=LAYOUT, moves=()))
+    assert not torch.equal(sample(sd1_pipe, layout=LAYOUT, moves=(0.3,)), sample(sd1_pipe, layout=LAYOUT, moves=()))
+
+
+@pytest.mark.parametrize("moves", [0.3, (1.0,), (-0.1,), ("a",), (True,), "0.3"])
+def test_wrong_moves_raise(sd1_pipe, moves):
+    with pytest.raises(
+        ValueError, match=r"`moves` is .*, expected shares of the steps, from 0 to less than 1, such as"
+    ):
+        sample(sd1_pipe, layout=LAYOUT, moves=moves)
+
+
+def test_a_picture_does_not_depend_on_its_batch(sd1_pipe):
+    generators = [seeded(5), seeded(6), seeded(7)]
+    layouts = [LAYOUT, None, {"blue ball": (0.3, 0.3, 0.7, 0.6)}]
+    together = sample(sd1_pipe, [PROMPT] * 3, layout=layouts, generator=generators)
+    for index, layout in enumerate(layouts):
+        alone = sample(sd1_pipe, layout=layout, generator=seeded(5 + index))
+        assert torch.allclose(together[index], alone[0], atol=2e-2)
+    assert not torch.allclose(together[0], sample(sd1_pipe, layout=LAYOUT, generator=seeded(5), moves=())[0], atol=2e-2)
+
+
+def test_recorded_attention_is_that_of_the_calls_also_where_they_are_looked_at(sd1_pipe):
+    output = sd1_pipe(PROMPT, layout=LAYOUT, num_inference_steps=10, output_type="latent", generator=seeded(),
+                      output_attention_maps=True)  # fmt: skip
+    assert torch.equal(output.images, sample(sd1_pipe, layout=LAYOUT))
+    assert len(output.attention_maps[0]["red dog"]) == 10
+
+
+@pytest.mark.parametrize("recurrence", [1, 2])
+def test_the_scheduler_comes_back_after_an_interrupt_and_moves_begin_anew(sd1_pipe, recurrence):
+    scheduler, expected = sd1_pipe.scheduler, sample(sd1_pipe, layout=LAYOUT, recurrence=recurrence, recurrence_steps=2)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sample(sd1_pipe, layout=LAYOUT, callback_on_step_end=stop)
+    assert sd1_pipe.scheduler is scheduler
+    again = sample(sd1_pipe, layout=LAYOUT, recurrence=recurrence, recurrence_steps=2)
+    assert torch.equal(again, expected)
+
+
+def test_objects_stand_more_exactly_in_their_boxes():
+    """On the embedded base, whose judge says where they are."""
+    base, judge = DrawnBase.read(EMBEDDED_BASE), Judge.load()
+    tasks, pipe = draw_tasks("described 2", 8, 3, base.world), base.load()
+
+    def overlaps(**arguments: Any) -> np.ndarray:
+        pictures = pipe(
+            [task.prompt for task in tasks],
+            layout=[task.layout for task in tasks],
+            num_inference_steps=16,
+            guidance_scale=5.0,
+            generator=[seeded(task.seed) for task in tasks],
+            **arguments,
+        ).images
+        return np.array([score_picture(judge, *pair)["ious"] for pair in zip(tasks, pictures, strict=True)])
+
+    moved, still = overlaps(), overlaps(moves=())
+    assert moved.mean() > still.mean() + 0.05

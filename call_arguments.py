@@ -118,7 +118,7 @@ def check_call(
     guidance_steps: int | None,
     recurrence: int,
     recurrence_steps: int | None,
-    moves: Sequence[float],
+    moves: Sequence[float] | None,
 ) -> None:
     """Raise `ValueError` or `TypeError` for arguments of a call that diffusers would stumble over deep inside.
 
@@ -130,7 +130,7 @@ def check_call(
     check_steps("guidance_steps", guidance_steps, "all steps")
     check_steps("recurrence_steps", recurrence_steps, "the guided steps")
     _check_count("recurrence", recurrence, "each step once")
-    if not (
+    if moves is not None and not (
         isinstance(moves, (list, tuple))
         and all(isinstance(at, (int, float)) and not isinstance(at, bool) and 0 <= at < 1 for at in moves)
     ):

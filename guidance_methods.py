@@ -194,6 +194,17 @@ def guides_all_self_attention(method: GuidanceMethod) -> GuidanceMethod:
     return method
 
 
+def moves_objects(*at: float) -> Callable[[GuidanceMethod], GuidanceMethod]:
+    """Decorator: when these shares of the steps lie behind, a pipeline moves objects into their regions; see
+    `region_moves.py`."""
+
+    def declare(method: GuidanceMethod) -> GuidanceMethod:
+        method.moves_objects = at  # type: ignore[attr-defined]
+        return method
+
+    return declare
+
+
 def same_in_every_layer(method: GuidanceMethod) -> GuidanceMethod:
     """Decorator: the bias follows from maps and step alone, so that layers of one resolution can share it."""
     method.same_in_every_layer = True  # type: ignore[attr-defined]
@@ -356,8 +367,9 @@ def bounded_attention(layer: AttentionLayer) -> torch.Tensor | None:
 @serves("strength", "background")
 @same_in_every_layer
 @uses_own_words
+@moves_objects(0.15, 0.3, 0.45)
 def multisubject(layer: AttentionLayer) -> torch.Tensor | None:
-    """The default, `cones2_padding_hidden` with four changes.
+    """The default, `cones2_padding_hidden` with four changes, and with objects that are moved.
 
     In the whole prompt a causal text encoder lets every word hear of the words before it, so that the second of two
     dogs knows the first one's colour: here a region's words are embedded by themselves (`uses_own_words`). In the
@@ -365,7 +377,8 @@ def multisubject(layer: AttentionLayer) -> torch.Tensor | None:
     what reaches over a region's edge, such as a hat, can then be painted with its subject's words. The pull is the
     same in every layer, `strength * 3` logits for each unit of weight, where Cones 2 measures the spread of each
     layer's logits: that costs more, and where logits spread wide it pulls too hard. And where regions cover most of the
-    picture, the prompt's summary is held back but not hidden (`RegionMaps.held_back_summary`).
+    picture, the prompt's summary is held back but not hidden (`RegionMaps.held_back_summary`). In calls of a pipeline
+    objects are also moved into their regions in the first steps (`moves_objects`).
     """
     if not layer.is_cross:
         return None

@@ -28,7 +28,7 @@ from .placed_prompts import (
     recorded_tokens,
 )
 from .prompt_encoder import EMBEDS, PromptEncoderMixin
-from .recurrence import recurrent_steps
+from .recurrence import builds_on_former_steps, recurrent_steps
 from .region_attention import ExpectedCalls, RegionConditioning, region_attention
 from .region_ip_adapters import encode_pictures
 from .region_loras import check_loras, lora_names
@@ -85,7 +85,7 @@ class MultiSubjectMixin(PromptEncoderMixin):
         guidance_method: str | GuidanceMethod = "multisubject",
         recurrence: int = 1,
         recurrence_steps: int | None = None,
-        moves: Sequence[float] = (),
+        moves: Sequence[float] | None = None,
         output_attention_maps: bool = False,
         **kwargs: Any,
     ) -> Any:
@@ -108,9 +108,9 @@ class MultiSubjectMixin(PromptEncoderMixin):
             recurrence_steps: None: as many as are guided. With several subjects, 20 steps of which the first five are
                 taken twice were better than 25 that are taken once (docs/placement.md).
             moves: after which shares of the steps objects that show beside their regions are moved into them, without
-                further calls of the UNet (`region_moves.py`), such as `(0.15, 0.3, 0.45)`; `()`: never. Needs a
-                scheduler as `recurrence` does, and at least 10 steps. A compiled UNet cannot be looked into: nothing
-                moves.
+                further calls of the UNet (`region_moves.py`); `()`: never. Needs a scheduler as `recurrence` does, and
+                at least 10 steps. None: as the guidance method has it, `multisubject` after 0.15, 0.3 and 0.45, where
+                the scheduler can. A compiled UNet cannot be looked into: nothing moves.
             output_attention_maps: also return where the subjects' tokens were attended to.
             negative_prompt: what not to show; loaded subjects as `<name>`, other words are plain words.
             prompt_embeds: `(batch, tokens, dim)` instead of the prompt's own embeddings, taken as they are: what
@@ -164,9 +164,7 @@ class MultiSubjectMixin(PromptEncoderMixin):
             if output_attention_maps:
                 recorded = [recorded_tokens(of_prompt) for of_prompt in placed]
                 recorder = make_recorder(recorded, num_tokens, num_images, conditioning, guidance_function)
-            mover = None
-            if conditioning is not None and moves:
-                mover = RegionMover(conditioning.masks, conditioning.background, moves)
+            mover = self._mover(conditioning, guidance_function, moves)
 
             # 4. Encode the prompts with their subjects, denoise and decode
             guidance = region_attention(
@@ -306,6 +304,16 @@ class MultiSubjectMixin(PromptEncoderMixin):
             ),
         ):
             yield embeds
+
+    def _mover(self, regions: RegionConditioning | None, method: Any, at: Sequence[float] | None) -> RegionMover | None:
+        """What moves the regions' objects at the shares `at` of the steps, None for nothing.
+
+        Without `at` they are those of the guidance method, if the scheduler can.
+        """
+        if at is None:
+            scheduler = self.scheduler  # type: ignore[attr-defined]
+            at = () if builds_on_former_steps(scheduler) else getattr(method, "moves_objects", ())
+        return RegionMover(regions.masks, regions.background, at) if regions is not None and at else None
 
     def _held_by(
         self, regions: RegionConditioning | None, pipeline: Any, device: torch.device, method: GuidanceMethod | None

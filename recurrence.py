@@ -25,6 +25,11 @@ _IN_SIGMAS = (EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, LMSDiscre
 _IN_ALPHAS = (DDIMScheduler, DDPMScheduler)
 
 
+def builds_on_former_steps(scheduler: Any) -> bool:
+    """Whether a scheduler's steps follow from more than the sample: after a change of that they would go astray."""
+    return not isinstance(scheduler, (*_IN_SIGMAS, *_IN_ALPHAS)) or isinstance(scheduler, LMSDiscreteScheduler)
+
+
 @contextmanager
 def recurrent_steps(
     pipeline: Any,

@@ -178,7 +178,7 @@ class RegionMover:
         if not any(images):
             return sample
         x0 = predicted.float()
-        moved, changed = _set_down(x0, goals, shifts, moving, look.outside)
+        moved, changed = _set_down(x0, goals, shifts, moving)
         noise = (sample.float() - signal * x0) / noise_level
         kept = 1 - changed
         fresh = _noise_of(images, noise, generator)
@@ -187,14 +187,16 @@ class RegionMover:
 
 
 def _set_down(
-    x0: torch.Tensor, goals: torch.Tensor, shifts: torch.Tensor, moving: torch.Tensor, outside: torch.Tensor
+    x0: torch.Tensor, goals: torch.Tensor, shifts: torch.Tensor, moving: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The picture with its moving objects, which stand `shifts` beside their goals, lifted off their background and set
     down; and `(B, 1, h, w)` in [0, 1], where that changed it."""
     size = (x0.shape[2], x0.shape[3])
     found = goals + torch.cat([shifts, shifts], dim=-1)
     lifted, set_down = (covered(boxes, size, SEAM) * moving[..., None, None] for boxes in (found, goals))
-    moved = torch.lerp(x0, _background(x0, outside), lifted.amax(dim=1, keepdim=True))
+    objects = covered(grown(torch.cat([goals, found], dim=1), MARGIN), size)
+    background = _background(x0, 1 - objects.amax(dim=1, keepdim=True))
+    moved = torch.lerp(x0, background, lifted.amax(dim=1, keepdim=True))
     rows, columns = (positions(side, x0.device) for side in size)
     for region in range(goals.shape[1]):
         x, y = columns + shifts[:, region, :1], rows + shifts[:, region, 1:]
@@ -205,12 +207,11 @@ def _set_down(
 
 
 def _background(x0: torch.Tensor, outside: torch.Tensor) -> torch.Tensor:
-    """What would stand everywhere if there were no objects: the mean of what lies outside, near ones counting most."""
-    size = (x0.shape[2], x0.shape[3])
-    outside = F.interpolate(outside[:, None], size, mode="area")
+    """What would stand everywhere if there were no objects: the mean of what lies outside, `(B, 1, h, w)`, near places
+    counting most."""
     down, across = (
         torch.exp(-(((at[:, None] - at) / blur) ** 2) / 2)
-        for at, blur in zip((positions(s, x0.device) for s in size), (BLUR_DOWN, BLUR_ACROSS), strict=True)
+        for at, blur in zip((positions(s, x0.device) for s in x0.shape[2:]), (BLUR_DOWN, BLUR_ACROSS), strict=True)
     )
     return (down @ (outside * x0) @ across) / (down @ outside @ across).clamp(min=1e-6)
 

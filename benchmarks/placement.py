@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -48,7 +47,7 @@ from multisubject.benchmarks.placement_tasks import (
     with_loras,
     with_own_words,
 )
-from multisubject.benchmarks.results import digest_of_weights, load_results, read_results, side_by_side
+from multisubject.benchmarks.results import digest_of_weights, load_results, read_results, side_by_side, write_results
 from multisubject.benchmarks.speed import measure
 from multisubject.evaluation.intervals import bootstrap_interval
 from multisubject.guidance_methods import (
@@ -59,7 +58,6 @@ from multisubject.guidance_methods import (
     multisubject,
     uses_own_words,
 )
-from multisubject.subject_file import write_atomically
 from multisubject.tiny_world import EMBEDDED_BASE
 from multisubject.tiny_world.judge import CHECKPOINT, Judge
 from multisubject.tiny_world.subjects import SUBJECTS
@@ -83,10 +81,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "cones2, first steps twice": {"guidance_method": "cones2", "second_visits": 0.2},
     "multisubject": {"guidance_method": "multisubject"},
     "multisubject, first steps twice": {"guidance_method": "multisubject", "second_visits": 0.2},
-    "multisubject, objects moved": {"guidance_method": "multisubject", "moves": (0.15, 0.3, 0.45)},
-    "multisubject, first steps twice, objects moved": {
+    "multisubject, nothing moved": {"guidance_method": "multisubject", "moves": ()},
+    "multisubject, first steps twice, nothing moved": {
         "guidance_method": "multisubject",
-        "moves": (0.15, 0.3, 0.45),
+        "moves": (),
         "second_visits": 0.2,
     },
     # Objects that only their regions' own words describe, in a prompt of the setting alone or that counts them
@@ -397,7 +395,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                         options.sheets.mkdir(parents=True, exist_ok=True)
                         sheet = contact_sheet(pictures, captions=[task.prompt for task in part])
                         sheet.save(options.sheets / f"{cell}, {method}.png".replace(" ", "_").replace(",", ""))
-                    write_atomically(options.results, json.dumps(results, indent=1).encode())
+                    write_results(options.results, results)
                     progress.update(len(part))
     return results
 

@@ -44,7 +44,7 @@ def shows(verdict: Verdict, target: Target) -> bool:
 
 
 def score_picture(judge: Judge, task: Task, picture: Image.Image) -> dict[str, Any]:
-    """What the judge sees, as plain numbers. Counts are over the task's regions; `ious` has one entry for each."""
+    """What the judge sees, as numbers of few digits. Counts are over the task's regions; `ious` has one for each."""
     verdicts = judge.classify([picture] * len(task.targets), [target.box for target in task.targets])
     pairs = list(zip(verdicts, task.targets, strict=True))
     leaked = 0
@@ -71,8 +71,8 @@ def score_picture(judge: Judge, task: Task, picture: Image.Image) -> dict[str, A
         "missing": sum(verdict.category is None for verdict, _ in pairs),
         "leaked": leaked,
         "extras": outside,
-        "setting": judge.settings([picture])[0][0] == task.setting,
-        "sharpness": sharpness(picture),
+        "setting": int(judge.settings([picture])[0][0] == task.setting),
+        "sharpness": round(sharpness(picture), 2),
     }
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from multisubject.subject_file import write_atomically
 
 FIRST_BASE = "tiny_world/base"
 
@@ -23,7 +26,44 @@ def digest_of_weights(*places: Path) -> str:
 
 def read_results(path: Path) -> dict[str, Any]:
     """A file's `base`, `settings` and results. Files from the time of one base do not name it."""
-    return {"base": FIRST_BASE, **json.loads(path.read_text())}
+    results = {"base": FIRST_BASE, **json.loads(path.read_text())}
+    for found in _each(results):
+        if isinstance(found.get("pictures"), dict):
+            found["pictures"] = as_rows(found["pictures"])
+    return results
+
+
+def write_results(path: Path, results: Mapping[str, Any]) -> None:
+    """Write what `read_results` reads, the scores of pictures as columns; a file is whole or as it was."""
+    results = copy.deepcopy(dict(results))
+    for found in _each(results):
+        found["pictures"] = as_columns(found["pictures"])
+    write_atomically(path, (json.dumps(results, separators=(",", ":")).replace("},", "},\n") + "\n").encode())
+
+
+def as_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Scores of pictures, which all have the same keys, by key: one for each picture, or the number that all
+    have."""
+    columns: dict[str, Any] = {"count": len(rows)}
+    for key in rows[0] if rows else ():
+        column = [row[key] for row in rows]
+        same = not isinstance(column[0], list) and column.count(column[0]) == len(column)
+        columns[key] = column[0] if same else column
+    return columns
+
+
+def as_rows(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The other way round."""
+    keys = [key for key in columns if key != "count"]
+    return [
+        {key: columns[key][row] if isinstance(columns[key], list) else columns[key] for key in keys}
+        for row in range(columns["count"])
+    ]
+
+
+def _each(results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """What was found with each method in each cell."""
+    return itertools.chain.from_iterable(methods.values() for methods in results["cells"].values())
 
 
 def load_results(path: Path, base: str, settings: dict[str, Any], argument: str) -> dict[str, Any]:

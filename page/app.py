@@ -216,6 +216,12 @@ class _Page:
                 visited = number(
                     "recurrence_steps", "Early steps", "How many of the first steps these are.", 5, precision=0
                 )
+            moved = gr.Checkbox(
+                DEFAULTS.move_objects,
+                label="Move objects into their regions",
+                info="Where the method does so, early in runs of ten steps or more.",
+                elem_id="move_objects",
+            )
         return {
             "guidance_method": method,
             "guidance_scale": scale,
@@ -224,6 +230,7 @@ class _Page:
             "weight_negative": negative,
             "recurrence": recurrence,
             "recurrence_steps": visited,
+            "move_objects": moved,
         }
 
     def settings(self, given: Sequence[Any]) -> dict[str, Any]:

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from multisubject.generation.base_model import BaseModel
+from multisubject.generation.config_file import GUIDANCE_KEYS, SAMPLING_KEYS
 from multisubject.page.document import Document, place_of
-from multisubject.page.entries import ENTRY_KEYS, Settings, entry_of, other_pipeline, short_paths
+from multisubject.page.entries import Settings, entry_of, other_pipeline, short_paths
 from multisubject.tiny_world import EMBEDDED_BASE
 
 _SAVE = 'image.save("picture.png")\n'
@@ -23,7 +24,7 @@ def as_python(
         base: the model.
     """
     entry = entry_of(document, settings, short_paths(sources), short_paths(loras))
-    guidance = {key: value for key, value in entry.items() if key in ("layout", "negative_prompt", *ENTRY_KEYS)}
+    guidance = {key: value for key, value in entry.items() if key in ("layout", "negative_prompt", *GUIDANCE_KEYS)}
     width, height = document.size
     guidance |= {"height": height, "width": width}
     steps: dict[str, Any] = {"num_inference_steps": settings.num_inference_steps}
@@ -33,7 +34,7 @@ def as_python(
     if settings.start == "noise":
         call = _keywords(guidance | steps) + _generator(settings)
         return f"import torch\n\n{load}image = pipe(\n    {document.prompt!r},\n{call}).images[0]\n{_SAVE}"
-    guidance = {"layout": None} | {key: value for key, value in guidance.items() if "recurrence" not in key}
+    guidance = {"layout": None} | {key: value for key, value in guidance.items() if key not in SAMPLING_KEYS}
     return _from_picture(document, settings, load, guidance, steps, "text_encoder_2" in base.embed_dims)
 
 

@@ -47,6 +47,7 @@ class Settings:
         num_inference_steps, guidance_scale: as for `generate_images.py`.
         guidance_method, guidance_weight, guidance_steps, weight_negative, recurrence, recurrence_steps: as for
             an entry of a generation config.
+        move_objects: whether objects are moved into their regions where the guidance method does so.
         start: a key of `STARTS`: noise, or the picture under the regions.
         image_strength: of a picture to start from, how much of it may change, from 0 to 1.
         region: id of the region that is redrawn.
@@ -62,6 +63,7 @@ class Settings:
     weight_negative: float = -1e8
     recurrence: int = 1
     recurrence_steps: int | None = None
+    move_objects: bool = True
     start: str = "noise"
     image_strength: float = 0.6
     region: str | None = None
@@ -103,6 +105,9 @@ def read_settings(value: Any) -> Settings:
             if type(given) not in kinds or math.isnan(given) or not low <= given <= high:
                 kind = "a whole number" if is_whole else "a number"
                 raise ValueError(f"{key} is {str(given)[:80]!r}, expected {kind} from {low:g} to {high:g}.")
+        elif known[key] == "bool":
+            if not isinstance(given, bool):
+                raise ValueError(f"{key} is {str(given)[:80]!r}, expected true or false.")
         elif not isinstance(given, str) or len(given) > 64:
             raise ValueError(f"{key} is {str(given)[:80]!r}, expected a short text.")
     settings = Settings(**value)
@@ -132,6 +137,8 @@ def entry_of(
         entry["layout"] = document.layout()
         changed = {key: getattr(settings, key) for key in ENTRY_KEYS}
         entry |= {key: value for key, value in changed.items() if value != getattr(DEFAULTS, key)}
+        if not settings.move_objects:
+            entry["moves"] = []
     if document.negative_prompt:
         entry["negative_prompt"] = document.negative_prompt
     return entry | {"seed": settings.seed}

@@ -89,7 +89,7 @@ def _read_png(data: bytes, known: Collection[str], base: BaseModel) -> tuple[Doc
     entry = {
         key: made[key] for key in ("prompt", "negative_prompt", "seed", "layout", "color_context") if made.get(key)
     }
-    entry |= {key: made[key] for key in ENTRY_KEYS if made.get(key) is not None}
+    entry |= {key: made[key] for key in (*ENTRY_KEYS, "moves") if made.get(key) is not None}
     subjects = made.get("subjects")
     if isinstance(subjects, dict) and subjects:
         entry["residual_dict"] = {name: str(said.get("source")) for name, said in subjects.items()}
@@ -146,7 +146,11 @@ def _read_entry(
         }
     )
     given = {key: getattr(config, key) for key in (*ENTRY_KEYS, "seed") if getattr(config, key) is not None}
-    return document, read_settings(asdict(DEFAULTS) | given), _missing(document, known)
+    given["move_objects"] = config.moves is None or len(config.moves) > 0
+    notes = _missing(document, known)
+    if config.moves:
+        notes.append("Objects are moved at the method's own steps, not at those of the file.")
+    return document, read_settings(asdict(DEFAULTS) | given), notes
 
 
 def _list_layout(config: GenerationConfig, pictures: Mapping[str, bytes]) -> list[dict[str, Any]]:

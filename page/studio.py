@@ -23,7 +23,7 @@ from PIL import Image
 from multisubject.generation import making
 from multisubject.generation.arguments import GenerateArguments
 from multisubject.generation.base_model import BaseModel
-from multisubject.generation.config_file import GUIDANCE_KEYS, ConfigError, Report, parse_config
+from multisubject.generation.config_file import GUIDANCE_KEYS, SAMPLING_KEYS, ConfigError, Report, parse_config
 from multisubject.generation.picture_files import save_picture
 from multisubject.generation.tasks import GenerationTask, load_tasks
 from multisubject.layout import Region, as_layout, parse_layout
@@ -313,7 +313,7 @@ class Studio:
         other = getattr(diffusers, name)(**pipe.components, **options)
         other.set_progress_bar_config(disable=True)
         call = making.call_arguments(job.task, job.args, type(pipe))
-        guidance = {key: call[key] for key in GUIDANCE_KEYS if key in call and not key.startswith("recurrence")}
+        guidance = {key: call[key] for key in GUIDANCE_KEYS if key in call and key not in SAMPLING_KEYS}
         mask, masked = None, dict[str, Any]()
         if job.settings.start == "region":
             region = job.document.region(job.settings.region)

@@ -154,7 +154,7 @@ WRONG = [
 def test_wrong_input_is_refused_whoever_sends_it(document, page_server):
     problems = page_server.service.problems(document, {})
     assert problems and all(problem["severity"] == "error" for problem in problems)
-    values = [2, 0, 25, None, "multisubject", 0.08, None, -1e8, 1, None, "noise", 0.6, None]
+    values = [2, 0, 25, None, "multisubject", 0.08, None, -1e8, 1, None, True, "noise", 0.6, None]
     answer = run(page_server, "review", document, *values)
     assert answer.status_code == 200 or not isinstance(document, dict)
     if isinstance(document, dict):

@@ -21,7 +21,14 @@ from multisubject.benchmarks.placement import (
 )
 from multisubject.benchmarks.placement_scores import RENDERED, rendered, score_picture
 from multisubject.benchmarks.placement_tasks import CELLS, LORAS, draw_tasks, ellipse
-from multisubject.benchmarks.results import digest_of_weights, load_results, read_results, side_by_side
+from multisubject.benchmarks.results import (
+    as_columns,
+    as_rows,
+    digest_of_weights,
+    load_results,
+    read_results,
+    side_by_side,
+)
 from multisubject.pipeline_multisubject import MultiSubjectPipeline
 from multisubject.tiny_world import EMBEDDED_BASE
 from multisubject.tiny_world.judge import Judge
@@ -144,7 +151,7 @@ def test_run_writes_results_sheets_and_table_and_goes_on_where_it_stopped(option
 
     monkeypatch.setattr(MultiSubjectPipeline, "__call__", noted)
     results = run(options)
-    assert json.loads(options.results.read_text()) == results
+    assert read_results(options.results) == results
     assert len(list(options.sheets.glob("*.png"))) == 4
     calls = [found["unet_calls"] for found in results["cells"]["described 2"].values()]
     assert calls == [0, 3, 6, 3]
@@ -204,6 +211,13 @@ def test_results_of_other_settings_are_not_mixed(options):
         load_results(options.results, "tiny_world/base", {"seed": 1, "models": "new"}, "--results")
     with pytest.raises(ValueError, match=r"\(models, seed"):
         run(argparse.Namespace(**{**vars(options), "seed": 2}))
+
+
+def test_columns_say_what_rows_say():
+    rows = [{"look": 2, "ious": [0.5, 0.25], "setting": 1}, {"look": 1, "ious": [0.5, 0.25], "setting": 1}]
+    columns = {"count": 2, "look": [2, 1], "ious": [[0.5, 0.25], [0.5, 0.25]], "setting": 1}
+    assert as_columns(rows) == columns and as_rows(columns) == rows
+    assert as_rows(as_columns([])) == []
 
 
 def test_results_of_other_bases_are_not_mixed(options):

@@ -160,8 +160,12 @@ def pictures_by_adapter(held: Any, count: int, where: str) -> list[Any]:
     if isinstance(held, Mapping):
         if unknown := sorted(set(held) - {*numbers}):
             raise ValueError(f"{where} is for the IP-Adapters {unknown}, expected some of {numbers}, by their numbers.")
-        return [held.get(number) for number in numbers]
-    pictures = list(held) if isinstance(held, (list, tuple)) else [held]
+        pictures = [held.get(number) for number in numbers]
+    else:
+        pictures = list(held) if isinstance(held, (list, tuple)) else [held]
+    for picture in pictures:
+        if isinstance(picture, (list, tuple)):
+            raise ValueError(f"{where} has {len(picture)} pictures for one IP-Adapter, expected one.")
     if len(pictures) != count:
         raise ValueError(
             f"{where} has {len(pictures)} picture(s), expected one for each of the {count} IP-Adapters that are loaded,"
@@ -180,8 +184,6 @@ def _encode(
         if picture is None:
             encoded.append(None)
             continue
-        if isinstance(picture, (list, tuple)):
-            raise ValueError(f"{where} has {len(picture)} pictures for one IP-Adapter, expected one.")
         if hasattr(layer, "clip_embeds"):
             raise ValueError(
                 f"{where} is for a FaceID-Plus adapter, which keeps `clip_embeds` of its own for the pictures of the"

@@ -219,6 +219,39 @@ def xl_embeddings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def write_ip_adapter(base: str | Path, folder: Path, name: str = "ip-adapter", seed: int = 0) -> str:
+    """A random IP-Adapter of a base, and the folder `image_encoder` beside it, in the form of the released ones: its
+    file."""
+    from diffusers import UNet2DConditionModel
+    from safetensors.torch import save_file
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
+    layers = [unet.get_submodule(key.removesuffix(".processor")) for key in unet.attn_processors if "attn2" in key]
+    generator, dim, width = torch.Generator().manual_seed(seed), unet.config.cross_attention_dim, 16
+    weights = {
+        "image_proj.proj.weight": torch.randn(4 * dim, width, generator=generator),
+        "image_proj.proj.bias": torch.zeros(4 * dim),
+        "image_proj.norm.weight": torch.ones(dim),
+        "image_proj.norm.bias": torch.zeros(dim),
+    }
+    for index, layer in enumerate(layers):
+        for part in "kv":
+            shape = layer.inner_dim, dim
+            weights[f"ip_adapter.{2 * index + 1}.to_{part}_ip.weight"] = torch.randn(*shape, generator=generator)
+    folder.mkdir(exist_ok=True)
+    save_file(weights, folder / f"{name}.safetensors")
+    config = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16,
+        projection_dim=width,
+    )  # fmt: skip
+    if not (folder / "image_encoder").exists():
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            CLIPVisionModelWithProjection(config).save_pretrained(folder / "image_encoder")
+    return f"{folder.as_posix()}/{name}.safetensors"
+
+
 def find_port() -> int:
     """A port that nobody listened at a moment ago."""
     with socket.socket() as probe:

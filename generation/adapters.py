@@ -150,6 +150,16 @@ def _read_ip_adapter(source: str, base: BaseModel) -> Weights:
     return Weights(source, path, _sha256(path))
 
 
+def repository_of(weights: Weights) -> tuple[str, str, str]:
+    """The folder or Hub id of an IP-Adapter, the folder in it, and its file's name, as diffusers loads it."""
+    place = find_source(weights.source, _HERE)
+    if Path(place).exists():
+        return str(Path(place).parent), "", Path(place).name
+    where = parse_hub_source(place)
+    folder, _, file = where.path.rpartition("/")
+    return where.repo_id, folder, file
+
+
 def _find_weights(source: str, config_path: Path, name: str | None) -> Path:
     """A `.safetensors` file, fetched if it is on the Hub; `name` is what it is called where `source` is silent."""
     place = find_source(source, config_path)

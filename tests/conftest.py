@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -266,17 +267,27 @@ def free_port() -> int:
 
 @pytest.fixture(scope="session")
 def page_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The page on the embedded base, served on a free port: `url`, `service` and the folders `output` and `work`."""
+    """The page on the embedded base, as `serve_page` serves it."""
+    with serve_page(tmp_path_factory) as served:
+        yield served
+
+
+@contextmanager
+def serve_page(tmp_path_factory: pytest.TempPathFactory, *flags: str) -> Iterator[Any]:
+    """The page on a free port, with these options: `url`, `service` and the folders `output` and `work`."""
     from types import SimpleNamespace
 
+    from multisubject.generation.arguments import DataclassParser, IPAdapterArguments, parse_arguments
     from multisubject.page import server
 
     port = find_port()
     work, output = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("output")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(work / "gradio"))
-        options = server.PageArguments(port=port, output_dir=str(output), device="cpu", open_browser=False)
-        page, service = server.make_page(options, work)
+        argv = ["--port", str(port), "--output_dir", str(output), "--device", "cpu", "--no_open_browser", *flags]
+        parser = DataclassParser([server.PageArguments, IPAdapterArguments])
+        options, adapters = parse_arguments(parser, argv)
+        page, service = server.make_page(options, work, adapters)
         server.launch(page, options)
         yield SimpleNamespace(url=f"http://127.0.0.1:{port}", service=service, output=output, work=work)
         page.close()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 from multisubject.generation.adapters import IPAdapters, repository_of
 from multisubject.generation.base_model import BaseModel
+from multisubject.generation.making import pipeline_class
 from multisubject.page.document import Document, place_of
 from multisubject.page.entries import ENTRY_KEYS, Settings, entry_of, other_pipeline, short_path, short_paths
 from multisubject.tiny_world import EMBEDDED_BASE
@@ -40,6 +42,9 @@ def as_python(
     if settings.start == "noise":
         call = _keywords(guidance | steps) + _generator(settings)
         return f"import torch\n\n{load}image = pipe(\n    {document.prompt!r},\n{call}).images[0]\n{_SAVE}"
+    # Said in any case: the other pipeline has a default of its own
+    own = inspect.signature(pipeline_class(base.architecture).__call__)
+    steps.setdefault("guidance_scale", own.parameters["guidance_scale"].default)
     guidance = {"layout": None} | {key: value for key, value in guidance.items() if "recurrence" not in key}
     return _from_picture(document, settings, load, guidance, steps, "text_encoder_2" in base.embed_dims)
 

@@ -5,6 +5,7 @@ import contextlib
 import io
 import shlex
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,13 +20,15 @@ from multisubject.generation.base_model import BaseModel
 from multisubject.generation.config_file import ConfigError
 from multisubject.generation.picture_files import read_settings as settings_in
 from multisubject.page import server
+from multisubject.page.as_python import as_python
 from multisubject.page.document import read_document
 from multisubject.page.entries import read_settings
 from multisubject.page.reading import read_file
 from multisubject.page.studio import Picture, Refused, Studio
 from multisubject.pictures import data_url, png_bytes
-from multisubject.tiny_world import EMBEDDED_BASE
+from multisubject.tiny_world import EMBEDDED_BASE, EMBEDDED_BASE_XL
 
+ROOT = Path(generate_images.__file__).parent
 LEFT, RIGHT = [0.05, 0.2, 0.45, 0.9], [0.55, 0.2, 0.95, 0.9]
 RED, BLUE = (data_url(Image.new("RGB", (40, 40), colour)) for colour in ("red", "blue"))
 QUICK = {"num_inference_steps": 3, "num_images": 1}
@@ -60,6 +63,13 @@ def served(adapters, page_server, tmp_path_factory):
 @pytest.fixture(scope="module")
 def service(served):
     return served.service
+
+
+@pytest.fixture(scope="module")
+def studio_xl(tmp_path_factory):
+    folder, base = tmp_path_factory.mktemp("xl"), BaseModel.read(str(EMBEDDED_BASE_XL))
+    adapters = IPAdapterArguments([write_ip_adapter(EMBEDDED_BASE_XL, folder / "models")])
+    return Studio(base, torch.device("cpu"), torch.float32, folder, {}, adapters)
 
 
 def pictures(service, asked, **settings):
@@ -104,6 +114,22 @@ def test_copied_python_makes_the_picture(start, service, tmp_path, monkeypatch):
         service, document(BLUE, underlay=asked["underlay"]), start=start, region="b", num_inference_steps=4
     )
     assert not np.array_equal(pixels(made.path), pixels(other.path))
+
+
+@pytest.mark.parametrize("start", ["noise", "picture", "region"])
+def test_copied_python_of_an_xl_base(start, studio_xl, tmp_path, monkeypatch):
+    source = Image.fromarray(np.random.default_rng(0).integers(0, 255, (128, 128, 3), np.uint8))
+    asked = document(underlay=None if start == "noise" else data_url(source))
+    settings = read_settings(QUICK | {"start": start, "region": "b", "num_inference_steps": 4})
+    sources = {"petrucci": str(ROOT / "embeddings" / "xl" / "petrucci.safetensors")}
+    job = studio_xl.check(read_document(asked), settings, sources)
+    (made,) = [news for news in studio_xl.run(job, threading.Event()) if isinstance(news, Picture)]
+    monkeypatch.chdir(tmp_path)
+    code = as_python(job.document, settings, sources, studio_xl.base, {}, job.task.ip_adapters)
+    source.save("source.png")
+    with contextlib.redirect_stderr(io.StringIO()):
+        exec(compile(code, "page.py", "exec"), {})
+    assert np.array_equal(pixels(made.path), pixels("picture.png"))
 
 
 def test_a_document_without_reference_pictures_is_drawn_as_without_an_ip_adapter(service, page_server):

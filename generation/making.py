@@ -182,7 +182,8 @@ def load_ip_adapters(pipe: Any, adapters: IPAdapters | None) -> None:
                 image_encoder_folder=None,
             )
     except (ValueError, RuntimeError, KeyError, OSError) as error:
-        reason = "it is of another base model" if "size mismatch" in str(error) else error
+        is_other = any(said in str(error) for said in ("size mismatch", "expected shape"))  # by torch, by diffusers
+        reason = "its layers are of another base model" if is_other else error
         names = " ".join(weights.source for weights in adapters.weights)
         raise ValueError(f"--ip_adapter {names}: {reason}") from None
     pipe.set_ip_adapter_scale([*adapters.scales])

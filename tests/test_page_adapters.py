@@ -13,6 +13,7 @@ import torch
 from browser import drag, needs_chromium, number, run, started, visited
 from conftest import serve_page, write_ip_adapter
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from multisubject import generate_images
 from multisubject.generation.arguments import IPAdapterArguments
@@ -201,6 +202,13 @@ def test_what_is_no_ip_adapter_of_the_base_stops_the_server(adapters, xl_base_pa
     base = BaseModel.read(xl_base_path)
     with pytest.raises(ConfigError, match="this IP-Adapter reads prompt embeddings of width 128"):
         Studio(base, torch.device("cpu"), torch.float32, tmp_path, {}, IPAdapterArguments(adapters))
+    weights = load_file(adapters[0])
+    layer = next(key for key in weights if key.endswith("to_k_ip.weight"))
+    save_file(weights | {layer: weights[layer].repeat(2, 1)}, tmp_path / "other.safetensors")
+    encoder = str(Path(adapters[0]).with_name("image_encoder"))
+    other = IPAdapterArguments([str(tmp_path / "other.safetensors")], encoder)
+    with pytest.raises(ValueError, match=r"--ip_adapter .*other.safetensors: its layers are of another base model"):
+        Studio(BaseModel.read(str(EMBEDDED_BASE)), torch.device("cpu"), torch.float32, tmp_path, {}, other)
 
 
 # --- in a browser ----------------------------------------------------------------------------------------------------

@@ -20,7 +20,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from multisubject.generation.arguments import DataclassParser, GenerateArguments, parse_arguments
+from multisubject.generation.arguments import (
+    DataclassParser,
+    GenerateArguments,
+    IPAdapterArguments,
+    parse_arguments,
+)
 from multisubject.generation.config_file import ConfigError, ConfigFile, read_config
 from multisubject.generation.console import is_main_process, quiet_imports
 from multisubject.tiny_world import EMBEDDED_BASE
@@ -35,11 +40,12 @@ _MAIN_PROCESS_SECONDS = 10.0  # more than processes that were started at once ar
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line. Exits with status 2 and one report where the arguments or the config are wrong."""
     # 1. Read the arguments and check the whole config, before anything heavy
-    args: GenerateArguments = parse_arguments(_parser(), argv)
+    args: GenerateArguments
+    args, adapters = parse_arguments(_parser(), argv)
     with _refusals(args):
         config = read_config(args.generation_config)
         config.report.refuse("Whether its files, words and layouts fit together is looked at when these are right.")
-        tasks, base = _check(config, args)
+        tasks, base = _check(config, args, adapters)
 
     with quiet_imports():
         import torch
@@ -94,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parser() -> DataclassParser:
     return DataclassParser(
-        GenerateArguments,
+        [GenerateArguments, IPAdapterArguments],
         prog="multisubject-generate",
         usage="%(prog)s [--help] --generation_config FILE [--option VALUE …]",
         description="Pictures from a generation config: prompts, personal subjects and where they stand.",
@@ -119,14 +125,16 @@ def _refusals(args: GenerateArguments) -> Iterator[None]:
         sys.exit(2)
 
 
-def _check(config: ConfigFile, args: GenerateArguments) -> tuple[list[GenerationTask], BaseModel]:
+def _check(
+    config: ConfigFile, args: GenerateArguments, adapters: IPAdapterArguments
+) -> tuple[list[GenerationTask], BaseModel]:
     """The config's tasks and their model, both sound. Raises `ConfigError`."""
     name = args.pretrained_model_name or ""
     # Else the network would be asked first, which takes half a minute where there is none.
     if name in os.environ and "/" not in name and not os.path.isdir(name):
         raise ConfigError(f"base model {name!r} cannot be used: there is no such folder, and a Hub id is user/repo.")
     with quiet_imports():
-        from multisubject.generation.adapters import read_ip_adapter
+        from multisubject.generation.adapters import read_ip_adapters
         from multisubject.generation.base_model import BaseModel
         from multisubject.generation.tasks import load_tasks
 
@@ -136,15 +144,9 @@ def _check(config: ConfigFile, args: GenerateArguments) -> tuple[list[Generation
             f"--num_inference_steps is {args.num_inference_steps}; expected at most {base.num_train_timesteps}, the "
             f"levels of noise that {base.name} was trained with."
         )
-    ip_adapter = None
-    if args.ip_adapter is not None:
-        try:
-            encoder, scale = args.ip_adapter_image_encoder, args.ip_adapter_scale
-            ip_adapter = read_ip_adapter(args.ip_adapter, encoder, scale, base)
-        except (ValueError, OSError) as error:
-            raise ConfigError(f"--ip_adapter: {error}") from error
-    tasks, warnings = load_tasks(config, base, args.size(), ip_adapter)
-    if ip_adapter is not None and all(task.ip_adapter is None for task in tasks):
+    ip_adapters = read_ip_adapters(adapters, base)
+    tasks, warnings = load_tasks(config, base, args.size(), ip_adapters)
+    if ip_adapters is not None and all(task.ip_adapters is None for task in tasks):
         warnings.append("--ip_adapter: no region of the config has an `ip_adapter_image`; it is not loaded.")
     for task in tasks:
         if task.config.negative_prompt is None:

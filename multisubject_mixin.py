@@ -22,16 +22,18 @@ from .call_arguments import bind_arguments, check_call, check_prompts, check_ste
 from .guidance_methods import GuidanceMethod, resolve_guidance_method
 from .layout import masks_at
 from .placed_prompts import (
+    PlacedPrompt,
     check_prompt_embeds,
     check_served,
     make_recorder,
     recorded_tokens,
+    shown,
 )
 from .prompt_encoder import EMBEDS, PromptEncoderMixin
 from .recurrence import builds_on_former_steps, recurrent_steps
 from .region_attention import ExpectedCalls, RegionConditioning, region_attention
 from .region_ip_adapters import encode_pictures
-from .region_loras import check_loras, lora_names
+from .region_loras import check_loras
 from .region_moves import RegionMover
 from .saved_pipeline import PIPELINES, copy_pipeline_sources, load_saved_subjects, save_subjects_with_pipeline
 from .shared_models import in_turn
@@ -152,7 +154,7 @@ class MultiSubjectMixin(PromptEncoderMixin):
                 num_tokens = prompt_embeds.shape[1]
             if method is not None:
                 check_served(placed, method)
-            conditioning = self._held_by(self.prepare_regions(placed, num_tokens), self, device, method)
+            conditioning = self._held_by(placed, self.prepare_regions(placed, num_tokens), self, device, method)
             if conditioning is not None:
                 encoding = self._encoding_of_call(asked, device)
                 embeds, held = self.encode_with_regions(placed, method, **encoding)
@@ -275,7 +277,7 @@ class MultiSubjectMixin(PromptEncoderMixin):
             if method is not None:
                 check_served(placed, method)
             regions = self.prepare_regions(placed, num_tokens)
-            conditioning = self._held_by(regions, pipeline, self._execution_device, method)
+            conditioning = self._held_by(placed, regions, pipeline, self._execution_device, method)
             if conditioning is not None:
                 embeds, held = self.encode_with_regions(placed, method, prompt=prompt, **encoding)
                 conditioning = replace(conditioning, **held)
@@ -316,13 +318,19 @@ class MultiSubjectMixin(PromptEncoderMixin):
         return RegionMover(regions.masks, regions.background, at) if regions is not None and at else None
 
     def _held_by(
-        self, regions: RegionConditioning | None, pipeline: Any, device: torch.device, method: GuidanceMethod | None
+        self,
+        placed: Sequence[PlacedPrompt],
+        regions: RegionConditioning | None,
+        pipeline: Any,
+        device: torch.device,
+        method: GuidanceMethod | None,
     ) -> RegionConditioning | None:
         """Regions whose LoRAs are known to be loaded, with the embeddings of their pictures; None if nothing is left to
         do: without guided steps regions act by what they hold alone.
 
         Args:
-            regions: of the prompts.
+            placed: the prompts.
+            regions: theirs.
             pipeline: the one whose UNet is called.
             device: where to encode.
             method: the guidance method; None: no step is guided.
@@ -330,10 +338,14 @@ class MultiSubjectMixin(PromptEncoderMixin):
         if regions is None or (method is None and not regions.loras and not regions.ip_adapter_images):
             return None
         encoders = [getattr(self, slot.name) for slot in self.encoder_slots]
-        check_loras([pipeline.unet, *encoders], lora_names(regions.loras))
+        held = [region for of_prompt in placed for region in of_prompt.regions]
+        holders = {name: shown(region) for region in reversed(held) for name in region.lora or ()}
+        check_loras([pipeline.unet, *encoders], holders)
         if not regions.ip_adapter_images:
             return regions
-        return replace(regions, ip_adapter_images=encode_pictures(pipeline, regions.ip_adapter_images, device))
+        places = [[shown(region) for region in of_prompt.regions] for of_prompt in placed]
+        pictures = encode_pictures(pipeline, regions.ip_adapter_images, places, device)
+        return replace(regions, ip_adapter_images=pictures)
 
     # --- what diffusers is asked --------------------------------------------------------------------------------------
 

@@ -277,7 +277,8 @@ class _RegionHook:
         if self.calls is not None and (self.loras is not None or self.pictures is not None):
             self._check_call(self.calls, sample, prompt_embeds)
         if self.pictures is not None:
-            added, pictures = self.pictures.add_to(kwargs.get("added_cond_kwargs"), sample, self._sizes(sample))
+            added = kwargs.get("added_cond_kwargs")
+            added, pictures = self.pictures.add_to(unet, added, sample, self._sizes(sample))
             kwargs = {**kwargs, "added_cond_kwargs": added}
         call = self._region_call(sample, timestep.reshape(-1)[0], prompt_embeds, pictures)
         call_kwargs["regions"] = call

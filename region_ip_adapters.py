@@ -83,31 +83,29 @@ class RegionPictures:
         self._calls: dict[tuple[Any, ...], PictureCall] = {}
 
     def add_to(
-        self, added: Mapping[str, Any] | None, sample: torch.Tensor, sizes: Mapping[int, tuple[int, int]]
+        self, unet: Any, added: Mapping[str, Any] | None, sample: torch.Tensor, sizes: Mapping[int, tuple[int, int]]
     ) -> tuple[dict[str, Any], PictureCall]:
         """The UNet's `added_cond_kwargs` with the regions' pictures behind the call's own.
 
+        An adapter that has neither gets a blank one, which the UNet wants and which acts nowhere.
+
         Args:
+            unet: the UNet.
             added: as they came.
             sample: `(N, C, H, W)`, B samples or, with unconditional ones before, twice as many.
             sizes: number of queries of a layer -> its `(h, w)`.
-
-        Raises:
-            ValueError: an adapter without any picture.
         """
         added = dict(added or {})
         given = added.get("image_embeds")
         given = [None] * len(self._embeds) if given is None else given
         image_embeds = []
-        for adapter, (own, more) in enumerate(zip(given, self._embeds, strict=True)):
-            if own is None and more is None:
-                raise ValueError(
-                    f"IP-Adapter {adapter} has no picture, neither in a region nor in the call. Pass"
-                    " `ip_adapter_image` with one for each adapter, or unload those that are not used."
-                )
+        for layer, own, more in zip(adapter_layers(unet) or (), given, self._embeds, strict=True):
             rows = []
             if own is not None:
                 rows.append(own)
+            elif more is None:
+                width = next(part.in_features for part in layer.modules() if isinstance(part, nn.Linear))
+                rows.append(sample.new_zeros(len(sample), 1, 1, width))
             if more is not None:
                 of_regions = torch.cat(more) if len(sample) == 2 * len(more[0]) else more[1]
                 rows.append(of_regions.to(sample.device, sample.dtype if own is None else own.dtype))
@@ -119,7 +117,16 @@ class RegionPictures:
         return added | {"image_embeds": image_embeds}, self._calls[form]
 
 
-def encode_pictures(pipeline: Any, images: Sequence[Sequence[Any]], device: torch.device) -> Pictures:
+def adapter_layers(unet: Any) -> list[nn.Module] | None:
+    """The layers that project the pictures of each IP-Adapter of a UNet; None where none is loaded."""
+    if getattr(unet.config, "encoder_hid_dim_type", None) != "ip_image_proj":
+        return None
+    return list(unet.encoder_hid_proj.image_projection_layers)
+
+
+def encode_pictures(
+    pipeline: Any, images: Sequence[Sequence[Any]], places: Sequence[Sequence[str]], device: torch.device
+) -> Pictures:
     """The embeddings of what regions hold as `ip_adapter_image`.
 
     Args:
@@ -127,48 +134,56 @@ def encode_pictures(pipeline: Any, images: Sequence[Sequence[Any]], device: torc
         images: for each image and region a picture, embeddings `(1 or 2, 1, …)` in the form of
             `ip_adapter_image_embeds`, a list of one of these for each adapter, a dict of them by the adapter's number,
             `"0"` first, or None.
+        places: for each image what to call its regions in messages; absent regions at the end may be left out.
         device: where to encode.
 
     Raises:
         ValueError: no IP-Adapter is loaded, or none that takes pictures here; what a region holds fits no adapter.
     """
-    unet = pipeline.unet
-    if getattr(unet.config, "encoder_hid_dim_type", None) != "ip_image_proj":
+    layers = adapter_layers(pipeline.unet)
+    encoded: list[list[Any]] = []
+    for of_image, names in zip(images, places, strict=True):
+        encoded.append([None] * len(of_image))
+        for region, (held, name) in enumerate(zip(of_image, names, strict=False)):
+            if held is not None:
+                encoded[-1][region] = _encode(pipeline, layers, held, f"{name}: ip_adapter_image", device)
+    return encoded
+
+
+def pictures_by_adapter(held: Any, count: int, where: str) -> list[Any]:
+    """What a region holds as `ip_adapter_image`: for each of `count` loaded IP-Adapters its picture, or None.
+
+    Raises:
+        ValueError: it is not one for each of them, nor a dict of them by the adapter's number; `where` names it.
+    """
+    numbers = [str(number) for number in range(count)]
+    if isinstance(held, Mapping):
+        if unknown := sorted(set(held) - {*numbers}):
+            raise ValueError(f"{where} is for the IP-Adapters {unknown}, expected some of {numbers}, by their numbers.")
+        pictures = [held.get(number) for number in numbers]
+    else:
+        pictures = list(held) if isinstance(held, (list, tuple)) else [held]
+    for picture in pictures:
+        if isinstance(picture, (list, tuple)):
+            raise ValueError(f"{where} has {len(picture)} pictures for one IP-Adapter, expected one.")
+    if len(pictures) != count:
         raise ValueError(
-            "`layout` has a region with `ip_adapter_image`, which needs an IP-Adapter, and none is loaded: call"
-            " `pipe.load_ip_adapter(…)` first."
+            f"{where} has {len(pictures)} picture(s), expected one for each of the {count} IP-Adapters that are loaded,"
+            " or a dict of them by the adapter's number, such as {'0': picture}."
         )
-    layers = list(unet.encoder_hid_proj.image_projection_layers)
-    return [
-        [None if held is None else _encode(pipeline, layers, held, device) for held in of_image] for of_image in images
-    ]
+    return pictures
 
 
 def _encode(
-    pipeline: Any, layers: Sequence[nn.Module], held: Any, device: torch.device
+    pipeline: Any, layers: Sequence[nn.Module] | None, held: Any, where: str, device: torch.device
 ) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
-    where = "`ip_adapter_image` of a region"
-    if isinstance(held, Mapping):
-        numbers = [str(number) for number in range(len(layers))]
-        if unknown := sorted(set(held) - {*numbers}):
-            raise ValueError(f"{where} is for the IP-Adapters {unknown}, expected some of {numbers}, by their numbers.")
-        of_adapters = [held.get(number) for number in numbers]
-    elif isinstance(held, (list, tuple)):
-        of_adapters = list(held)
-    else:
-        of_adapters = [held]
-    if len(of_adapters) != len(layers):
-        raise ValueError(
-            f"{where} has {len(of_adapters)} pictures, expected one for each of the {len(layers)} IP-Adapters that are"
-            " loaded, or a dict of them by the adapter's number, such as {'0': picture}."
-        )
+    if layers is None:
+        raise ValueError(f"{where} needs an IP-Adapter, and none is loaded: call `pipe.load_ip_adapter(…)` first.")
     encoded: list[tuple[torch.Tensor, torch.Tensor] | None] = []
-    for layer, picture in zip(layers, of_adapters, strict=True):
+    for layer, picture in zip(layers, pictures_by_adapter(held, len(layers), where), strict=True):
         if picture is None:
             encoded.append(None)
             continue
-        if isinstance(picture, (list, tuple)):
-            raise ValueError(f"{where} has {len(picture)} pictures for one IP-Adapter, expected one.")
         if hasattr(layer, "clip_embeds"):
             raise ValueError(
                 f"{where} is for a FaceID-Plus adapter, which keeps `clip_embeds` of its own for the pictures of the"
@@ -234,7 +249,7 @@ def add_pictures(
                 output = output + scales[number % len(scales)] * (found * small.to(query.device, query.dtype))
         elif count:
             output = output + scale * _attend(attn, query, states[:, :count].flatten(1, 2), to_k, to_v)
-        if call is None or states.shape[1] == count:
+        if call is None or not call.masks[adapter].shape[1]:
             continue
         if isinstance(scale, list):
             raise ValueError(

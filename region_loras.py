@@ -195,7 +195,7 @@ def placed_loras(model: Any, names: Collection[str]) -> Iterator[LoraSwitch]:
         names: the LoRAs that are going to be set; those that the model does not have are left out.
 
     Raises:
-        ValueError: one of them cannot act by place, see `check_loras`.
+        ValueError: one of them cannot act by place.
     """
     whole = getattr(model, "_orig_mod", model)  # what `torch.compile` wraps
     layers = _lora_layers(whole, names)
@@ -227,13 +227,18 @@ def _exchange(forwards: dict[nn.Module, Any], module: nn.Module, forward: Callab
     module.forward = forward
 
 
-def check_loras(models: Sequence[Any], names: Collection[str]) -> None:
-    """Raise `ValueError` unless every name is a LoRA that one of these models has loaded."""
+def check_loras(models: Sequence[Any], holders: Mapping[str, str]) -> None:
+    """Raise `ValueError` unless one of these models has loaded every LoRA.
+
+    Args:
+        models: UNet and text encoders.
+        holders: name of a LoRA -> what to call the region that holds it.
+    """
     loaded = list(dict.fromkeys(name for model in models for name in getattr(model, "peft_config", None) or ()))
-    for name in names:
+    for name, region in holders.items():
         if name not in loaded:
             raise ValueError(
-                f"`layout` has a region with the LoRA {name!r}, but loaded are {loaded or 'none'}. Load it with"
+                f"{region} has the LoRA {name!r}, but loaded are {loaded or 'none'}. Load it with"
                 f" `pipe.load_lora_weights(…, adapter_name={name!r})`; one that is fused into the weights must be"
                 " loaded again after `pipe.unfuse_lora()`."
             )

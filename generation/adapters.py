@@ -1,4 +1,4 @@
-"""LoRAs and the IP-Adapter that regions of a configuration hold: found, and compared with the base, before it loads."""
+"""LoRAs and IP-Adapters that regions of a configuration hold: found, and compared with the base, before it loads."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from multisubject.base_models import component_file
+from multisubject.generation.arguments import IPAdapterArguments
 from multisubject.generation.base_model import BaseModel, files_version
-from multisubject.generation.config_file import GenerationConfig
+from multisubject.generation.config_file import ConfigError, GenerationConfig
 from multisubject.generation.places import find_source
 from multisubject.hub_client import parse_hub_source
 
+_HERE = Path("config.json")  # of what a command line names, which lies about the working folder
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """What diffusers calls the file of a LoRA's folder or repository."""
 
@@ -44,35 +46,43 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class IPAdapter:
-    """An IP-Adapter and the model that encodes its pictures.
+class IPAdapters:
+    """IP-Adapters and the model that encodes their pictures.
 
     Args:
-        weights: its file.
+        weights: their files, one or more.
+        scales: how strongly each acts.
         image_encoder: folder of a `CLIPVisionModelWithProjection`, or `user/repo`.
         subfolder: of that.
         version: changes when the image encoder does.
-        scale: how strongly it acts.
     """
 
-    weights: Weights
+    weights: tuple[Weights, ...]
+    scales: tuple[float, ...]
     image_encoder: str
     subfolder: str
     version: str
-    scale: float
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a picture says of it, as plain JSON data."""
-        return {**self.weights.settings, "image_encoder_version": self.version, "scale": self.scale}
+        """What a picture says of them, as plain JSON data."""
+        scaled = zip(self.weights, self.scales, strict=True)
+        return {
+            "weights": [{**weights.settings, "scale": scale} for weights, scale in scaled],
+            "image_encoder_version": self.version,
+        }
 
 
-def lora_source(config: GenerationConfig, name: str) -> str:
-    """Where an entry says that a LoRA is. Raises `ValueError` for one that it does not name."""
+def lora_source(config: GenerationConfig, name: str, place: str) -> str:
+    """Where an entry says that a LoRA is, which the region of this place holds. Raises `ValueError` for one that it
+    does not name."""
     if name not in config.lora_dict:
         close = difflib.get_close_matches(name, config.lora_dict, 1)
         remedy = f"did you mean {close[0]!r}?" if close else "add its file there."
-        raise ValueError(f"the LoRA {name!r} has no file in lora_dict, which has {list(config.lora_dict)}; {remedy}")
+        raise ValueError(
+            f"{place} has the LoRA {name!r}, which has no file in lora_dict: that has {list(config.lora_dict)}; "
+            f"{remedy}"
+        )
     return config.lora_dict[name]
 
 
@@ -95,33 +105,59 @@ def read_lora(source: str, config_path: Path, base: BaseModel) -> Weights:
     return Weights(source, path, _sha256(path))
 
 
-def read_ip_adapter(source: str, image_encoder: str | None, scale: float, base: BaseModel) -> IPAdapter:
-    """An IP-Adapter of the command line, with its image encoder.
+def read_ip_adapters(wanted: IPAdapterArguments, base: BaseModel) -> IPAdapters | None:
+    """The IP-Adapters of a command line, with their image encoder; None where it has none.
 
     Args:
-        source: `user/repo/folder/file.safetensors`, or a file.
-        image_encoder: `user/repo/folder`, or a folder; None: `image_encoder` beside the file.
-        scale: how strongly it acts.
-        base: what it is for.
+        wanted: the command line.
+        base: what they are for.
 
     Raises:
-        ValueError, OSError: one of both is not there, is something else, or was made for another base.
+        ConfigError: one of them or the encoder is not there, is something else, or was made for another base.
     """
-    path = _find_weights(source, Path.cwd() / "config.json", None)
+    if not wanted.ip_adapter:
+        return None
+    try:
+        weights = tuple(_read_ip_adapter(source, base) for source in wanted.ip_adapter)
+        named = wanted.ip_adapter_image_encoder
+        encoders = {f"{source.rpartition('/')[0] or '.'}/image_encoder" for source in wanted.ip_adapter}
+        if named is None and len(encoders) > 1:
+            raise ValueError(
+                f"beside these IP-Adapters are the image encoders {', '.join(sorted(encoders))}, expected one for all;"
+                " name it with --ip_adapter_image_encoder."
+            )
+        encoder = encoders.pop() if named is None else named
+        place, folder = find_source(encoder, _HERE), ""
+        if not Path(place).exists():
+            where = parse_hub_source(place)
+            place, folder = where.repo_id, where.path
+        config = component_file(place, folder)
+        if config is None:
+            raise ValueError(f"{encoder}: this is no image encoder; it has no config.json.")
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"--ip_adapter: {error}") from error
+    scales = tuple(wanted.ip_adapter_scale) * (len(weights) // len(wanted.ip_adapter_scale))
+    return IPAdapters(weights, scales, place, folder, files_version(config.parent, ["."]))
+
+
+def _read_ip_adapter(source: str, base: BaseModel) -> Weights:
+    path = _find_weights(source, _HERE, None)
     shapes = _read_shapes(source, path)
     widths = {shape[1] for key, shape in shapes.items() if key.startswith("ip_adapter.") and "to_k_ip" in key}
     if not widths or not any(key.startswith("image_proj.") for key in shapes):
         raise ValueError(f"{source}: this file holds no IP-Adapter; expected one in a form that diffusers reads.")
     _check_widths(source, "IP-Adapter", widths, base)
-    encoder = f"{source.rpartition('/')[0] or '.'}/image_encoder" if image_encoder is None else image_encoder
-    place, folder = find_source(encoder, Path.cwd() / "config.json"), ""
-    if not Path(place).exists():
-        where = parse_hub_source(place)
-        place, folder = where.repo_id, where.path
-    config = component_file(place, folder)
-    if config is None:
-        raise ValueError(f"{encoder}: this is no image encoder; it has no config.json.")
-    return IPAdapter(Weights(source, path, _sha256(path)), place, folder, files_version(config.parent, ["."]), scale)
+    return Weights(source, path, _sha256(path))
+
+
+def repository_of(weights: Weights) -> tuple[str, str, str]:
+    """The folder or Hub id of an IP-Adapter, the folder in it, and its file's name, as diffusers loads it."""
+    place = find_source(weights.source, _HERE)
+    if Path(place).exists():
+        return str(Path(place).parent), "", Path(place).name
+    where = parse_hub_source(place)
+    folder, _, file = where.path.rpartition("/")
+    return where.repo_id, folder, file
 
 
 def _find_weights(source: str, config_path: Path, name: str | None) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import HfArgumentParser
@@ -55,17 +55,6 @@ class GenerateArguments:
     negative_prompt: str | None = HfArg(
         default=None, help="What not to show. An entry's own `negative_prompt` goes before this one."
     )
-    ip_adapter: str | None = HfArg(
-        default=None,
-        help="IP-Adapter for the reference pictures of regions: a .safetensors file, or on the Hub "
-        "h94/IP-Adapter/models/ip-adapter_sd15.safetensors.",
-    )
-    ip_adapter_image_encoder: str | None = HfArg(
-        default=None,
-        help="What encodes these pictures: a folder, or on the Hub h94/IP-Adapter/models/image_encoder. Default: the "
-        "folder image_encoder beside the IP-Adapter.",
-    )
-    ip_adapter_scale: float = HfArg(default=1.0, help="How strongly reference pictures act; 0: not at all.")
     device: str | None = HfArg(
         default=None, help="cpu, cuda, cuda:1, mps … Default: the best there is, one for each process."
     )
@@ -91,10 +80,6 @@ class GenerateArguments:
         scale = self.guidance_scale
         if scale is not None and (not math.isfinite(scale) or scale < 0):
             raise ValueError(f"--guidance_scale is {scale}; expected 0 or more, 5 to 7.5 is usual.")
-        if not math.isfinite(self.ip_adapter_scale):
-            raise ValueError(f"--ip_adapter_scale is {self.ip_adapter_scale}; expected a number, 0.5 to 1 is usual.")
-        if self.ip_adapter is None and self.ip_adapter_image_encoder is not None:
-            raise ValueError("--ip_adapter_image_encoder came without --ip_adapter; expected both, or none.")
         self.size()
         if self.device not in (None, "cpu"):
             check_device(self.device)
@@ -113,6 +98,43 @@ class GenerateArguments:
         return height, width
 
 
+@dataclass
+class IPAdapterArguments:
+    """What the command lines that make pictures of regions say of IP-Adapters."""
+
+    ip_adapter: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "IP-Adapters for the reference pictures of regions: .safetensors files, or on the Hub "
+            "h94/IP-Adapter/models/ip-adapter_sd15.safetensors."
+        },
+    )
+    ip_adapter_image_encoder: str | None = HfArg(
+        default=None,
+        help="What encodes these pictures: a folder, or on the Hub h94/IP-Adapter/models/image_encoder. Default: the "
+        "folder image_encoder beside the IP-Adapters.",
+    )
+    ip_adapter_scale: list[float] = field(
+        default_factory=lambda: [1.0],
+        metadata={
+            "help": "How strongly reference pictures act; 0: not at all. One number, or one for each IP-Adapter."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse values that argparse lets through. Raises `ValueError`."""
+        given = " ".join(map(str, self.ip_adapter_scale))
+        if not all(map(math.isfinite, self.ip_adapter_scale)):
+            raise ValueError(f"--ip_adapter_scale is {given}; expected a number, 0.5 to 1 is usual.")
+        if len(self.ip_adapter_scale) not in (1, len(self.ip_adapter)):
+            raise ValueError(
+                f"--ip_adapter_scale is {given}; expected one number, or one for each of {len(self.ip_adapter)} "
+                "IP-Adapters."
+            )
+        if not self.ip_adapter and self.ip_adapter_image_encoder is not None:
+            raise ValueError("--ip_adapter_image_encoder came without --ip_adapter; expected both, or none.")
+
+
 def check_device(device: str) -> None:
     """Raise `ValueError` for a `--device` that this machine does not have."""
     import torch  # seconds, which most commands need not wait for before they are refused
@@ -124,14 +146,16 @@ def check_device(device: str) -> None:
 
 
 class DataclassParser(HfArgumentParser):
-    """A command line that a dataclass describes."""
+    """A command line that one dataclass or several describe."""
 
     error = CommandParser.error
 
 
 def parse_arguments(parser: DataclassParser, argv: Sequence[str] | None) -> Any:
-    """The dataclass that the parser was made for. Wrong arguments end the program with status 2 and a message."""
+    """The dataclass that the parser was made for, or a tuple of several. Wrong arguments end the program with status 2
+    and a message."""
     try:
-        return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
+        parts = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+        return parts if len(parts) > 1 else parts[0]
     except ValueError as error:
         parser.error(str(error))

@@ -18,6 +18,7 @@ from transformers import CLIPVisionModelWithProjection
 from transformers.utils import logging as transformers_logging
 
 from multisubject.base_models import Architecture
+from multisubject.generation.adapters import IPAdapters
 from multisubject.generation.arguments import GenerateArguments
 from multisubject.generation.base_model import BaseModel
 from multisubject.generation.config_file import GUIDANCE_KEYS
@@ -83,8 +84,8 @@ def task_settings(task: GenerationTask, args: GenerateArguments, dtype: torch.dt
         settings["layout_sha256"] = layout_checksum(task.regions())
     if task.loras:
         settings["loras"] = {name: weights.settings for name, weights in task.loras.items()}
-    if task.ip_adapter is not None:
-        settings["ip_adapter"] = task.ip_adapter.settings
+    if task.ip_adapters is not None:
+        settings["ip_adapters"] = task.ip_adapters.settings
     return json.loads(json.dumps(settings))  # as it reads back
 
 
@@ -159,26 +160,33 @@ def load_loras(pipe: Any, task: GenerationTask) -> None:
             raise ValueError(f"LoRA {name!r} of the prompt {task.config.prompt!r}: {lora.source}: {reason}") from None
 
 
-def load_ip_adapter(pipe: Any, task: GenerationTask) -> None:
-    """Give the pipeline the IP-Adapter of a task's regions, or take it away where they have no pictures: diffusers
-    wants a picture in every call then."""
-    adapter, is_loaded = task.ip_adapter, getattr(pipe.unet.config, "encoder_hid_dim_type", None) is not None
-    if adapter is None and is_loaded:
+def load_ip_adapters(pipe: Any, adapters: IPAdapters | None) -> None:
+    """Give the pipeline the IP-Adapters of a run for a task whose regions have pictures, or take them away (None) for
+    one whose regions have none: diffusers wants a picture in every call then."""
+    is_loaded = getattr(pipe.unet.config, "encoder_hid_dim_type", None) is not None
+    if adapters is None and is_loaded:
         pipe.unload_ip_adapter()
-    if adapter is None or is_loaded:
+    if adapters is None or is_loaded:
         return
     try:
         with quiet_loading(transformers_logging, diffusers_logging):
             image_encoder = CLIPVisionModelWithProjection.from_pretrained(
-                adapter.image_encoder, subfolder=adapter.subfolder, dtype=pipe.dtype
+                adapters.image_encoder, subfolder=adapters.subfolder, dtype=pipe.dtype
             )
             pipe.register_modules(image_encoder=image_encoder.to(pipe.device))
-            folder, file = adapter.weights.path.parent, adapter.weights.path.name
-            pipe.load_ip_adapter(str(folder), subfolder="", weight_name=file, image_encoder_folder=None)
+            paths = [weights.path for weights in adapters.weights]
+            pipe.load_ip_adapter(
+                [str(path.parent) for path in paths],
+                subfolder=[""] * len(paths),
+                weight_name=[path.name for path in paths],
+                image_encoder_folder=None,
+            )
     except (ValueError, RuntimeError, KeyError, OSError) as error:
-        reason = "it is of another base model" if "size mismatch" in str(error) else error
-        raise ValueError(f"--ip_adapter {adapter.weights.source}: {reason}") from None
-    pipe.set_ip_adapter_scale(adapter.scale)
+        is_other = any(said in str(error) for said in ("size mismatch", "expected shape"))  # by torch, by diffusers
+        reason = "its layers are of another base model" if is_other else error
+        names = " ".join(weights.source for weights in adapters.weights)
+        raise ValueError(f"--ip_adapter {names}: {reason}") from None
+    pipe.set_ip_adapter_scale([*adapters.scales])
 
 
 def make_pictures(
@@ -193,7 +201,7 @@ def make_pictures(
         if picture.task is not current:
             load_subjects(pipe, picture.task)
             load_loras(pipe, picture.task)
-            load_ip_adapter(pipe, picture.task)
+            load_ip_adapters(pipe, picture.task.ip_adapters)
             current = picture.task
         make_picture(pipe, picture, args)
 

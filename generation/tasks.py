@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from multisubject.generation.adapters import IPAdapter, Weights, lora_source, read_lora
+from multisubject.generation.adapters import IPAdapters, Weights, lora_source, read_lora
 from multisubject.generation.advice import advise
 from multisubject.generation.base_model import BaseModel
 from multisubject.generation.config_file import ConfigError, ConfigFile, GenerationConfig, Report
@@ -23,6 +23,7 @@ from multisubject.generation.prompts import check_names, mark_subjects, read_sub
 from multisubject.guidance_methods import GUIDANCE_METHODS, resolve_guidance_method
 from multisubject.layout import Region, parse_layout
 from multisubject.placed_prompts import PlacedPrompt, check_served, find_places, read_words
+from multisubject.region_ip_adapters import pictures_by_adapter
 from multisubject.region_texts import negative_texts, words_texts
 from multisubject.residual_embeddings import ParsedPrompt, ResidualEmbedding, parse_prompt
 
@@ -55,7 +56,7 @@ class GenerationTask:
         size: `(height, width)` in pixels.
         folder: where the pictures go, below the output folder.
         loras: name -> LoRA, of those that regions hold.
-        ip_adapter: what regions' reference pictures act by; None where there are none.
+        ip_adapters: what regions' reference pictures act by; None where there are none.
     """
 
     config: GenerationConfig
@@ -66,7 +67,7 @@ class GenerationTask:
     size: tuple[int, int]
     folder: Path
     loras: Mapping[str, Weights] = field(default_factory=dict)
-    ip_adapter: IPAdapter | None = None
+    ip_adapters: IPAdapters | None = None
 
     def regions(self) -> tuple[Region, ...]:
         """The layout at the picture's size, its subjects under the names that the pipeline knows them by.
@@ -117,7 +118,7 @@ class GenerationTask:
 
 
 def load_tasks(
-    config: ConfigFile, base: BaseModel, size: tuple[int, int] | None = None, ip_adapter: IPAdapter | None = None
+    config: ConfigFile, base: BaseModel, size: tuple[int, int] | None = None, ip_adapters: IPAdapters | None = None
 ) -> tuple[list[GenerationTask], list[str]]:
     """Check all that a generation config names, and make its entries ready to run.
 
@@ -125,7 +126,7 @@ def load_tasks(
         config: what `read_config` found.
         base: the model that it will run on.
         size: `(height, width)` of the pictures; default: the base's.
-        ip_adapter: for the reference pictures of regions.
+        ip_adapters: for the reference pictures of regions.
 
     Returns:
         One task per entry, and warnings about things that do not matter for the pictures.
@@ -135,7 +136,7 @@ def load_tasks(
     """
     report = replace(config.report, problems=[*config.report.problems], warnings=[*config.report.warnings])
     tasks = [
-        _plan(entry, index, report, base, size or base.size, ip_adapter)
+        _plan(entry, index, report, base, size or base.size, ip_adapters)
         for index, entry in enumerate(config.entries)
         if entry is not None
     ]
@@ -149,7 +150,7 @@ def _plan(
     report: Report,
     base: BaseModel,
     size: tuple[int, int],
-    ip_adapter: IPAdapter | None,
+    ip_adapters: IPAdapters | None,
 ) -> GenerationTask:
     """Everything about an entry that needs the files it names and the tokenizer."""
     problems = len(report.problems)
@@ -182,7 +183,7 @@ def _plan(
     regions: tuple[Region, ...] = ()
     with report.collect(index, "layout"):
         regions = task.regions()
-    task = replace(task, **_held_adapters(config, index, report, base, regions, ip_adapter))
+    task = replace(task, **_held_adapters(config, index, report, base, regions, ip_adapters))
     with report.collect(index, "prompt"):
         check_names(config, prompt, subjects, base)
         parsed = [
@@ -220,27 +221,30 @@ def _held_adapters(
     report: Report,
     base: BaseModel,
     regions: Sequence[Region],
-    ip_adapter: IPAdapter | None,
+    ip_adapters: IPAdapters | None,
 ) -> dict[str, Any]:
-    """The LoRAs and the IP-Adapter of a task's regions, as fields of `GenerationTask`."""
+    """The LoRAs and the IP-Adapters of a task's regions, as fields of `GenerationTask`."""
     loras = {}
+    places = {name: region.place for region in reversed(regions) for name in region.lora or ()}
     for name in dict.fromkeys(name for region in regions for name in region.lora or ()):
         with report.collect(index, *(("lora_dict", name) if name in config.lora_dict else ("layout",))):
-            loras[name] = read_lora(lora_source(config, name), report.path, base)
+            loras[name] = read_lora(lora_source(config, name, places[name]), report.path, base)
     for name in config.lora_dict.keys() - loras.keys():
         try:
             find_source(config.lora_dict[name], report.path)
         except (ValueError, RuntimeError) as error:
             report.warn(f"{error} No region uses it.", index, "lora_dict", name)
-    has_pictures = any(region.ip_adapter_image is not None for region in regions)
-    if has_pictures and ip_adapter is None:
-        report.problem(
-            "a region has `ip_adapter_image`, which needs an IP-Adapter: pass --ip_adapter, such as"
-            " h94/IP-Adapter/models/ip-adapter_sd15.safetensors.",
-            index,
-            "layout",
-        )
-    return {"loras": loras, "ip_adapter": ip_adapter if has_pictures else None}
+    with_pictures = [region for region in regions if region.ip_adapter_image is not None]
+    for region in with_pictures:
+        with report.collect(index, "layout"):
+            where = f"{region.place}: ip_adapter_image"
+            if ip_adapters is None:
+                raise ValueError(
+                    f"{where} needs an IP-Adapter: pass --ip_adapter, such as"
+                    " h94/IP-Adapter/models/ip-adapter_sd15.safetensors."
+                )
+            pictures_by_adapter(region.ip_adapter_image, len(ip_adapters.weights), where)
+    return {"loras": loras, "ip_adapters": ip_adapters if with_pictures else None}
 
 
 def _check_regions(

@@ -318,7 +318,7 @@ class _Page:
             "sizes": self.studio.sizes(),
             "subjects": self.service.library.listing(),
             "loras": list(self.studio.loras),
-            "adapters": 0,
+            "adapters": self.studio.adapter_names(),
         }
 
     def review(self, document: Any, *given: Any) -> tuple[Any, Any]:

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from multisubject.generation.adapters import IPAdapters, repository_of
 from multisubject.generation.base_model import BaseModel
 from multisubject.generation.config_file import GUIDANCE_KEYS, SAMPLING_KEYS
+from multisubject.generation.making import pipeline_class
 from multisubject.page.document import Document, place_of
-from multisubject.page.entries import Settings, entry_of, other_pipeline, short_paths
+from multisubject.page.entries import Settings, entry_of, other_pipeline, short_path, short_paths
 from multisubject.tiny_world import EMBEDDED_BASE
 
 _SAVE = 'image.save("picture.png")\n'
 
 
 def as_python(
-    document: Document, settings: Settings, sources: Mapping[str, str], base: BaseModel, loras: Mapping[str, str]
+    document: Document,
+    settings: Settings,
+    sources: Mapping[str, str],
+    base: BaseModel,
+    loras: Mapping[str, str],
+    ip_adapters: IPAdapters | None = None,
 ) -> str:
     """A script that makes the first picture of a run.
 
     Args:
         document, settings, sources, loras: as for `entry_of`.
         base: the model.
+        ip_adapters: those of the document's reference pictures, if it has any.
     """
     entry = entry_of(document, settings, short_paths(sources), short_paths(loras))
     guidance = {key: value for key, value in entry.items() if key in ("layout", "negative_prompt", *GUIDANCE_KEYS)}
@@ -30,25 +39,42 @@ def as_python(
     steps: dict[str, Any] = {"num_inference_steps": settings.num_inference_steps}
     if settings.guidance_scale is not None:
         steps["guidance_scale"] = settings.guidance_scale
-    load = _loading(entry, base)
+    load = _loading(entry, base, ip_adapters)
     if settings.start == "noise":
         call = _keywords(guidance | steps) + _generator(settings)
         return f"import torch\n\n{load}image = pipe(\n    {document.prompt!r},\n{call}).images[0]\n{_SAVE}"
+    # Said in any case: the other pipeline has a default of its own
+    own = inspect.signature(pipeline_class(base.architecture).__call__)
+    steps.setdefault("guidance_scale", own.parameters["guidance_scale"].default)
     guidance = {"layout": None} | {key: value for key, value in guidance.items() if key not in SAMPLING_KEYS}
     return _from_picture(document, settings, load, guidance, steps, "text_encoder_2" in base.embed_dims)
 
 
-def _loading(entry: Mapping[str, Any], base: BaseModel) -> str:
+def _loading(entry: Mapping[str, Any], base: BaseModel, ip_adapters: IPAdapters | None) -> str:
     kind, name = base.architecture.pipeline, repr(base.name)
     lines = [f"from multisubject.{base.architecture.module} import {kind}"]
     if base.name == str(EMBEDDED_BASE):
         lines.append("from multisubject.tiny_world import EMBEDDED_BASE")
         name = "EMBEDDED_BASE"
+    if ip_adapters is not None:
+        lines.append("from transformers import CLIPVisionModelWithProjection")
     lines += ["", f"pipe = {kind}.from_pretrained({name})"]
     lines += [f"pipe.load_subject({path!r}, name={name!r})" for name, path in entry.get("residual_dict", {}).items()]
     for lora, path in entry.get("lora_dict", {}).items():
         folder, _, file = path.rpartition("/")
         lines.append(f"pipe.load_lora_weights({folder!r}, weight_name={file!r}, adapter_name={lora!r})")
+    if ip_adapters is not None:
+        encoder, subfolder = short_path(ip_adapters.image_encoder), ip_adapters.subfolder
+        inside = f", subfolder={subfolder!r}" if subfolder else ""
+        lines.append(f"encoder = CLIPVisionModelWithProjection.from_pretrained({encoder!r}{inside})")
+        lines.append("pipe.register_modules(image_encoder=encoder)")
+        places = [repository_of(weights) for weights in ip_adapters.weights]
+        repositories = [short_path(repository) for repository, _, _ in places]
+        lines.append(
+            f"pipe.load_ip_adapter({repositories}, subfolder={[folder for _, folder, _ in places]}, "
+            f"weight_name={[file for _, _, file in places]}, image_encoder_folder=None)"
+        )
+        lines.append(f"pipe.set_ip_adapter_scale({[*ip_adapters.scales]})")
     return "\n".join([*lines, ""])
 
 

@@ -110,7 +110,7 @@ function redrawTools() {
 const host = {
   state: () => ({ ...offers, open, count: page.regions.length }),
   redraw,
-  file: choosePicture,
+  reference: (region, adapter) => choosePicture("reference", region, adapter),
   change(region, isTyped) {
     const field = isTyped ? document.activeElement : null;
     if (!field || field !== typedIn) remember(settled);
@@ -299,10 +299,10 @@ for (const [name, boxes] of Object.entries(STARTS)) {
 
 // --- files -----------------------------------------------------------------------------------------------------------
 
-let wanted = null; // what the chosen file becomes: [kind, region]
+let wanted = null; // what the chosen file becomes: [kind, region, number of an IP-Adapter]
 
-function choosePicture(kind, region = null) {
-  wanted = [kind, region];
+function choosePicture(kind, region = null, adapter = null) {
+  wanted = [kind, region, adapter];
   $(".picker").click();
 }
 for (const each of root.querySelectorAll("[data-file]")) each.onclick = () => choosePicture(each.dataset.file);
@@ -311,12 +311,13 @@ $(".picker").onchange = async () => {
   const file = $(".picker").files[0];
   $(".picker").value = "";
   if (!file || !wanted) return;
-  const [kind, region] = wanted;
+  const [kind, region, adapter] = wanted;
   try {
-    const canvas = await decoded(file, kind === "mask" || kind === "map" ? RASTER : 1024, kind !== "map");
+    const canvas = await decoded(file, kind === "underlay" ? 1024 : RASTER, kind !== "map");
     remember();
     if (kind === "underlay") page.underlay = canvas.toDataURL("image/png");
-    else if (kind === "picture") region.picture = canvas.toDataURL("image/png");
+    else if (kind === "reference")
+      region.ip_adapter_image = { ...region.ip_adapter_image, [adapter]: canvas.toDataURL("image/png") };
     else if (kind === "mask") {
       const own = regionOf(chosen);
       if (own) own.shape = maskOf(canvas);

@@ -21,7 +21,7 @@ def canvas(document: Mapping[str, Any], offers: Mapping[str, Any]) -> gr.HTML:
     Args:
         document: what it shows first, as plain JSON: `size` (width, height in pixels), `prompt`, `negative_prompt`,
             `regions` (bottom to top) and `underlay`. Where it comes back, `revision` counts the user's changes.
-        offers: what there is to choose from: `sizes`, `subjects`, `loras` and `adapters`.
+        offers: what there is to choose from: `sizes`, `subjects`, `loras` and `adapters`, the names of these.
 
     Returns:
         The component. Its `change` event comes when a gesture ends, and a moment after text was typed.

@@ -23,6 +23,7 @@ MOST_REGIONS = 24
 MOST_POINTS = 20_000
 MOST_LETTERS = 2000
 MOST_LORAS = 8
+MOST_ADAPTERS = 4
 
 _TEXTS = ("subject", "phrase", "prompt", "negative_prompt")
 _NUMBERS = ("weight", "feather", "begin", "end", "strength")
@@ -68,10 +69,8 @@ class Document:
         return [self._entry(region, priority) for priority, region in enumerate(self.regions)]
 
     def _entry(self, region: Mapping[str, Any], priority: int) -> dict[str, Any]:
-        keys = ("subject", "phrase", "occurrence", "weight", "feather", "begin", "end", "strength")
-        entry = {key: region[key] for key in (*keys, "prompt", "negative_prompt", "lora") if region[key] is not None}
-        if region["picture"]:
-            entry["ip_adapter_image"] = region["picture"]
+        keys = (*_TEXTS, *_NUMBERS, "occurrence", "lora", "ip_adapter_image")
+        entry = {key: region[key] for key in keys if region[key] is not None}
         if region["off"]:
             entry["strength"] = 0
         if region["phrase"] == BACKGROUND and region["shape"] is None:
@@ -167,8 +166,7 @@ def _read_region(value: Any, place: str) -> dict[str, Any]:
         raise ValueError(f"{place}: occurrence is {str(occurrence)[:80]!r}, expected a whole number from 1.")
     region["occurrence"] = occurrence
     region["lora"] = _read_loras(value.get("lora"), f"{place}: lora")
-    picture = value.get("picture")
-    region["picture"] = None if picture is None else data_url(opaque(read_data_url(picture, f"{place}: picture")))
+    region["ip_adapter_image"] = _read_references(value.get("ip_adapter_image"), f"{place}: ip_adapter_image")
     region["shape"] = _read_shape(value.get("shape"), f"{place}: shape")
     return region
 
@@ -179,6 +177,20 @@ def _read_loras(value: Any, place: str) -> dict[str, float] | None:
     if not isinstance(value, dict) or len(value) > MOST_LORAS:
         raise ValueError(f"{place}: expected at most {MOST_LORAS} names with their scales.")
     return {_text(name, place): _number(scale, f"{place} {name[:80]!r}") for name, scale in value.items()}
+
+
+def _read_references(value: Any, place: str) -> dict[str, str] | None:
+    """Number of an IP-Adapter, `"0"` first -> the region's picture for it."""
+    if not value:
+        return None
+    if not isinstance(value, dict):
+        value = {"0": value}
+    if len(value) > MOST_ADAPTERS or not all(key in map(str, range(MOST_ADAPTERS)) for key in value):
+        raise ValueError(
+            f"{place}: expected a picture, or a dictionary of them by the number of their IP-Adapter, '0' to "
+            f"'{MOST_ADAPTERS - 1}'."
+        )
+    return {number: data_url(opaque(read_data_url(value[number], place))) for number in sorted(value)}
 
 
 def _read_shape(value: Any, place: str) -> dict[str, Any] | None:

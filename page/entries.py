@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from multisubject.generation.arguments import GenerateArguments
+from multisubject.generation.adapters import IPAdapters
+from multisubject.generation.arguments import GenerateArguments, IPAdapterArguments
 from multisubject.generation.base_model import BaseModel
 from multisubject.page.document import Document
 from multisubject.tiny_world import EMBEDDED_BASE
@@ -166,14 +168,22 @@ def as_config(
     return json.dumps([entry], indent=2, ensure_ascii=False)
 
 
-def as_command(document: Document, settings: Settings, base: BaseModel) -> str:
-    """The shell command that makes the pictures of `as_config`."""
-    args, defaults = arguments_of(document, settings, base), GenerateArguments(generation_config="page.json")
-    given = {key: value for key, value in asdict(args).items() if value != asdict(defaults)[key] and key != "seed"}
+def as_command(document: Document, settings: Settings, base: BaseModel, ip_adapters: IPAdapters | None = None) -> str:
+    """The shell command that makes the pictures of `as_config`, with the IP-Adapters of its reference pictures."""
+    args = asdict(arguments_of(document, settings, base))
     if document.size == base.size[::-1]:
-        given.pop("resolution", None)
-    options = " ".join(f"--{key} {value}" for key, value in given.items())
-    return f"multisubject-generate --generation_config page.json {options}".rstrip()
+        args["resolution"] = None
+    args["seed"], defaults = 0, asdict(GenerateArguments("page.json"))  # the entry has it
+    if ip_adapters is not None:
+        encoder = short_path("/".join(filter(None, (ip_adapters.image_encoder, ip_adapters.subfolder))))
+        sources, scales = [weights.source for weights in ip_adapters.weights], [*ip_adapters.scales]
+        args |= asdict(IPAdapterArguments(sources, encoder, scales))
+        defaults |= asdict(IPAdapterArguments())
+    command = ["multisubject-generate", "--generation_config", "page.json"]
+    for key, value in args.items():
+        if value != defaults[key]:
+            command += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(command)
 
 
 def other_pipeline(start: str, is_xl: bool) -> tuple[str, dict[str, Any]]:
@@ -186,9 +196,11 @@ def other_pipeline(start: str, is_xl: bool) -> tuple[str, dict[str, Any]]:
 
 def short_paths(sources: Mapping[str, str]) -> dict[str, str]:
     """Paths below the working folder relative to it."""
-    short = {}
-    for name, source in sources.items():
-        path = Path(source)
-        is_below = path.is_absolute() and path.is_relative_to(Path.cwd())
-        short[name] = path.relative_to(Path.cwd()).as_posix() if is_below else source
-    return short
+    return {name: short_path(source) for name, source in sources.items()}
+
+
+def short_path(source: str) -> str:
+    """A path below the working folder relative to it; any other text as it is."""
+    path = Path(source)
+    is_below = path.is_absolute() and path.is_relative_to(Path.cwd())
+    return path.relative_to(Path.cwd()).as_posix() if is_below else source

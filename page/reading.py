@@ -160,15 +160,29 @@ def _list_layout(config: GenerationConfig, pictures: Mapping[str, bytes]) -> lis
         return []
     if isinstance(layout, str):
         entries = read_color_map(_picture(layout, pictures), config.color_context)
-        return [{**part, "mask": _mask_text(part["mask"])} for part in entries.values()]
+        masked = [{**part, "mask": _mask_text(part["mask"])} for part in entries.values()]
+        return [_with_references(part, pictures) for part in masked]
     if isinstance(layout, dict):
         layout = [{"subject": name, "mask" if isinstance(at, str) else "box": at} for name, at in layout.items()]
-    parts = [dict(part) for part in layout if isinstance(part, dict)]
-    for part in parts:
-        for key in ("mask", "ip_adapter_image"):
-            if isinstance(part.get(key), str) and not is_data_url(part[key]):
-                part[key] = data_url(_picture(part[key], pictures))
-    return parts
+    parts = [_with_references(part, pictures) for part in layout if isinstance(part, dict)]
+    return [{**part, "mask": _as_text(part["mask"], pictures)} if "mask" in part else part for part in parts]
+
+
+def _with_references(part: dict[str, Any], pictures: Mapping[str, bytes]) -> dict[str, Any]:
+    """A dict of a list layout with its reference pictures as text, by the number of their IP-Adapter."""
+    held = part.get("ip_adapter_image")
+    if held is None:
+        return part
+    if not isinstance(held, dict):
+        held = {str(number): one for number, one in enumerate(held if isinstance(held, list) else [held])}
+    return {**part, "ip_adapter_image": {number: _as_text(one, pictures) for number, one in held.items()}}
+
+
+def _as_text(picture: Any, pictures: Mapping[str, bytes]) -> Any:
+    """The text of a picture that a layout names; what is no name stays as it is."""
+    if not isinstance(picture, str) or is_data_url(picture):
+        return picture
+    return data_url(_picture(picture, pictures))
 
 
 def _picture(name: str, pictures: Mapping[str, bytes]) -> Image.Image:
@@ -204,7 +218,7 @@ def _region(part: dict[str, Any], number: int, renamed: Mapping[str, str], names
     priority = part.get("priority", 0)
     return region | {
         "id": f"r{number}",
-        "picture": part.get("ip_adapter_image"),
+        "ip_adapter_image": part.get("ip_adapter_image"),
         "shape": shapes or None,
         "priority": priority if isinstance(priority, (int, float)) else 0,
     }

@@ -39,7 +39,7 @@ function wordsOf(region) {
   if (region.subject || region.phrase) return region.subject ?? region.phrase;
   if (region.prompt) return region.prompt;
   if (region.lora && Object.keys(region.lora).length) return Object.keys(region.lora).join(" + ");
-  if (region.picture) return "reference picture";
+  if (region.ip_adapter_image) return "reference picture";
   return region.negative_prompt ? `no ${region.negative_prompt}` : "nothing yet";
 }
 
@@ -129,7 +129,7 @@ function holdings(region) {
   if (region.prompt && (region.subject || region.phrase)) lines.push(`“${region.prompt}”`);
   if (region.negative_prompt) lines.push(`not “${region.negative_prompt}”`);
   for (const [name, scale] of Object.entries(region.lora ?? {})) lines.push(`LoRA ${name}${scale === 1 ? "" : ` ${scale}`}`);
-  if (region.picture) lines.push("reference picture");
+  if (region.ip_adapter_image) lines.push("reference picture");
   for (const [key, label, usual] of NUMBERS)
     if (region[key] != null && region[key] !== usual) lines.push(`${label.toLowerCase()} ${region[key]}`);
   return lines.join(", ");
@@ -137,7 +137,7 @@ function holdings(region) {
 
 /** The entry of a region in the list.
  *
- * `host` is what happens: change(region, isTyped), choose(region), act(name, region), file(kind, region), state.
+ * `host` is what happens: change(region, isTyped), choose(region), act(name, region), reference(region, adapter), state.
  */
 function listEntry(region, number, host) {
   const { subjects, loras, adapters, count } = host.state();
@@ -288,24 +288,8 @@ function fieldsOf(region, number, host, { loras, adapters }) {
     fields.append(labelled(label, named(input, label, key), "wide"));
   }
   if (loras.length || region.lora) fields.append(labelled("LoRA", loraField(region, number, host, loras), "wide"));
-  if (adapters || region.picture) {
-    const pair = make("span", "pair");
-    if (region.picture && picture(region.picture, host.redraw)) {
-      const shown = make("img");
-      shown.src = region.picture;
-      shown.alt = "reference picture";
-      pair.append(shown);
-    }
-    pair.append(button("Choose …", `Region ${number}: choose a reference picture`, () => host.file("picture", region)));
-    if (region.picture)
-      pair.append(
-        button("Remove", `Region ${number}: remove the reference picture`, () => {
-          region.picture = null;
-          host.change(region, false);
-        }),
-      );
-    fields.append(labelled("Reference picture", pair, "wide"));
-  }
+  for (const key of new Set([...adapters.keys(), ...Object.keys(region.ip_adapter_image ?? {})].map(String)))
+    fields.append(labelled(referenceLabel(adapters, key), referenceField(region, number, host, key), "wide"));
   return fields;
 }
 
@@ -336,4 +320,33 @@ function loraField(region, number, host, loras) {
     rows.append(pair);
   });
   return rows;
+}
+
+/** The number of an IP-Adapter counts from 0; its name tells it from others. */
+function referenceLabel(adapters, key) {
+  const name = adapters[key] ?? `adapter ${Number(key) + 1}, not here`;
+  return adapters.length === 1 && key === "0" ? "Reference picture" : `Reference picture (${name})`;
+}
+
+/** The region's picture for an IP-Adapter, and what can be done with it. */
+function referenceField(region, number, host, key) {
+  const pair = make("span", "pair");
+  const url = region.ip_adapter_image?.[key];
+  const of = key === "0" ? "" : ` ${Number(key) + 1}`;
+  if (url && picture(url, host.redraw)) {
+    const shown = make("img");
+    shown.src = url;
+    shown.alt = "reference picture";
+    pair.append(shown);
+  }
+  pair.append(button("Choose …", `Region ${number}: choose a reference picture${of}`, () => host.reference(region, key)));
+  if (url)
+    pair.append(
+      button("Remove", `Region ${number}: remove the reference picture${of}`, () => {
+        const { [key]: _, ...others } = region.ip_adapter_image;
+        region.ip_adapter_image = Object.keys(others).length ? others : null;
+        host.change(region, false);
+      }),
+    );
+  return pair;
 }

@@ -20,7 +20,7 @@ from typing import Any
 
 from transformers.hf_argparser import HfArg
 
-from multisubject.generation.arguments import DataclassParser, check_device, parse_arguments
+from multisubject.generation.arguments import DataclassParser, IPAdapterArguments, check_device, parse_arguments
 from multisubject.generation.config_file import ConfigError
 from multisubject.generation.console import quiet_imports
 from multisubject.page.safety import LOOPBACK, MOST_BYTES, OwnPagesOnly
@@ -108,19 +108,20 @@ def in_space() -> bool:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line until it is stopped."""
     parser = DataclassParser(
-        PageArguments,
+        [PageArguments, IPAdapterArguments],
         prog="multisubject-page",
         usage="%(prog)s [--help] [--option VALUE …]",
         description="A page to draw layouts, pick subjects and see the pictures.",
     )
-    args: PageArguments = parse_arguments(parser, argv)
+    args: PageArguments
+    args, adapters = parse_arguments(parser, argv)
     try:
         users = args.users()
     except ValueError as error:
         parser.error(str(error))
     with work_folder() as work:
         try:
-            page, _ = make_page(args, work)
+            page, _ = make_page(args, work, adapters)
             serve(page, args, users)
         except (ConfigError, ValueError, OSError) as error:
             sys.exit(f"error: {error}")
@@ -144,7 +145,7 @@ def work_folder() -> Iterator[Path]:
         signal.signal(signal.SIGTERM, before)
 
 
-def make_page(args: PageArguments, work: Path) -> tuple[Any, Any]:
+def make_page(args: PageArguments, work: Path, adapters: IPAdapterArguments | None = None) -> tuple[Any, Any]:
     """The page on its base model, and the `Service` behind it."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -165,7 +166,8 @@ def make_page(args: PageArguments, work: Path) -> tuple[Any, Any]:
     wanted = GenerateArguments("page.json", device=args.device, dtype=args.dtype)
     device, dtype = making.device_and_dtype(wanted, state)
     making.warn_of_imitation(device, dtype)
-    studio = Studio(base, device, dtype, Path(args.output_dir), find_loras(args.loras or own_loras(base.name)))
+    loras = find_loras(args.loras or own_loras(base.name))
+    studio = Studio(base, device, dtype, Path(args.output_dir), loras, adapters)
     encoders = {slot.name: getattr(studio.pipe, slot.name) for slot in studio.pipe.encoder_slots}
     service = Service(studio, _library(args, base, encoders))
     folder = studio.output_dir / "trainings"

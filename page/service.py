@@ -89,9 +89,9 @@ class Service:
         """As `code`."""
         asked, sources, base = (job.document, job.settings), self.library.sources(), self.studio.base
         return {
-            "python": as_python(*asked, sources, base, self.studio.loras),
+            "python": as_python(*asked, sources, base, self.studio.loras, job.task.ip_adapters),
             "config": as_config(*asked, sources, self.studio.loras),
-            "command": as_command(*asked, base),
+            "command": as_command(*asked, base, job.task.ip_adapters),
         }
 
     # --- over HTTP ---------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 // Part of the canvas's one function; `element`, `props` and `watch` come from Gradio.
 
 const SMALLEST = 0.02; // side of a box
-const RASTER = 512; // longer side in pixels of a mask that was painted over
+const RASTER = 512; // longer side in pixels of a mask that was painted over, or of a picture that an encoder looks at
 
 const clamp = (value, low = 0, high = 1) => Math.min(high, Math.max(low, value));
 const round = (value) => Math.round(value * 1e4) / 1e4;

@@ -7,7 +7,7 @@ const MOST_REGIONS = 24;
 const USERS = ["size", "prompt", "negative_prompt", "regions", "underlay"];
 
 let page = { size: [512, 512], prompt: "", negative_prompt: "", regions: [], underlay: null, revision: 0 };
-let offers = { sizes: [], subjects: [], loras: [], adapters: 0 };
+let offers = { sizes: [], subjects: [], loras: [], adapters: [] };
 let problems = [];
 let picked = null; // what the next region is: {subject} or {phrase}
 let chosen = null; // id of the chosen region
@@ -99,7 +99,7 @@ function takeUnderlay() {
 function completed(region) {
   const empty = { subject: null, phrase: null, occurrence: null, shape: null, off: false, prompt: null };
   for (const [key] of NUMBERS) empty[key] = null;
-  return { ...empty, negative_prompt: null, lora: null, picture: null, ...region, id: region.id ?? freshId() };
+  return { ...empty, negative_prompt: null, lora: null, ip_adapter_image: null, ...region, id: region.id ?? freshId() };
 }
 
 let lastId = 0;

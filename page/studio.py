@@ -21,7 +21,8 @@ import torch
 from PIL import Image
 
 from multisubject.generation import making
-from multisubject.generation.arguments import GenerateArguments
+from multisubject.generation.adapters import read_ip_adapters
+from multisubject.generation.arguments import GenerateArguments, IPAdapterArguments
 from multisubject.generation.base_model import BaseModel
 from multisubject.generation.config_file import GUIDANCE_KEYS, SAMPLING_KEYS, ConfigError, Report, parse_config
 from multisubject.generation.picture_files import save_picture
@@ -126,6 +127,7 @@ class Studio:
         device, dtype: where and how it computes.
         output_dir: every run makes a folder in it.
         loras: name -> file of each LoRA that regions may hold.
+        ip_adapters: the IP-Adapters of regions' reference pictures. Raises `ConfigError` for what is none of this base.
     """
 
     def __init__(
@@ -135,10 +137,17 @@ class Studio:
         dtype: torch.dtype,
         output_dir: Path,
         loras: Mapping[str, str] | None = None,
+        ip_adapters: IPAdapterArguments | None = None,
     ):
         self.base, self.dtype, self.output_dir, self.loras = base, dtype, output_dir, dict(loras or {})
+        self.ip_adapters = None if ip_adapters is None else read_ip_adapters(ip_adapters, base)
         self.pipe = making.load_pipeline(base, device, dtype, show_progress=False)
+        making.load_ip_adapters(self.pipe, self.ip_adapters)  # says what does not fit before anybody draws
         self._lock = threading.Lock()
+
+    def adapter_names(self) -> list[str]:
+        """What to call the IP-Adapters, in their order."""
+        return [] if self.ip_adapters is None else [weights.path.stem for weights in self.ip_adapters.weights]
 
     # --- before a run ------------------------------------------------------------------------------------------------
 
@@ -171,7 +180,7 @@ class Studio:
         entry = entry_of(document, settings, sources, self.loras)
         try:
             config = parse_config(_PlainReport(Path("page.json"), json.dumps([entry])))
-            (task,), warnings = load_tasks(config, self.base, args.size())
+            (task,), warnings = load_tasks(config, self.base, args.size(), self.ip_adapters)
         except ConfigError as error:
             # What is unknown has been said, with names that the page knows.
             told = ("residual_dict", "lora_dict") if problems else ()
@@ -201,9 +210,7 @@ class Studio:
 
     def _unfit(self, document: Document, settings: Settings) -> list[Problem]:
         """Settings that do not go together."""
-        problems = []
-        if any(region["picture"] and not region["off"] for region in document.regions):
-            problems.append(Problem("Reference pictures need an IP-Adapter; this page has none loaded."))
+        problems = list[Problem]()
         if settings.start == "noise":
             return problems
         if document.underlay is None:
@@ -263,6 +270,7 @@ class Studio:
             with self._turn(stop, lambda: tell(Progress(0, 0, job.settings.num_inference_steps))):
                 making.load_subjects(self.pipe, job.task)
                 making.load_loras(self.pipe, job.task)
+                making.load_ip_adapters(self.pipe, job.task.ip_adapters)
                 follow = _Follower(self.pipe, index + 1, stop, tell)
                 image, maps = self._draw(job, seed, regions, follow)
             path, sheet_path = folder / f"{index:04d}.png", None

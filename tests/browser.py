@@ -59,3 +59,24 @@ def drag(page: Any, start: tuple[float, float], end: tuple[float, float], steps:
     page.mouse.move((x + u) / 2, (y + v) / 2, steps=steps)
     page.mouse.move(u, v, steps=steps)
     page.mouse.up()
+
+
+def number(page: Any, name: str, value: float) -> None:
+    """Set a control with a number."""
+    field = page.locator(f"#{name} input[type=number]")
+    field.fill(str(value))
+    field.press("Tab")
+
+
+def run(page: Any) -> None:
+    """Generate, and wait for the end."""
+    before = page.locator("#status p").first.inner_text()
+    page.click("#go")
+    page.wait_for_function(
+        """(before) => {
+            const said = document.querySelector("#status p")?.innerText ?? "";
+            return said.startsWith("Done in") && said !== before;
+        }""",
+        arg=before,
+        timeout=90_000,
+    )

@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +220,39 @@ def xl_embeddings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def write_ip_adapter(base: str | Path, folder: Path, name: str = "ip-adapter", seed: int = 0) -> str:
+    """A random IP-Adapter of a base, and the folder `image_encoder` beside it, in the form of the released ones: its
+    file."""
+    from diffusers import UNet2DConditionModel
+    from safetensors.torch import save_file
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
+    layers = [unet.get_submodule(key.removesuffix(".processor")) for key in unet.attn_processors if "attn2" in key]
+    generator, dim, width = torch.Generator().manual_seed(seed), unet.config.cross_attention_dim, 16
+    weights = {
+        "image_proj.proj.weight": torch.randn(4 * dim, width, generator=generator),
+        "image_proj.proj.bias": torch.zeros(4 * dim),
+        "image_proj.norm.weight": torch.ones(dim),
+        "image_proj.norm.bias": torch.zeros(dim),
+    }
+    for index, layer in enumerate(layers):
+        for part in "kv":
+            shape = layer.inner_dim, dim
+            weights[f"ip_adapter.{2 * index + 1}.to_{part}_ip.weight"] = torch.randn(*shape, generator=generator)
+    folder.mkdir(exist_ok=True)
+    save_file(weights, folder / f"{name}.safetensors")
+    config = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16,
+        projection_dim=width,
+    )  # fmt: skip
+    if not (folder / "image_encoder").exists():
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            CLIPVisionModelWithProjection(config).save_pretrained(folder / "image_encoder")
+    return f"{folder.as_posix()}/{name}.safetensors"
+
+
 def find_port() -> int:
     """A port that nobody listened at a moment ago."""
     with socket.socket() as probe:
@@ -233,17 +267,27 @@ def free_port() -> int:
 
 @pytest.fixture(scope="session")
 def page_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The page on the embedded base, served on a free port: `url`, `service` and the folders `output` and `work`."""
+    """The page on the embedded base, as `serve_page` serves it."""
+    with serve_page(tmp_path_factory) as served:
+        yield served
+
+
+@contextmanager
+def serve_page(tmp_path_factory: pytest.TempPathFactory, *flags: str) -> Iterator[Any]:
+    """The page on a free port, with these options: `url`, `service` and the folders `output` and `work`."""
     from types import SimpleNamespace
 
+    from multisubject.generation.arguments import DataclassParser, IPAdapterArguments, parse_arguments
     from multisubject.page import server
 
     port = find_port()
     work, output = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("output")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(work / "gradio"))
-        options = server.PageArguments(port=port, output_dir=str(output), device="cpu", open_browser=False)
-        page, service = server.make_page(options, work)
+        argv = ["--port", str(port), "--output_dir", str(output), "--device", "cpu", "--no_open_browser", *flags]
+        parser = DataclassParser([server.PageArguments, IPAdapterArguments])
+        options, adapters = parse_arguments(parser, argv)
+        page, service = server.make_page(options, work, adapters)
         server.launch(page, options)
         yield SimpleNamespace(url=f"http://127.0.0.1:{port}", service=service, output=output, work=work)
         page.close()

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import write_ip_adapter
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from multisubject.generate_images import main
-from multisubject.generation.adapters import LORA_FILE, read_ip_adapter, read_lora
+from multisubject.generation.adapters import LORA_FILE, read_ip_adapters, read_lora
+from multisubject.generation.arguments import DataclassParser, IPAdapterArguments, parse_arguments
 from multisubject.generation.base_model import BaseModel
 from multisubject.generation.config_file import ConfigError, read_config
 from multisubject.generation.picture_files import read_settings
@@ -35,7 +36,6 @@ ENTRY: dict[str, Any] = {
     "lora_dict": {"petrucci": "loras/petrucci.safetensors", "solo": "loras/majesty", "unused": "loras/no.safetensors"},
     "layout": LAYOUT,
 }
-WIDTH = 16  # of picture embeddings
 
 
 @pytest.fixture(scope="module")
@@ -58,38 +58,23 @@ def shop(tmp_path, monkeypatch):
 def check(base, shop):
     """Write an entry as a config and check it: its task and the warnings."""
 
-    def run(ip_adapter: Any = None, **changes: Any) -> Any:
+    def run(ip_adapters: Any = None, **changes: Any) -> Any:
         (shop / "config.json").write_text(json.dumps([ENTRY | changes]), encoding="utf-8")
-        (task,), warnings = load_tasks(read_config(shop / "config.json"), base, None, ip_adapter)
+        (task,), warnings = load_tasks(read_config(shop / "config.json"), base, None, ip_adapters)
         return task, warnings
 
     return run
 
 
 @pytest.fixture
-def ip_adapter(base, shop):
-    """A random IP-Adapter of the base and its image encoder, in the form of the released ones: its file."""
-    unet, dim = MultiSubjectPipeline.from_pretrained(str(EMBEDDED_BASE)).unet, sum(base.embed_dims.values())
-    layers = [unet.get_submodule(name.removesuffix(".processor")) for name in unet.attn_processors if "attn2" in name]
-    generator = torch.Generator().manual_seed(0)
-    weights = {
-        "image_proj.proj.weight": torch.randn(4 * dim, WIDTH, generator=generator),
-        "image_proj.proj.bias": torch.zeros(4 * dim),
-        "image_proj.norm.weight": torch.ones(dim),
-        "image_proj.norm.bias": torch.zeros(dim),
-    }
-    for index, layer in enumerate(layers):
-        for part in "kv":
-            shape = layer.inner_dim, dim
-            weights[f"ip_adapter.{2 * index + 1}.to_{part}_ip.weight"] = torch.randn(*shape, generator=generator)
-    (shop / "models").mkdir()
-    save_file(weights, shop / "models" / "ip-adapter.safetensors")
-    config = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16,
-        projection_dim=WIDTH,
-    )  # fmt: skip
-    CLIPVisionModelWithProjection(config).save_pretrained(shop / "models" / "image_encoder")
-    return "models/ip-adapter.safetensors"
+def ip_adapter(shop):
+    """A random IP-Adapter of the base, with its image encoder beside it: its file."""
+    return write_ip_adapter(EMBEDDED_BASE, Path("models"))
+
+
+def read(*flags: str, base: BaseModel) -> Any:
+    """The IP-Adapters of a command line."""
+    return read_ip_adapters(parse_arguments(DataclassParser(IPAdapterArguments), flags), base)
 
 
 def command(*flags: str) -> None:
@@ -156,7 +141,7 @@ def test_loras_of_the_entry_before_are_gone(shop):
     [
         (
             {"layout": [{"subject": "person", "box": LEFT, "lora": "petruci"}]},
-            "the LoRA 'petruci' has no file in lora_dict, .* did you mean 'petrucci'?",
+            r"layout\[0\] \('person'\) has the LoRA 'petruci', .* no file in lora_dict.* did you mean 'petrucci'?",
         ),
         (
             {"lora_dict": {"petrucci": "loras/no.safetensors", "solo": "loras/majesty"}},
@@ -232,7 +217,9 @@ WITH_PICTURE = {"layout": [{"ip_adapter_image": "face.png", "box": LEFT}], "prom
 
 
 def test_pictures_of_regions_need_an_ip_adapter(check):
-    with pytest.raises(ConfigError, match=r"entry 1, layout: a region has `ip_adapter_image`, .* pass --ip_adapter"):
+    with pytest.raises(
+        ConfigError, match=r"1, layout: layout\[0\] \(.*\): ip_adapter_image needs .* pass --ip_adapter"
+    ):
         check(**WITH_PICTURE)
 
 
@@ -256,12 +243,43 @@ def test_a_picture_is_what_the_pipeline_makes_with_the_ip_adapter(check, ip_adap
     pipe.load_ip_adapter("models", subfolder="", weight_name="ip-adapter.safetensors")
     pipe.set_ip_adapter_scale(0.7)
     assert Image.open(found[5]).tobytes() == expected(5, WITH_PICTURE["prompt"], WITH_PICTURE["layout"]) != plain
-    settings = read_settings(found[5])["ip_adapter"]
+    (settings,) = read_settings(found[5])["ip_adapters"]["weights"]
     assert (settings["source"], settings["scale"]) == (ip_adapter, 0.7)
 
 
+def test_each_of_several_ip_adapters_has_its_pictures(check, ip_adapter, base, shop):
+    """And its scale; one that a region has no picture for does nothing."""
+    other = write_ip_adapter(EMBEDDED_BASE, Path("models"), "other", seed=1)
+    Image.new("RGB", (8, 8), "blue").save("blue.png")
+    layouts = [
+        [
+            {"ip_adapter_image": ["face.png", "blue.png"], "box": LEFT},
+            {"ip_adapter_image": {"1": "face.png"}, "box": RIGHT},
+        ],
+        [{"ip_adapter_image": {"1": "blue.png"}, "box": LEFT}],
+    ]
+    entries = [{**WITH_PICTURE, "layout": layout, "seed": seed} for seed, layout in enumerate(layouts)]
+    (shop / "config.json").write_text(json.dumps(entries), encoding="utf-8")
+    command("--ip_adapter", ip_adapter, other, "--ip_adapter_scale", "0.7", "0.4")
+    pipe = MultiSubjectPipeline.from_pretrained(str(EMBEDDED_BASE))
+
+    def expected(seed: int, layout: Any) -> bytes:
+        latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(seed))
+        return pipe(WITH_PICTURE["prompt"], layout=layout, num_inference_steps=2, latents=latents).images[0].tobytes()
+
+    found = {read_settings(path)["seed"]: Image.open(path).tobytes() for path in Path("out").rglob("0000.png")}
+    files = ["ip-adapter.safetensors", "other.safetensors"]
+    pipe.load_ip_adapter(["models"] * 2, subfolder=[""] * 2, weight_name=files)
+    pipe.set_ip_adapter_scale([0.7, 0.4])
+    assert found[0] == expected(0, layouts[0])
+    pipe.unload_ip_adapter()
+    pipe.load_ip_adapter("models", subfolder="", weight_name="other.safetensors")
+    pipe.set_ip_adapter_scale(0.4)
+    assert found[1] == expected(1, [{"ip_adapter_image": "blue.png", "box": LEFT}])
+
+
 def test_resume_notices_another_picture_scale_or_image_encoder(check, ip_adapter, shop, capsys, base):
-    check(read_ip_adapter(ip_adapter, None, 1.0, base), **WITH_PICTURE)
+    check(read("--ip_adapter", ip_adapter, base=base), **WITH_PICTURE)
 
     def there(*flags: str) -> str:
         capsys.readouterr()
@@ -279,24 +297,29 @@ def test_resume_notices_another_picture_scale_or_image_encoder(check, ip_adapter
 
 def test_paths_in_a_color_context_are_those_of_the_config(check, ip_adapter, base, shop, monkeypatch):
     Image.new("RGB", (8, 8), (255, 0, 0)).save(shop / "map.png")
-    adapter = read_ip_adapter(ip_adapter, None, 1.0, base)
+    adapters = read("--ip_adapter", ip_adapter, base=base)
     monkeypatch.chdir("/")
     colors = {"255,0,0": {"ip_adapter_image": "face.png"}}
-    task, _ = check(adapter, prompt="a photo on the beach", layout="map.png", color_context=colors, lora_dict={})
-    assert task.regions()[0].ip_adapter_image.getpixel((0, 0)) == (255, 0, 0) and task.ip_adapter is adapter
+    task, _ = check(adapters, prompt="a photo on the beach", layout="map.png", color_context=colors, lora_dict={})
+    assert task.regions()[0].ip_adapter_image.getpixel((0, 0)) == (255, 0, 0) and task.ip_adapters is adapters
 
 
 def test_an_ip_adapter_of_another_base_or_none_is_refused(ip_adapter, xl_base_path, base):
     with pytest.raises(ValueError, match=r"this IP-Adapter reads prompt embeddings of width 128, expected"):
-        read_ip_adapter(ip_adapter, None, 1.0, BaseModel.read(xl_base_path))
+        read("--ip_adapter", ip_adapter, base=BaseModel.read(xl_base_path))
     with pytest.raises(ValueError, match=r"petrucci.safetensors: this file holds no IP-Adapter"):
-        read_ip_adapter("loras/petrucci.safetensors", None, 1.0, base)
+        read("--ip_adapter", "loras/petrucci.safetensors", base=base)
     with pytest.raises(ValueError, match=r"models: expected a .safetensors file, or on the Hub"):
-        read_ip_adapter("models", None, 1.0, base)
+        read("--ip_adapter", "models", base=base)
     with pytest.raises(ValueError, match=r"loras: this is no image encoder; it has no config.json"):
-        read_ip_adapter(ip_adapter, "loras", 1.0, base)
+        read("--ip_adapter", ip_adapter, "--ip_adapter_image_encoder", "loras", base=base)
     with pytest.raises(ValueError, match=r"'./no' does not exist"):
-        read_ip_adapter(ip_adapter, "./no", 1.0, base)
+        read("--ip_adapter", ip_adapter, "--ip_adapter_image_encoder", "./no", base=base)
+    other = write_ip_adapter(EMBEDDED_BASE, Path("others"))
+    with pytest.raises(ValueError, match=r"^--ip_adapter: .* encoders models/image_encoder, others/image_encoder, exp"):
+        read("--ip_adapter", ip_adapter, other, base=base)
+    both = read("--ip_adapter", ip_adapter, other, "--ip_adapter_image_encoder", "models/image_encoder", base=base)
+    assert len(both.weights) == 2 and both.scales == (1.0, 1.0)
 
 
 def test_an_ip_adapter_that_is_not_there_or_not_used_is_told(check, ip_adapter, capsys):
@@ -309,3 +332,20 @@ def test_an_ip_adapter_that_is_not_there_or_not_used_is_told(check, ip_adapter, 
     with pytest.raises(SystemExit):
         command("--ip_adapter_image_encoder", "models/image_encoder")
     assert "--ip_adapter_image_encoder came without --ip_adapter" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command("--ip_adapter", ip_adapter, "--ip_adapter_scale", "1", "0.5")
+    assert "--ip_adapter_scale is 1.0 0.5; expected one number, or one for each of 1 IP-A" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("picture", "message"),
+    [
+        ({"1": "face.png"}, r"is for the IP-Adapters \['1'\], expected some of \['0'\], by their numbers"),
+        (["face.png"] * 2, r"has 2 picture\(s\), expected one for each of the 1 IP-Adapters"),
+        ({"0": ["face.png"]}, "has 1 pictures for one IP-Adapter, expected one"),
+    ],
+)
+def test_pictures_that_no_ip_adapter_takes_are_told_before_the_model_loads(check, ip_adapter, base, picture, message):
+    layout = [LAYOUT[0], {"subject": "guitar", "box": RIGHT, "ip_adapter_image": picture}]
+    with pytest.raises(ConfigError, match=rf"layout: layout\[1\] \('guitar'\): ip_adapter_image {message}"):
+        check(read("--ip_adapter", ip_adapter, base=base), layout=layout)

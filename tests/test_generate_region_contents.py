@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from multisubject.generate_images import main
-from multisubject.generation.adapters import IPAdapter, Weights
+from multisubject.generation.adapters import IPAdapters, Weights
 from multisubject.generation.base_model import BaseModel
 from multisubject.generation.config_file import ConfigError, read_config
 from multisubject.generation.picture_files import CONTACT_SHEET, read_settings
@@ -36,10 +36,10 @@ def check(base, tmp_path, monkeypatch):
     save_subject(ResidualEmbedding("dog", {"text_encoder": delta}), tmp_path / "biscuit.safetensors", name="biscuit")
     Image.new("RGB", (8, 8), "red").save(tmp_path / "face.png")
 
-    def run(layout: Any, ip_adapter: Any = None, **changes: Any) -> Any:
+    def run(layout: Any, ip_adapters: Any = None, **changes: Any) -> Any:
         entry = {"prompt": "a photo on the beach", "residual_dict": {"my dog": "biscuit.safetensors"}, "layout": layout}
         (tmp_path / "config.json").write_text(json.dumps([entry | changes]), encoding="utf-8")
-        (task,), _ = load_tasks(read_config(tmp_path / "config.json"), base, None, ip_adapter)
+        (task,), _ = load_tasks(read_config(tmp_path / "config.json"), base, None, ip_adapters)
         return task
 
     return run
@@ -57,11 +57,11 @@ def test_plain_words_of_a_region_are_no_subject(check):
 
 
 def test_paths_of_reference_pictures_are_found(check, tmp_path, monkeypatch):
-    adapter = IPAdapter(Weights("a.safetensors", tmp_path, ""), "", "", "", 1.0)
-    task = check([{"ip_adapter_image": {"0": ["face.png"]}, "box": LEFT}], ip_adapter=adapter)
+    adapters = IPAdapters((Weights("a.safetensors", tmp_path, ""),), (1.0,), "", "", "")
+    task = check([{"ip_adapter_image": {"0": "face.png"}, "box": LEFT}], ip_adapters=adapters)
     monkeypatch.chdir("/")
-    assert task.layout[0]["ip_adapter_image"] == {"0": [str(tmp_path / "face.png")]}
-    assert task.regions()[0].ip_adapter_image["0"][0].getpixel((0, 0)) == (255, 0, 0)
+    assert task.layout[0]["ip_adapter_image"] == {"0": str(tmp_path / "face.png")}
+    assert task.regions()[0].ip_adapter_image["0"].getpixel((0, 0)) == (255, 0, 0)
 
 
 @pytest.mark.parametrize(

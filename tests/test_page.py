@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from browser import drag, needs_chromium, started, visited
+from browser import drag, needs_chromium, number, run, started, visited
 from PIL import Image
 
 from multisubject.page.document import read_document
@@ -41,29 +41,8 @@ def draw_two(page):
     page.wait_for_function("document.querySelectorAll('.regions > li.region').length === 2")
 
 
-def number(page, name, value):
-    """Set a control with a number."""
-    field = page.locator(f"#{name} input[type=number]")
-    field.fill(str(value))
-    field.press("Tab")
-
-
 def says(page, text, seconds=60):
     page.locator("#status").get_by_text(text).first.wait_for(timeout=1000 * seconds)
-
-
-def run(page):
-    """Generate, and wait for the end."""
-    before = page.locator("#status p").first.inner_text()
-    page.click("#go")
-    page.wait_for_function(
-        """(before) => {
-            const said = document.querySelector("#status p")?.innerText ?? "";
-            return said.startsWith("Done in") && said !== before;
-        }""",
-        arg=before,
-        timeout=90_000,
-    )
 
 
 def generate(page, pictures=1, steps=3):

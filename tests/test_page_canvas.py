@@ -34,7 +34,7 @@ OFFERS = {
     "sizes": [{"size": [128, 128], "label": "1:1"}, {"size": [192, 128], "label": "3:2"}],
     "subjects": SUBJECTS,
     "loras": ["hat"],
-    "adapters": 1,
+    "adapters": ["plus"],
 }
 
 
@@ -296,7 +296,7 @@ def test_the_list_is_one_with_the_canvas(page, server):
     with page.expect_file_chooser() as chooser:
         front.get_by_label("Region 2: choose a reference picture").click()
     chooser.value.set_files({"name": "x.png", "mimeType": "image/png", "buffer": picture.getvalue()})
-    server.document(lambda d: d["regions"][1]["picture"])
+    server.document(lambda d: "0" in (d["regions"][1]["ip_adapter_image"] or {}))
     page.locator(".region select").nth(0).select_option("words of the prompt")
     front.get_by_label("Region 2: words of the prompt").fill("red ball")
     held = server.document(lambda d: d["regions"][1]["phrase"] == "red ball")["regions"][1]

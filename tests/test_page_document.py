@@ -68,8 +68,8 @@ def test_a_document_is_an_entry():
 def test_all_that_a_region_holds_is_in_the_entry():
     held = {"occurrence": 2, "weight": 2.0, "feather": 0.1, "begin": 0.1, "end": 0.9, "strength": 1.5}
     held |= {"prompt": "a hat", "negative_prompt": "snow", "lora": {"x": 0.5}}
-    (part,) = read_document(region(**held, picture=PICTURE)).layout()
-    assert part == {"subject": "petrucci", "box": LEFT, "ip_adapter_image": PICTURE, **held}
+    (part,) = read_document(region(**held, ip_adapter_image=PICTURE)).layout()
+    assert part == {"subject": "petrucci", "box": LEFT, "ip_adapter_image": {"0": PICTURE}, **held}
 
 
 def test_a_region_that_is_off_stays_in_the_entry_and_takes_no_place():
@@ -139,7 +139,10 @@ LOTS = [[0.5, 0.5]] * (MOST_POINTS // 2 + 1)
         (region(shape={"mask": "/etc/passwd"}), "mask is no picture"),
         (region(shape={"mask": "data:image/svg+xml;base64,AAAA"}), "mask is no picture"),
         (region(shape={"mask": "data:image/png;base64,AAAA"}), "cannot be read"),
-        (region(picture="https://example.com/x.png"), "picture is no picture"),
+        (region(ip_adapter_image="https://example.com/x.png"), "ip_adapter_image is no picture"),
+        (region(ip_adapter_image={"0": "/etc/passwd"}), "ip_adapter_image is no picture"),
+        (region(ip_adapter_image={"face": PICTURE}), "by the number of their IP-Adapter, '0' to '3'"),
+        (region(ip_adapter_image=[PICTURE]), "ip_adapter_image is no picture"),
         (region(shape={"box": [0, 0, 1, "1"]}), "expected a number"),
         (region(shape={"ellipse": [0.5, 0, 0.2, 1]}), "in fractions, from 0 to 1"),
         (region(shape={"strokes": [{"width": 0.1, "points": []}]}), "1 to 20,000 of them"),
@@ -212,7 +215,7 @@ def config(entry, base, known=SOURCES):
 
 
 def test_a_copied_config_brings_everything_back(base):
-    held = {"weight": 2.0, "prompt": "a hat", "lora": {"x": 0.5}, "picture": PICTURE, "off": True}
+    held = {"weight": 2.0, "prompt": "a hat", "lora": {"x": 0.5}, "ip_adapter_image": {"1": PICTURE}, "off": True}
     given = read_document(
         document(
             negative_prompt="snow",
@@ -255,10 +258,37 @@ def test_unknown_subjects_are_said(base):
     assert notes == ["Not among the subjects here: <rex>."]
 
 
-@pytest.mark.parametrize("layout", ["/etc/passwd", "x.json", [{"subject": "petrucci", "mask": "../../x.png"}]])
-def test_nothing_that_a_config_names_is_opened(layout, base):
+@pytest.mark.parametrize(
+    ("layout", "color_context"),
+    [
+        ("/etc/passwd", {}),
+        ("x.json", {}),
+        ([{"subject": "petrucci", "mask": "../../x.png"}], {}),
+        *(([{"box": LEFT, "ip_adapter_image": held}], {}) for held in ("x.png", {"1": "x.png"}, [PICTURE, "x.png"])),
+        ("layouts/two_people.png", {"255,0,0": {"ip_adapter_image": "x.png"}, "0,0,255": ["a", 2]}),
+    ],
+)
+def test_nothing_that_a_config_names_is_opened(layout, color_context, base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save("x.png")
+    entry = {"prompt": "a <petrucci>", "residual_dict": {"petrucci": "x"}, "layout": layout}
     with pytest.raises(ValueError, match=r"which the page does not open|no color_context"):
-        config({"prompt": "a <petrucci>", "residual_dict": {"petrucci": "x"}, "layout": layout}, base)
+        config(entry | ({"color_context": color_context} if color_context else {}), base)
+
+
+@pytest.mark.parametrize(
+    ("held", "expected"),
+    [
+        ("faces/anna.png", {"0": PICTURE}),
+        (["anna.png", PICTURE], {"0": PICTURE, "1": PICTURE}),
+        ({"1": "anna.png"}, {"1": PICTURE}),
+    ],
+)
+def test_a_zip_brings_reference_pictures(held, expected, base):
+    entry = {"prompt": "a dog", "layout": [{"box": LEFT, "ip_adapter_image": held}]}
+    face = png_bytes(Image.new("RGB", (8, 8), "red"))
+    read, _, _ = read_file(zipped({"a.json": json.dumps([entry]), "faces/anna.png": face}), [], base)
+    assert read.regions[0]["ip_adapter_image"] == expected
 
 
 def zipped(files):

@@ -188,12 +188,24 @@ def test_several_adapters(tokenizer):
     assert_equal_up_to_rounding(sample(pipe, layout=layout, guidance_steps=0), expected, RUN)
     pipe.set_ip_adapter_scale([0.0, 0.5])
     assert not torch.allclose(sample(pipe, layout=layout, guidance_steps=0), expected, atol=1e-3)
-    with pytest.raises(ValueError, match="1 pictures, expected one for each of the 2 IP-Adapters"):
+    with pytest.raises(
+        ValueError,
+        match=r"^layout\[0\] \('dog'\): ip_adapter_image has 1 picture\(s\), expected one for each of the 2",
+    ):
         sample(pipe, layout=regions(dog=first))
     with pytest.raises(ValueError, match=r"for the IP-Adapters \['face'\], expected some of \['0', '1'\]"):
         sample(pipe, layout=regions(dog={"face": first}))
-    with pytest.raises(ValueError, match="IP-Adapter 1 has no picture"):
-        sample(pipe, layout=regions(dog={"0": first}))
+
+
+@pytest.mark.parametrize("kind", ["sd1", "xl"])
+def test_an_adapter_without_any_picture_does_nothing(kind, tokenizer):
+    layout = regions(dog={"0": embeddings(1)})
+    one, two = (make_pipeline(make_components(tokenizer, kind)) for _ in range(2))
+    load_adapters(one, 1)
+    load_adapters(two, 2)
+    for guidance_scale in (5.0, 1.0):
+        expected = sample(one, layout=layout, guidance_scale=guidance_scale)
+        assert torch.equal(sample(two, layout=layout, guidance_scale=guidance_scale), expected)
 
 
 @pytest.mark.parametrize(
@@ -222,6 +234,12 @@ def test_other_kinds_of_adapters(tokenizer, kind, shape):
         cross_attention_kwargs={"ip_adapter_masks": [masks("dog", "ball")]},
     )
     assert_equal_up_to_rounding(sample(pipe, layout=regions(dog=dog, ball=ball), guidance_steps=0), expected, RUN)
+    (layer,) = pipe.unet.encoder_hid_proj.image_projection_layers
+    load_adapters(pipe, 2)
+    pipe.unet.encoder_hid_proj = MultiIPAdapterImageProjection([layer, layer])
+    pipe.set_ip_adapter_scale([0.8, 1.0])
+    one_is_blank = regions(dog={"0": dog}, ball={"0": ball})
+    assert_equal_up_to_rounding(sample(pipe, layout=one_is_blank, guidance_steps=0), expected, RUN)
 
 
 def test_face_id_plus_is_told(tokenizer):
@@ -364,8 +382,8 @@ def test_processors_of_other_kinds_are_served(tokenizer):
 
 def test_what_cannot_be_is_told(tokenizer):
     pipe = make_pipeline(make_components(tokenizer, "sd1"))
-    with pytest.raises(ValueError, match=r"needs an IP-Adapter, and none is loaded.*load_ip_adapter"):
-        sample(pipe, layout=regions(dog=embeddings(1)))
+    with pytest.raises(ValueError, match=r"^layout\[1\] \('ball'\): ip_adapter_image needs an IP-Adapter, .*load_ip"):
+        sample(pipe, layout=regions(ball=embeddings(1)))
     load_adapters(pipe)
     with pytest.raises(ValueError, match="needs an image encoder, and none is loaded"):
         sample(pipe, layout=regions(dog=Image.new("RGB", (8, 8))))

@@ -470,7 +470,7 @@ def test_a_compiled_unet_is_one_graph(tokenizer):
 
 
 def test_a_lora_that_is_not_loaded_is_told(pipe):
-    with pytest.raises(ValueError, match=r"LoRA 'rex', but loaded are \['a', 'b'\].*adapter_name='rex'"):
+    with pytest.raises(ValueError, match=r"^layout\[0\] .* has the LoRA 'rex', but loaded are \['a', 'b'\].*='rex'"):
         sample(pipe, layout=regions("rex", None))
 
 

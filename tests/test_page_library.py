@@ -37,8 +37,10 @@ def test_an_added_file_is_copied_and_there_again_after_a_restart(library, tmp_pa
     again = SubjectLibrary(library.base, library._text_encoders, library.folder)
     assert again.sources() == library.sources() == {"balloon": str(library.folder / "balloon.safetensors")}
     assert load_subject(again.sources()["balloon"])["balloon"].class_phrase == "ball"
+    again.read(str(EMBEDDINGS / "comet.safetensors"))
+    assert [said["name"] for said in again.listing()] == ["comet", "balloon"]
     again.remove("Balloon")
-    assert not again.sources() and not [*library.folder.glob("*.safetensors")]
+    assert [*again.sources()] == ["comet"] and not [*library.folder.glob("*.safetensors")]
 
 
 def test_what_cannot_be_added_is_refused_and_leaves_nothing(library, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import inspect
 import secrets
 import shutil
@@ -17,6 +16,8 @@ from PIL import Image
 
 from multisubject.page.canvas import canvas, noting, offering, underlaying
 from multisubject.page.entries import DEFAULTS, LIMITS, METHODS, MOST_IMAGES, MOST_SEED, MOST_STEPS, STARTS, Settings
+from multisubject.page.news import CSS as NEWS_CSS
+from multisubject.page.news import said
 from multisubject.page.reading import read_file
 from multisubject.page.safety import MOST_BYTES
 from multisubject.page.service import Service
@@ -28,12 +29,12 @@ from multisubject.pictures import data_url
 
 CSS = (
     """
-#status progress { width: 100%; height: 0.6rem; }
-#status p { margin: 0; }
+.gradio-container:not(.dark *) { --block-info-text-color: #52525b; --body-text-color-subdued: #52525b; }
 #results .grid-wrap { max-height: 40rem; overflow-y: auto; }
 .fine img { image-rendering: pixelated; }
 footer { display: none !important; }
 """
+    + NEWS_CSS
     + SUBJECTS_CSS
 )
 
@@ -96,7 +97,7 @@ class _Page:
         with gr.Row():
             self.go = gr.Button("Generate", variant="primary", elem_id="go", scale=2)
             self.stop = gr.Button("Cancel", variant="stop", elem_id="stop", interactive=False, min_width=80)
-        self.status = gr.HTML(elem_id="status", value=_said("Draw where the subjects stand, then generate."))
+        self.status = gr.HTML(elem_id="status", value=said("Draw where the subjects stand, then generate."))
         small = min(self.studio.base.size) < 256
         self.gallery = gr.Gallery(
             label="Pictures",
@@ -112,10 +113,10 @@ class _Page:
         controls: dict[str, Any] = {}
         with gr.Row():
             controls["num_images"] = gr.Slider(
-                1, MOST_IMAGES, DEFAULTS.num_images, step=1, label="Pictures", elem_id="num_images", min_width=120
+                1, MOST_IMAGES, DEFAULTS.num_images, step=1, label="Pictures", elem_id="num_images", min_width=200
             )
             controls["num_inference_steps"] = gr.Slider(
-                1, MOST_STEPS, DEFAULTS.num_inference_steps, step=1, label="Steps", elem_id="steps", min_width=120
+                1, MOST_STEPS, DEFAULTS.num_inference_steps, step=1, label="Steps", elem_id="steps", min_width=200
             )
         with gr.Row():
             controls["seed"] = gr.Number(
@@ -344,28 +345,28 @@ class _Page:
             yield {self.gallery: [], self.made: [], self.sheet: None} | self._busy("Starting …")
             start, folder = time.monotonic(), self.work / secrets.token_hex(8)
             folder.mkdir(parents=True)
-            for news in self.service.run(job, request.session_hash or ""):
-                if isinstance(news, Progress):
-                    yield self._progress(news, pictures, job.settings.num_images)
+            for item in self.service.run(job, request.session_hash or ""):
+                if isinstance(item, Progress):
+                    yield self._progress(item, pictures, job.settings.num_images)
                     continue
                 # The gallery offers files of the work folder: those that are kept are not to be asked for by name.
-                copy = str(shutil.copy(news.path, folder / f"seed_{news.seed}.png"))
-                pictures.append((copy, f"seed {news.seed}"))
-                made.append({"path": copy, "sheet": _copied(news, folder)})
-                kept = news.path.parent
+                copy = str(shutil.copy(item.path, folder / f"seed_{item.seed}.png"))
+                pictures.append((copy, f"seed {item.seed}"))
+                made.append({"path": copy, "sheet": _copied(item, folder)})
+                kept = item.path.parent
                 yield {self.gallery: [*pictures], self.made: [*made]}
-            said = _said(f"Done in {time.monotonic() - start:.1f} s, kept in {kept}.")
+            news = said(f"Done in {time.monotonic() - start:.1f} s, kept in {kept}.")
         except Cancelled:
-            said = _said("Cancelled.")
+            news = said("Cancelled.")
         except Refused as refused:
-            said = _refused(refused)
+            news = _refused(refused)
         except (ValueError, RuntimeError, OSError) as error:  # what only the model, its scheduler or the disk can tell
-            said = _said(f"Stopped: {error}", is_error=True)
+            news = said(ValueError(f"Stopped: {error}"))
         shown = {self.gallery: [*pictures], self.sheet: made[0]["sheet"]} if pictures else {}
-        yield shown | {self.status: said, self.stop: gr.Button(interactive=False)}
+        yield shown | {self.status: news, self.stop: gr.Button(interactive=False)}
 
     def _busy(self, text: str, done: float | None = None) -> dict[Any, Any]:
-        return {self.status: _said(text, done), self.stop: gr.Button(interactive=True)}
+        return {self.status: said(text, done), self.stop: gr.Button(interactive=True)}
 
     def _progress(self, news: Progress, pictures: list[tuple[Any, str]], count: int) -> dict[Any, Any]:
         if not news.number:
@@ -394,11 +395,8 @@ class _Page:
                 code = self.service.code_of(self.service.job(document, self.settings(given)))
             except Refused as refused:
                 return gr.skip(), gr.skip(), "", _refused(refused)
-            said = {
-                "python": "Copied.",
-                "config": f"Copied. Save it as page.json, then: {code['command']}",
-            }
-            return gr.Code(code[name], visible=True), gr.Code(visible=False), code[name], _said(said[name])
+            hint = f" Save it as page.json, then: {code['command']}" if name == "config" else ""
+            return gr.Code(code[name], visible=True), gr.Code(visible=False), code[name], said(f"Copied.{hint}")
 
         return show
 
@@ -412,12 +410,11 @@ class _Page:
                 data = file.read(MOST_BYTES + 1)
             read, settings, notes = read_file(data, list(self.service.library.sources()), self.studio.base)
         except (ValueError, TypeError) as error:
-            return [*nothing, None, _said(f"Not opened: {error}", is_error=True)]
+            return [*nothing, None, said(ValueError(f"Not opened: {error}"))]
         opened = read.plain()
         values = self.controls_of(settings)
         regions = gr.Dropdown(_choices(opened), value=values.pop("region"))
-        said = _said(" ".join(["Opened.", *notes]))
-        return [opened, *values.values(), regions, None, said]
+        return [opened, *values.values(), regions, None, said(" ".join(["Opened.", *notes]))]
 
 
 def _choices(document: dict[str, Any]) -> list[tuple[str, str]]:
@@ -437,12 +434,5 @@ def _copied(picture: Picture, folder: Path) -> str | None:
     return str(shutil.copy(picture.sheet_path, folder / f"seed_{picture.seed}_attention.png"))
 
 
-def _said(text: str, done: float | None = None, is_error: bool = False) -> str:
-    """A line of the status, as text, never markup."""
-    role = "alert" if is_error else "status"
-    bar = "" if done is None else f'<progress value="{done:.3f}" max="1" aria-label="Progress"></progress>'
-    return f'<p role="{role}">{html.escape(text)}</p>{bar}'
-
-
 def _refused(refused: Refused) -> str:
-    return "".join(_said(problem.text, is_error=True) for problem in refused.problems)
+    return "".join(said(ValueError(problem.text)) for problem in refused.problems)

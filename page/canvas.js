@@ -190,7 +190,18 @@ function redrawNotes() {
   else hint(picked ? `Drag where ${picked.subject ?? `“${picked.phrase}”`} stands.` : "Type words of the prompt above, then drag their place.");
 }
 
-const noteOf = (problem) => make("li", problem.severity === "error" ? "problem error" : "problem", problem.text);
+/** A problem; what is long is shown as far as its first clause. */
+function noteOf({ text, severity }) {
+  const note = make("li", severity === "error" ? "problem error" : "problem");
+  const [, head, rest] = /^(.{60,}?[;.]) (.{80,})$/s.exec(text) ?? [null, text, ""];
+  note.append(head);
+  if (rest) {
+    const more = make("details", "", rest);
+    more.prepend(make("summary", "", "More"));
+    note.append(" ", more);
+  }
+  return note;
+}
 
 // --- keys and buttons ------------------------------------------------------------------------------------------------
 

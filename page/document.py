@@ -29,6 +29,7 @@ _TEXTS = ("subject", "phrase", "prompt", "negative_prompt")
 _NUMBERS = ("weight", "feather", "begin", "end", "strength")
 _SHAPES = ("box", "ellipse", "strokes", "mask")
 _DRAWN_SIDE = 4096  # drawn shapes get soft edges: up to this, a mask's pixel is the mean of 4 x 4 drawn ones
+_MOST_PAINT = 2000  # points times width², to which the time that strokes take is proportional
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def place_of(shape: Mapping[str, Any] | None, size: tuple[int, int]) -> dict[str
         return {}
     if "box" in shape or "mask" in shape:
         return dict(shape)
-    factor = 4 if 4 * max(size) <= _DRAWN_SIDE else 2
+    factor = max(1, min(4, _DRAWN_SIDE // max(size)))
     width, height = (side * factor for side in size)
     mask = Image.new("L", (width, height))
     draw = ImageDraw.Draw(mask)
@@ -137,9 +138,12 @@ def read_document(value: Any) -> Document:
     checked = tuple(_read_region(region, f"region {number}") for number, region in enumerate(regions, 1))
     if len({region["id"] for region in checked}) < len(checked):
         raise ValueError("regions: two of them have one id, expected each once.")
-    points = sum(len(stroke["points"]) for region in checked for stroke in (region["shape"] or {}).get("strokes", ()))
+    strokes = [stroke for region in checked for stroke in (region["shape"] or {}).get("strokes", ())]
+    points = sum(len(stroke["points"]) for stroke in strokes)
     if points > MOST_POINTS:
         raise ValueError(f"the brush strokes have {points:,} points, expected at most {MOST_POINTS:,}.")
+    if sum(len(stroke["points"]) * stroke["width"] ** 2 for stroke in strokes) > _MOST_PAINT:
+        raise ValueError("the brush strokes go over too much too often. Use a narrower brush, or a mask.")
     underlay = value.get("underlay")
     return Document(
         size=(width, height),

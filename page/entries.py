@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -104,7 +103,7 @@ def read_settings(value: Any) -> Settings:
             low, high = LIMITS[key]
             is_whole = "int" in known[key]
             kinds = (int,) if is_whole else (int, float)
-            if type(given) not in kinds or math.isnan(given) or not low <= given <= high:
+            if type(given) not in kinds or not low <= given <= high:  # which is false of a NaN, too
                 kind = "a whole number" if is_whole else "a number"
                 raise ValueError(f"{key} is {str(given)[:80]!r}, expected {kind} from {low:g} to {high:g}.")
         elif known[key] == "bool":

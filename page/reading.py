@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path, PurePosixPath
@@ -51,6 +52,13 @@ def read_file(data: bytes, known: Collection[str], base: BaseModel) -> tuple[Doc
     """
     if len(data) > MOST_BYTES:
         raise ValueError(f"the file has {len(data):,} bytes, expected at most {MOST_BYTES:,}.")
+    try:
+        return _read(data, known, base)
+    except RecursionError:
+        raise ValueError("the file's JSON is nested too deeply, expected a generation config.") from None
+
+
+def _read(data: bytes, known: Collection[str], base: BaseModel) -> tuple[Document, Settings, list[str]]:
     if data.startswith(b"\x89PNG"):
         return _read_png(data, known, base)
     if data.startswith(b"PK"):
@@ -75,7 +83,7 @@ def _read_png(data: bytes, known: Collection[str], base: BaseModel) -> tuple[Doc
         made = told["settings"]
         if not isinstance(made, dict):
             raise TypeError
-    except (KeyError, TypeError, ValueError, RecursionError):
+    except (KeyError, TypeError, ValueError):
         raise ValueError(
             "this picture has no settings in it, expected one that this page or generate_images.py has made. To draw "
             "over it, add it under the regions."
@@ -106,7 +114,7 @@ def _read_config(
     """The first entry of a config."""
     try:
         entries = json.loads(text.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"this is neither a picture nor JSON: {str(error)[:200]}.") from None
     entry = entries[0] if isinstance(entries, list) and entries else entries
     if not isinstance(entry, dict):
@@ -258,6 +266,6 @@ def _unzip(data: bytes) -> tuple[list[bytes], dict[str, bytes]]:
                     texts.append(content)
                 else:
                     others[member.filename] = others[PurePosixPath(member.filename).name] = content
-    except (zipfile.BadZipFile, RuntimeError, NotImplementedError, OSError, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, OSError, EOFError) as error:
         raise ValueError(f"the zip cannot be read: {error}.") from None
     return texts, others

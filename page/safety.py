@@ -101,18 +101,19 @@ class OwnPagesOnly:
 
     def _problem(self, headers: Collection[tuple[bytes, bytes]]) -> str | None:
         hosts = [value.decode("latin-1") for name, value in headers if name == b"host"]
-        host = _host_of(f"//{hosts[0]}") if len(hosts) == 1 else None
+        host = _hosts_of(f"//{hosts[0]}")[0] if len(hosts) == 1 else None
         if host is None or (self.hosts is not None and host not in self.hosts):
             return "refused: this server is not asked under that name. Start it with --allowed_host to allow one."
         for name, value in headers:
-            if name == b"origin" and urlsplit(value.decode("latin-1")).netloc.casefold() != hosts[0].casefold():
+            if name == b"origin" and _hosts_of(value.decode("latin-1"))[1] != hosts[0].casefold():
                 return "refused: another site's page sent this request."
         return None
 
 
-def _host_of(url: str) -> str | None:
-    """A host without its port, None for what is none."""
+def _hosts_of(url: str) -> tuple[str | None, str | None]:
+    """A URL's host without its port and with it, in small letters, None for what is none."""
     try:
-        return urlsplit(url).hostname
+        parts = urlsplit(url)
+        return parts.hostname, parts.netloc.casefold()
     except ValueError:
-        return None
+        return None, None

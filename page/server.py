@@ -18,12 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from transformers.hf_argparser import HfArg
 
 from multisubject.generation.arguments import DataclassParser, IPAdapterArguments, check_device, parse_arguments
 from multisubject.generation.config_file import ConfigError
 from multisubject.generation.console import quiet_imports
-from multisubject.page.safety import LOOPBACK, MOST_BYTES, OwnPagesOnly
+from multisubject.page.safety import LOOPBACK, MOST_BYTES, MOST_PIXELS, OwnPagesOnly
 from multisubject.tiny_world import EMBEDDED_BASE, EMBEDDED_BASE_XL
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -134,6 +135,7 @@ def work_folder() -> Iterator[Path]:
     """A folder for all temporary files, also Gradio's, which goes when the server stops, on SIGTERM too."""
 
     def stop(*_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # to the end: a second one would break off the cleaning up
         raise SystemExit(0)
 
     before = signal.signal(signal.SIGTERM, stop)
@@ -142,7 +144,8 @@ def work_folder() -> Iterator[Path]:
             os.environ["GRADIO_TEMP_DIR"] = str(Path(folder, "gradio"))
             yield Path(folder)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if signal.getsignal(signal.SIGTERM) is stop:
+            signal.signal(signal.SIGTERM, before)
 
 
 def make_page(args: PageArguments, work: Path, adapters: IPAdapterArguments | None = None) -> tuple[Any, Any]:
@@ -161,6 +164,7 @@ def make_page(args: PageArguments, work: Path, adapters: IPAdapterArguments | No
         from multisubject.page.studio import Studio
         from multisubject.page.training import TrainingJobs
 
+    Image.MAX_IMAGE_PIXELS = MOST_PIXELS  # what Gradio itself opens: Pillow refuses twice as many
     base = BaseModel.read(args.pretrained_model_name or str(EMBEDDED_BASE))
     state = PartialState(cpu=args.device == "cpu" or not torch.accelerator.is_available())
     wanted = GenerateArguments("page.json", device=args.device, dtype=args.dtype)

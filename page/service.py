@@ -106,13 +106,14 @@ class Service:
         with told(Refused):
             job = self.job(document, settings)
         pictures: list[dict[str, Any]] = []
-        for news in self.run(job, session=f"call {id(pictures)}"):
-            if isinstance(news, Picture):
-                pictures.append({"seed": news.seed, "image": png_url(news.path.read_bytes())})
-                if news.sheet_path:
-                    pictures[-1]["attention_maps"] = png_url(news.sheet_path.read_bytes())
-            else:
-                yield {"picture": news.number, "step": news.step, "steps": news.steps}
+        with told(ValueError, RuntimeError, OSError):  # what only the model, its scheduler or the disk can tell
+            for news in self.run(job, session=f"call {id(pictures)}"):
+                if isinstance(news, Picture):
+                    pictures.append({"seed": news.seed, "image": png_url(news.path.read_bytes())})
+                    if news.sheet_path:
+                        pictures[-1]["attention_maps"] = png_url(news.sheet_path.read_bytes())
+                else:
+                    yield {"picture": news.number, "step": news.step, "steps": news.steps}
         yield {"pictures": pictures}
 
     def check(self, document: dict, settings: dict) -> list[dict]:

@@ -144,6 +144,7 @@ class Studio:
         self.pipe = making.load_pipeline(base, device, dtype, show_progress=False)
         making.load_ip_adapters(self.pipe, self.ip_adapters)  # says what does not fit before anybody draws
         self._lock = threading.Lock()
+        self._loras: Any = None  # settings of those that the pipeline has, under the lock
 
     def adapter_names(self) -> list[str]:
         """What to call the IP-Adapters, in their order."""
@@ -269,7 +270,7 @@ class Studio:
             seed = job.settings.seed + index
             with self._turn(stop, lambda: tell(Progress(0, 0, job.settings.num_inference_steps))):
                 making.load_subjects(self.pipe, job.task)
-                making.load_loras(self.pipe, job.task)
+                self._load_loras(job.task)
                 making.load_ip_adapters(self.pipe, job.task.ip_adapters)
                 follow = _Follower(self.pipe, index + 1, stop, tell)
                 image, maps = self._draw(job, seed, regions, follow)
@@ -280,6 +281,14 @@ class Studio:
             one = {**page, "settings": {**page["settings"], "seed": seed, "num_images": 1}}
             save_picture(image, path, settings | {"seed": seed}, page=one)
             tell(Picture(path, seed, sheet_path))
+
+    def _load_loras(self, task: GenerationTask) -> None:
+        """As `making.load_loras`; they stay for all pictures that want the same ones, whoever's they are."""
+        wanted = {name: weights.settings for name, weights in task.loras.items()}
+        if wanted != self._loras:
+            self._loras = None  # unless all of them get there
+            making.load_loras(self.pipe, task)
+            self._loras = wanted
 
     @contextmanager
     def _turn(self, stop: threading.Event, wait: Any) -> Iterator[None]:

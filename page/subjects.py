@@ -86,9 +86,9 @@ class SubjectLibrary:
         ]
 
     def subjects(self) -> list[LibrarySubject]:
-        """All of them, in the order in which they came."""
+        """All of them, in the order in which they came, those that were added here last."""
         with self._lock:
-            return [*self._subjects.values()]
+            return sorted(self._subjects.values(), key=lambda subject: subject.is_own)
 
     def check_free(self, name: str) -> str:
         """Return `name` if it can name a new subject. Raises `ValueError`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image, ImageDraw, ImageFont
 
 from multisubject.page.canvas import offering
+from multisubject.page.news import said
 from multisubject.page.safety import MOST_BYTES, opaque, read_data_url, read_picture
 from multisubject.page.subjects import THUMBNAIL_SIZE, SubjectLibrary
 from multisubject.page.subjects_service import SubjectsService
@@ -253,7 +253,7 @@ class _SubjectsTab:
         self.drop.click(self.dropped, [self.pictures, self.chosen], [*pictures, *editing], **at_once)
         self.train.click(
             self.begin,
-            [self.name, self.phrase, self.pictures, self.steps],
+            [self.name, self.phrase, self.pictures, self.steps, self.editor, self.chosen],
             [self.train_said, *pictures, *editing, self.name, self.phrase, self.job],
             trigger_mode="once",
             **quiet,
@@ -282,28 +282,28 @@ class _SubjectsTab:
         try:
             self.library.remove(name)
         except ValueError as error:
-            return _said(error), gr.skip(), gr.skip()
-        return _said(f"Removed <{name}>."), self._names(), gr.Button(visible=False)
+            return said(error), gr.skip(), gr.skip()
+        return said(f"Removed <{name}>."), self._names(), gr.Button(visible=False)
 
     def from_file(self, path: Any, name: Any, phrase: Any) -> list[Any]:
         """Add a file's subjects."""
         if not isinstance(path, str):
-            return [_said(ValueError("Choose a file first.")), *[gr.skip()] * 4]
+            return [said(ValueError("Choose a file first.")), *[gr.skip()] * 4]
         try:
             added = self.library.add_file(Path(path), name=_text(name), class_phrase=_text(phrase))
         except (ValueError, OSError) as error:
-            return [_said(error), *[gr.skip()] * 4]
-        return [_said(_added(added)), self._names(), None, "", ""]
+            return [said(error), *[gr.skip()] * 4]
+        return [said(_added(added)), self._names(), None, "", ""]
 
     def from_hub(self, source: Any, name: Any) -> tuple[Any, Any]:
         """Download and add a repository's subjects."""
         if not _text(source):
-            return _said(ValueError("Fill in the repository, such as user/petrucci.")), gr.skip()
+            return said(ValueError("Fill in the repository, such as user/petrucci.")), gr.skip()
         try:
             added = self.library.add_from_hub(_text(source) or "", name=_text(name))
         except (ValueError, OSError, HfHubHTTPError) as error:
-            return _said(error), gr.skip()
-        return _said(_added(added)), self._names()
+            return said(error), gr.skip()
+        return said(_added(added)), self._names()
 
     def uploaded(self, paths: Any, pictures: list[TrainingPicture]) -> tuple[Any, ...]:
         """More pictures; those that cannot be read are named."""
@@ -323,7 +323,7 @@ class _SubjectsTab:
             pictures,
             *_strip(pictures),
             None,
-            _said(ValueError(f"Left out: {' '.join(problems)}")) if problems else "",
+            said(ValueError(f"Left out: {' '.join(problems)}")) if problems else "",
         )
 
     def choose_picture(self, pictures: list[TrainingPicture], event: gr.SelectData) -> tuple[Any, Any, Any]:
@@ -337,12 +337,12 @@ class _SubjectsTab:
 
     def edited(self, value: Any, pictures: list[TrainingPicture], index: Any) -> tuple[Any, ...]:
         """Take over what was cropped and painted."""
-        if not _is_index(index, pictures) or not isinstance(value, dict) or value.get("background") is None:
-            return (*[gr.skip()] * 6, _said(ValueError("Choose a picture first.")))
-        picture = _from_editor(value)
-        if min(picture.image.size) < 16:
-            return (*[gr.skip()] * 6, _said(ValueError("That leaves next to nothing of the picture.")))
-        pictures = [*pictures[:index], picture, *pictures[index + 1 :]]
+        if not _is_index(index, pictures):  # a training has begun with it
+            return (*[gr.skip()] * 7,)
+        try:
+            pictures = _with_edited(pictures, value, index)
+        except ValueError as error:
+            return (*[gr.skip()] * 6, said(error))
         return pictures, *_strip(pictures), None, gr.Column(visible=False), None, ""
 
     def dropped(self, pictures: list[TrainingPicture], index: Any) -> tuple[Any, ...]:
@@ -351,16 +351,19 @@ class _SubjectsTab:
             pictures = [*pictures[:index], *pictures[index + 1 :]]
         return pictures, *_strip(pictures), None, gr.Column(visible=False), None
 
-    def begin(self, name: Any, phrase: Any, pictures: list[TrainingPicture], steps: Any) -> tuple[Any, ...]:
-        """Start a training, and clear the form."""
+    def begin(
+        self, name: Any, phrase: Any, pictures: list[TrainingPicture], steps: Any, value: Any, index: Any
+    ) -> tuple[Any, ...]:
+        """Start a training, with what is still in the editor, and clear the form."""
         try:
+            pictures = _with_edited(pictures, value, index)
             if isinstance(steps, float) and steps.is_integer():
                 steps = int(steps)
             job = self.jobs.start(_text(name) or "", _text(phrase) or "", pictures, steps)
         except (ValueError, OSError) as error:
-            return (_said(error), *[gr.skip()] * 9)
-        said = _said(f"Training <{job.name}>. You may close this page meanwhile, or draw on.")
-        return said, [], *_strip([]), None, gr.Column(visible=False), None, "", "", self._dropdown(job.key)
+            return (said(error), *[gr.skip()] * 9)
+        news = said(f"Training <{job.name}>. You may close this page meanwhile, or draw on.")
+        return news, [], *_strip([]), None, gr.Column(visible=False), None, "", "", self._dropdown(job.key)
 
     def act(self, what: str) -> Any:
         """What a button under a training calls."""
@@ -369,7 +372,7 @@ class _SubjectsTab:
             try:
                 getattr(self.jobs, what)(key)
             except (ValueError, OSError) as error:
-                return _said(error), gr.skip()
+                return said(error), gr.skip()
             return "", self._dropdown(key)
 
         return do
@@ -384,8 +387,8 @@ class _SubjectsTab:
             if shown == news:
                 return (*[gr.skip()] * 8, now)
             return (gr.Column(visible=False), *[gr.skip()] * 6, news, now)
-        said, sheets = self.jobs.progress(job), self.jobs.sheets(job)
-        news = [job.key, job.state, said.get("phase"), said.get("time"), len(sheets), len(self.jobs.jobs())]
+        told, sheets = self.jobs.progress(job), self.jobs.sheets(job)
+        news = [job.key, job.state, told.get("phase"), told.get("time"), len(sheets), len(self.jobs.jobs())]
         if shown == news:
             return (*[gr.skip()] * 8, now)
         same_sheet = isinstance(shown, list) and (shown[0], shown[4]) == (news[0], news[4])
@@ -393,7 +396,7 @@ class _SubjectsTab:
         return (
             gr.Column(visible=True),
             self._dropdown(job.key),
-            progress_html(job, said, sheets),
+            progress_html(job, told, sheets),
             sheet,
             gr.Button("Stop at once" if job.state == "stopping" else "Cancel", visible=job.is_active),
             gr.Button(visible=job.state in ("stopped", "failed")),
@@ -447,6 +450,17 @@ def _painted(mask: Image.Image) -> Image.Image:
     return layer
 
 
+def _with_edited(pictures: list[TrainingPicture], value: Any, index: Any) -> list[TrainingPicture]:
+    """The pictures with the one in the editor as it is there; the same if it holds none of them. Raises `ValueError`
+    where next to nothing is left of it."""
+    if not _is_index(index, pictures) or not isinstance(value, dict) or value.get("background") is None:
+        return pictures
+    picture = _from_editor(value)
+    if min(picture.image.size) < 16:
+        raise ValueError("that leaves next to nothing of the picture.")
+    return [*pictures[:index], picture, *pictures[index + 1 :]]
+
+
 def _from_editor(value: dict[str, Any]) -> TrainingPicture:
     """The editor's picture, and what was painted over it as its mask."""
     background = value["background"]
@@ -469,14 +483,6 @@ def _opened(sheets: Sequence[Path]) -> Image.Image | None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Words
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def _said(news: str | Exception) -> str:
-    """A line for people; names are text there."""
-    text = html.escape(str(news))
-    if isinstance(news, Exception):
-        return f'<p role="alert">⚠ {text[:1].upper()}{text[1:]}</p>'
-    return f'<p role="status">{text}</p>'
 
 
 def _added(names: Sequence[str]) -> str:

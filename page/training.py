@@ -153,6 +153,7 @@ class TrainingJobs:
 
         Raises:
             ValueError: for any other argument, and for a name that is taken.
+            OSError: the pictures cannot be written.
         """
         self.library.check_free(name)
         phrase = _class_phrase(class_phrase)
@@ -168,11 +169,16 @@ class TrainingJobs:
                 raise ValueError(f"there are {MOST_JOBS} trainings, the most. Remove some.")
             self.folder.mkdir(parents=True, exist_ok=True)
             folder = free_path(self.folder / name)
-            (folder / "pictures").mkdir(parents=True)
-            for file, data in files:
-                (folder / "pictures" / file).write_bytes(data)
             job = Job(folder.name, name, phrase, steps, self.base.name)
-            self._put(job)
+            try:
+                (folder / "pictures").mkdir(parents=True)
+                for file, data in files:
+                    (folder / "pictures" / file).write_bytes(data)
+                self._write(job)
+            except OSError:  # a full disk, say: nothing is left of it
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+            self._jobs[job.key] = job
         self._enqueue(job.key)
         return job
 
@@ -236,7 +242,12 @@ class TrainingJobs:
                 self._jobs[job.key] = replace(job, state="stopped") if job.is_active else job
 
     def _put(self, job: Job) -> None:
+        """Take over what became of a job. This server goes on where it cannot be written; the next one knows less."""
         self._jobs[job.key] = job
+        with suppress(OSError):
+            self._write(job)
+
+    def _write(self, job: Job) -> None:
         write_atomically(self.folder / job.key / _JOB_FILE, json.dumps(asdict(job)).encode())
 
     def _enqueue(self, key: str) -> None:
@@ -305,7 +316,7 @@ class TrainingJobs:
             "validation_steps": max(1, job.steps // 3),
             "progress_file": folder / _PROGRESS_FILE,
         }
-        command = [sys.executable, "-m", "multisubject.train_residual", f"--config={self._config()}"]
+        command = [sys.executable, "-m", "multisubject.page.trainer", str(os.getpid()), f"--config={self._config()}"]
         command += [f"--{flag}={value}" for flag, value in values.items()]
         return [*command, "--resume_from_checkpoint=latest", *self._options]
 

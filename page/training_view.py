@@ -40,7 +40,7 @@ def progress_html(job: Job, said: dict[str, Any], sheets: Sequence[Path]) -> str
     role = ' role="alert"' if job.state == "failed" else ""
     below = f"<p>What it draws after step {int(sheets[-1].stem.partition('-')[2])}:</p>" if sheets else ""
     return (
-        f"<p><b>{name}</b></p><p{role}>{html.escape(words)}{rest}</p>"
+        f'<p><b>{name}</b></p><p class="news"{role}>{html.escape(words)}{rest}</p>'
         f'<progress value="{step}" max="{of}" aria-label="Steps"></progress>'
         f"{loss_curve(said.get('curve') or [])}{below}"
     )

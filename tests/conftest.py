@@ -25,6 +25,7 @@ import torch
 from multisubject.tiny_world import EMBEDDED_BASE
 
 EMBED_DIM, EMBED_DIM_2 = 32, 48
+FAST_TRAINING = ["--train_batch_size=1", "--validation_inference_steps=1", "--validation_prompts", "a photo of a {}"]
 
 
 def assert_equal_up_to_rounding(actual: torch.Tensor, expected: torch.Tensor, roundings: float = 100) -> None:
@@ -291,3 +292,39 @@ def serve_page(tmp_path_factory: pytest.TempPathFactory, *flags: str) -> Iterato
         server.launch(page, options)
         yield SimpleNamespace(url=f"http://127.0.0.1:{port}", service=service, output=output, work=work)
         page.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium, see `browser.py`."""
+    from browser import started
+
+    with started() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def base(base_path: str) -> Any:
+    """The embedded base's small files."""
+    from multisubject.generation.base_model import BaseModel
+
+    return BaseModel.read(base_path)
+
+
+@pytest.fixture
+def library(base: Any, tmp_path: Path) -> Any:
+    """An empty library of subjects of the embedded base."""
+    from multisubject.base_models import load_text_encoders
+    from multisubject.page.subjects import SubjectLibrary
+
+    return SubjectLibrary(base, load_text_encoders(base.name), tmp_path / "subjects")
+
+
+@pytest.fixture
+def jobs(base: Any, library: Any, tmp_path: Path) -> Iterator[Any]:
+    """No trainings yet, and those that come are as fast as can be."""
+    from multisubject.page.training import TrainingJobs
+
+    made = TrainingJobs(base, library, tmp_path / "trainings", on_cpu=True, options=FAST_TRAINING)
+    yield made
+    made.close()

@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from browser import drag, needs_chromium, number, run, started, visited
+from browser import drag, needs_chromium, number, run, visited
 from PIL import Image
 
 from multisubject.page.document import read_document
@@ -17,12 +17,6 @@ from multisubject.page.reading import read_file
 pytestmark = [needs_chromium, pytest.mark.slow]
 
 LEFT, RIGHT = [0.05, 0.2, 0.45, 0.9], [0.55, 0.2, 0.95, 0.9]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with started() as browser:
-        yield browser
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import socket
 import time
 
 import pytest
-from browser import drag, needs_chromium, started, visited
+from browser import drag, needs_chromium, visited
 from PIL import Image, ImageDraw
 
 from multisubject.visualization import _colours
@@ -81,12 +81,6 @@ def server():
     made = Server()
     yield made
     made.blocks.close()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with started() as made:
-        yield made
 
 
 @pytest.fixture
@@ -340,6 +334,11 @@ def test_prompt_chips_problems_and_typing(page, server):
     server.problems = [
         {"region": region["id"], "text": "<img src=x onerror=alert(1)> is small", "severity": "warning"},
         {"region": None, "text": "Write a prompt.", "severity": "error"},
+        {
+            "region": None,
+            "text": f"{'What is wrong. ' * 5}Words. {'What else there is to say. ' * 5}",
+            "severity": "error",
+        },
     ]
     area = page.locator("textarea.prompt")
     area.click()
@@ -347,6 +346,10 @@ def test_prompt_chips_problems_and_typing(page, server):
     area.press_sequentially("a photo of a dog", delay=30)
     page.get_by_text("Write a prompt.").wait_for()
     server.document(lambda d: d["prompt"] == "a photo of a dog")
+    assert "What else" not in page.locator(".whole").inner_text()
+    page.locator(".whole summary").click()
+    assert "What else there is" in page.locator(".whole").inner_text()
+    area.focus()
     assert area.input_value() == "a photo of a dog" and page.evaluate("document.activeElement.className") == "prompt"
     assert page.locator(".region .problem").inner_text().startswith("<img src=x onerror=alert(1)> is small")
     page.get_by_role("button", name="Name it").or_(page.locator(".region .problem button")).first.click()

@@ -3,6 +3,7 @@
 import io
 import json
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +150,7 @@ LOTS = [[0.5, 0.5]] * (MOST_POINTS // 2 + 1)
         (region(shape={"strokes": [{"width": 9, "points": [[0, 0]]}]}), "up to 1"),
         (region(shape={"strokes": [{"width": 0.1, "points": [[9, 0]]}]}), "far outside"),
         (region(shape={"strokes": [{"width": 0.1, "points": LOTS}] * 2}), "20,002 points"),
+        (region(shape={"strokes": [{"width": 1, "points": LOTS}]}), "over too much too often"),
         (document(underlay="data:text/html;base64,AAAA"), "the picture under the regions is no picture"),
     ],
 )
@@ -181,6 +183,7 @@ def test_settings_say_only_what_differs():
         ({"num_inference_steps": 10**9}, "from 1 to 150"),
         ({"seed": 1.5}, "expected a whole number"),
         ({"seed": -1}, "from 0"),
+        ({"seed": 10**400}, "from 0"),
         ({"guidance_scale": float("nan")}, "expected a number"),
         ({"guidance_method": 3}, "expected a short text"),
         ({"start": "nowhere"}, "expected one of noise, picture, region"),
@@ -299,6 +302,19 @@ def zipped(files):
     return buffer.getvalue()
 
 
+def test_a_damaged_zip_is_read_or_refused_in_words(base):
+    whole = zipped({"a.json": json.dumps([{"prompt": f"a dog of {list(range(300))}"}])})
+    for place in range(40, len(whole) - 100):
+        with suppress(ValueError):
+            read_file(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :], [], base)
+
+
+@pytest.mark.parametrize("depth", [400, 900, 980, 990, 1000, 100_000])
+def test_deep_json_is_read_or_refused_in_words(depth, base):
+    with suppress(ValueError):
+        read_file(f'[{{"prompt": "a", "layout": {"[" * depth}{"]" * depth}}}]'.encode(), [], base)
+
+
 def test_a_zip_brings_its_pictures(base):
     mask = Image.new("L", (16, 16))
     mask.paste(255, (0, 0, 8, 16))
@@ -314,7 +330,7 @@ def test_a_zip_brings_its_pictures(base):
         (b"hello", "neither a picture nor JSON"),
         (b"[1]", "expected a generation config"),
         (b"{}", "expected a `prompt`"),
-        (b"[" * 100_000, "neither a picture nor JSON"),
+        (b"[" * 100_000, "nested too deeply"),
         (b'[{"prompt": "a", "promt": 1}]', "unknown key"),
         (b"PK\x03\x04 not really", "the zip cannot be read"),
         (png_bytes(Image.new("RGB", (8, 8))), "has no settings in it"),

@@ -38,7 +38,9 @@ def test_a_foreign_host_is_refused(host):
     assert ask(host=host) == 403
 
 
-@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:1", "http://localhost:7860", ""])
+@pytest.mark.parametrize(
+    "origin", ["http://evil.example", "null", "http://127.0.0.1:1", "http://localhost:7860", "", "http://["]
+)
 def test_a_foreign_origin_is_refused(origin):
     assert ask(host="127.0.0.1:7860", origin=origin) == 403
 

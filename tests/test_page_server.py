@@ -96,6 +96,8 @@ def test_nothing_is_left_behind_on_sigterm(tmp_path, free_port):
         httpx.post(f"http://127.0.0.1:{free_port}/gradio_api/upload", files={"files": ("x.png", b"x")})
         assert list(tmp_path.glob("multisubject-page-*/gradio/*"))
         process.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)  # a group's signal comes twice
         assert process.wait(60) == 0
     finally:
         process.kill()
@@ -120,6 +122,21 @@ def test_large_uploads_are_refused(page_server):
         f"{page_server.url}/gradio_api/upload", files={"files": ("x.png", b"\0" * (MOST_BYTES + 1), "image/png")}
     )
     assert sent.status_code == 413
+
+
+def test_a_bomb_in_the_editor_is_not_unpacked(page_server):
+    data = png_bytes(Image.new("1", (8000, 8000)))
+    sent = httpx.post(f"{page_server.url}/gradio_api/upload", files={"files": ("x.png", data, "image/png")})
+    file = {"path": sent.json()[0], "meta": {"_type": "gradio.FileData"}}
+    answer = run(page_server, "edited", {"background": file, "layers": [], "composite": None}, None, 0)
+    assert answer.status_code == 500
+
+
+def test_an_output_folder_that_cannot_be_written_is_told_of(page_server, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(page_server.service.studio, "output_dir", tmp_path / "file" / "pictures")
+    kind, said = events(page_server, "generate", DOCUMENT, QUICK)[-1]
+    assert kind == "error" and "Not a directory" in said["error"]
 
 
 def test_files_are_not_given_away(page_server):

@@ -137,6 +137,18 @@ def test_a_lora_acts_in_its_region_and_is_gone_afterwards(studio):
     assert np.array_equal(pixels(before.path), pixels(after.path))
 
 
+def test_a_lora_stays_while_it_is_wanted(studio, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(making, "load_loras", lambda *given, load=making.load_loras: loaded.append(load(*given)))
+    regions = [DOCUMENT["regions"][0] | {"lora": {"petrucci": 1.0}}, DOCUMENT["regions"][1]]
+    first, second = pictures(studio, {"num_images": 2}, regions=regions)
+    (again,) = pictures(studio, {"seed": 1}, regions=regions)
+    assert len(loaded) == 1 and np.array_equal(pixels(again.path), pixels(second.path))
+    pictures(studio)
+    (anew,) = pictures(studio, regions=regions)
+    assert len(loaded) == 3 and np.array_equal(pixels(anew.path), pixels(first.path))
+
+
 def test_news_come_step_by_step_with_previews(studio):
     news = list(studio.run(job(studio, {"num_inference_steps": 6, "num_images": 2}), threading.Event()))
     steps = [item for item in news if isinstance(item, Progress)]

@@ -1,15 +1,10 @@
-"""The page's subjects: the library, trainings as jobs of the server, the tab in a real browser on tiny settings."""
+"""Trainings as jobs of the page's server, and the same over HTTP."""
 
 import base64
-import json
 import os
-import shutil
-import socket
+import subprocess
 import sys
-import threading
 import time
-from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import gradio as gr
@@ -17,46 +12,14 @@ import pytest
 from PIL import Image
 
 import multisubject
-from multisubject.base_models import load_text_encoders
-from multisubject.generation.base_model import BaseModel
-from multisubject.hub_utils import load_subject, save_subject
-from multisubject.page import subjects as subjects_module
-from multisubject.page.subjects import SubjectLibrary
 from multisubject.page.subjects_service import SubjectsService
 from multisubject.page.training import TrainingJobs, TrainingPicture, as_training_picture, training_threads
 from multisubject.pictures import data_url
-from multisubject.tiny_world import EMBEDDED_BASE, EMBEDDED_BASE_XL
 from multisubject.tiny_world.scenes import World
 from multisubject.tiny_world.subjects import get_subject, subject_pictures
-from multisubject.train_residual import main as train_main
 from multisubject.training.pictures import load_pictures
-from multisubject.training.progress import ProgressFile, thinned
 
-ROOT = Path(multisubject.__file__).parent
-EMBEDDINGS = ROOT / "embeddings"
-FAST = ["--train_batch_size=1", "--validation_inference_steps=1", "--validation_prompts", "a photo of a {}"]
-
-
-@pytest.fixture(scope="module")
-def base(base_path):
-    return BaseModel.read(base_path)
-
-
-@pytest.fixture(scope="module")
-def encoders(base_path):
-    return load_text_encoders(base_path)
-
-
-@pytest.fixture
-def library(base, encoders, tmp_path):
-    return SubjectLibrary(base, encoders, tmp_path / "subjects")
-
-
-@pytest.fixture
-def jobs(base, library, tmp_path):
-    made = TrainingJobs(base, library, tmp_path / "trainings", on_cpu=True, options=FAST)
-    yield made
-    made.close()
+EMBEDDINGS = Path(multisubject.__file__).parent / "embeddings"
 
 
 @pytest.fixture(scope="module")
@@ -73,195 +36,6 @@ def wait(until, seconds=120.0):
         assert time.monotonic() < end, "it never came"
         time.sleep(0.05)
     return value
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The library
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("folder", "path"), [("", EMBEDDED_BASE), ("xl", EMBEDDED_BASE_XL)])
-def test_shipped_subjects_have_small_thumbnails(folder, path, tmp_path):
-    library = SubjectLibrary(BaseModel.read(str(path)), load_text_encoders(path), tmp_path)
-    assert len(library.read(str(EMBEDDINGS / folder))) == 8
-    for said in library.listing():
-        assert said["thumbnail"].startswith("data:image/png;base64,"), said["name"]
-        assert (EMBEDDINGS / folder / "thumbnails" / f"{said['name']}.png").stat().st_size < 8000
-
-
-def test_an_added_file_is_copied_and_there_again_after_a_restart(library, encoders, tmp_path):
-    sent = tmp_path / "sent.safetensors"
-    shutil.copy(EMBEDDINGS / "comet.safetensors", sent)
-    assert library.add_file(sent, name="balloon") == ["balloon"]
-    sent.unlink()
-    again = SubjectLibrary(library.base, encoders, library.folder)
-    assert again.sources() == library.sources() == {"balloon": str(library.folder / "balloon.safetensors")}
-    assert load_subject(again.sources()["balloon"])["balloon"].class_phrase == "ball"
-    again.remove("Balloon")
-    assert not again.sources() and not [*library.folder.glob("*.safetensors")]
-
-
-def test_what_cannot_be_added_is_refused_and_leaves_nothing(library, tmp_path):
-    library.read(str(EMBEDDINGS))
-    junk = tmp_path / "junk.safetensors"
-    junk.write_bytes(b"junk" * 100)
-    for path, options, words in (
-        (EMBEDDINGS / "comet.safetensors", {}, "there is a subject ['comet'] already"),
-        (EMBEDDINGS / "comet.safetensors", {"name": "COMET"}, "already"),
-        (EMBEDDINGS / "comet.safetensors", {"name": "../x"}, "a subject's name is"),
-        (EMBEDDINGS / "comet.safetensors", {"name": "x", "class_phrase": "<b>"}, "without '<' and '>'"),
-        (EMBEDDINGS / "comet.pt", {"name": "x"}, "fill in both"),
-        (
-            EMBEDDINGS / "xl" / "comet.safetensors",
-            {"name": "x"},
-            "has deltas for ['text_encoder', 'text_encoder_2'], this base",
-        ),
-        (junk, {}, "junk.safetensors"),
-    ):
-        with pytest.raises(ValueError) as error:
-            library.add_file(path, **options)
-        assert words in str(error.value) and str(tmp_path) not in str(error.value)
-    with pytest.raises(ValueError, match="was not added on this page"):
-        library.remove("comet")
-    assert len(library.sources()) == 8 and not library.folder.exists()
-
-
-def test_a_path_of_the_server_is_no_hub_id(library, monkeypatch):
-    monkeypatch.setattr(subjects_module, "pull_subject", lambda *_, **__: pytest.fail("nothing is fetched"))
-    for source in ("../../etc/passwd", "/etc/passwd", str(EMBEDDINGS), "petrucci", "user/../x", ""):
-        with pytest.raises(ValueError, match="no Hub id"):
-            library.add_from_hub(source)
-
-
-def test_a_slow_download_holds_nobody_up(library, monkeypatch):
-    asked, answer = threading.Event(), threading.Event()
-
-    def pull(source, *, name):
-        asked.set()
-        assert answer.wait(60)
-        return [EMBEDDINGS / "comet.safetensors"]
-
-    monkeypatch.setattr(subjects_module, "pull_subject", pull)
-    thread = threading.Thread(target=library.add_from_hub, args=("user/comet",))
-    thread.start()
-    assert asked.wait(60)
-    assert library.listing() == [] and library.add_file(EMBEDDINGS / "pepper.safetensors") == ["pepper"]
-    answer.set()
-    thread.join()
-    assert [*library.sources()] == ["pepper", "comet"]
-
-
-def test_a_subject_of_another_base_keeps_its_file(library, encoders):
-    other = load_subject(EMBEDDINGS / "xl" / "comet.safetensors")["comet"]
-    library.folder.mkdir()
-    theirs = save_subject(other, library.folder / "comet.safetensors")
-    before = theirs.read_bytes()
-    library = SubjectLibrary(library.base, encoders, library.folder)
-    assert library.add_file(EMBEDDINGS / "comet.safetensors") == ["comet"]
-    assert theirs.read_bytes() == before and library.sources()["comet"].endswith("comet-2.safetensors")
-
-
-def test_a_subject_that_would_fail_in_a_picture_is_refused_at_once(library, tmp_path):
-    given = load_subject(EMBEDDINGS / "comet.safetensors")["comet"]
-    for change, words in (
-        ({"class_phrase": "red ball"}, "2 tokens"),
-        ({"metadata": {"text_encoder_fingerprint": f"signs256:{'0' * 64}"}}, "trained against another text_encoder"),
-    ):
-        file = save_subject(replace(given, **change), tmp_path / "rex.safetensors")
-        with pytest.raises(ValueError, match=words):
-            library.add_file(file)
-        with pytest.raises(ValueError, match=words):
-            library.read(str(file))
-    with pytest.raises(ValueError, match="does not say what it is"):
-        library.read(str(EMBEDDINGS / "comet.pt"))
-    assert not library.sources() and not library.folder.exists()
-
-
-def test_one_of_many_threads_gets_a_name(library):
-    barrier, won = threading.Barrier(6), []
-
-    def add():
-        barrier.wait()
-        with suppress(ValueError):
-            won.extend(library.add_file(EMBEDDINGS / "slash.safetensors", name="rex"))
-
-    threads = [threading.Thread(target=add) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert won == ["rex"] == [*library.sources()] and len([*library.folder.iterdir()]) == 1
-
-
-def test_a_kept_thumbnail_is_small(library):
-    photo = Image.effect_noise((640, 480), 90).convert("RGB")
-    library.add_trained(EMBEDDINGS / "slash.safetensors", photo)
-    (said,) = library.listing()
-    assert said["thumbnail"].startswith("data:image/png;base64,") and len(said["thumbnail"]) < 2**14
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The trainer's progress file
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_the_curve_is_thinned_to_means():
-    assert thinned([]) == []
-    assert thinned([3.0, 1.0, 2.0]) == [[1, 3.0], [2, 1.0], [3, 2.0]]
-    assert thinned([3.0, 1.0, 2.0], points=2) == [[2, 2.0], [3, 2.0]]
-    assert len(thinned([1.0] * 4001)) <= 200 and thinned([1.0] * 4001)[-1] == [4001, 1.0]
-
-
-def test_the_progress_file_says_how_a_run_ended(tmp_path, monkeypatch):
-    path = tmp_path / "progress.json"
-    progress_file = ProgressFile(str(path))
-    with pytest.raises(OSError, match="full"), progress_file.outcome():
-        assert json.loads(path.read_text())["phase"] == "loading"
-        progress_file.tell("training", subject="rex", step=2, of=9, losses=[3.0, 1.0])
-        raise OSError("full")
-    told = json.loads(path.read_text())
-    assert abs(told.pop("time") - time.time()) < 60
-    curve = [[1, 3.0], [2, 1.0]]
-    assert told == {
-        "phase": "failed", "subject": "rex", "step": 2, "of": 9, "loss": 2.0, "curve": curve, "message": "full",
-    }  # fmt: skip
-    assert [*tmp_path.iterdir()] == [path]
-
-
-def test_a_progress_file_that_cannot_be_written_any_more_is_told_of_once(tmp_path, caplog):
-    folder = tmp_path / "gone"
-    folder.mkdir()
-    progress_file = ProgressFile(str(folder / "progress.json"))
-    with progress_file.outcome():
-        shutil.rmtree(folder)
-        folder.touch()
-        for step in (1, 2):
-            progress_file.tell("training", subject="rex", step=step, of=step, losses=[1.0] * step)
-    assert len(caplog.messages) == 1 and "the run goes on without" in caplog.messages[0]
-
-
-def test_of_several_processes_the_first_one_writes_the_progress_file(tmp_path, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    with ProgressFile(str(tmp_path / "progress.json")).outcome():
-        pass
-    assert not [*tmp_path.iterdir()]
-
-
-def test_the_trainer_refuses_a_progress_file_in_no_folder(tmp_path, caplog):
-    with pytest.raises(SystemExit):
-        train_main(["--progress_file", str(tmp_path / "nowhere" / "p.json")])
-
-
-def test_a_refused_run_says_why_in_its_progress_file(tmp_path):
-    path = tmp_path / "progress.json"
-    assert train_main(["--progress_file", str(path), "--output_dir", str(tmp_path / "run")]) == 1
-    told = json.loads(path.read_text())
-    assert told["phase"] == "failed" and "--instance_data_dir: missing" in told["message"]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Jobs
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_what_cannot_be_trained_is_refused(jobs, pictures):
@@ -307,7 +81,7 @@ def test_a_training_is_cancelled_goes_on_in_a_new_server_and_ends_among_the_subj
     assert "1 masks in use" in (jobs.folder / job.key / "log.txt").read_text()
     jobs.close()
 
-    again = TrainingJobs(base, jobs.library, jobs.folder, on_cpu=True, options=FAST)
+    again = TrainingJobs(base, jobs.library, jobs.folder, on_cpu=True, options=jobs._options)
     try:
         assert {one.key: one.state for one in again.jobs()} == {"balloon": "stopped", "other": "stopped"}
         again.remove("other")
@@ -388,9 +162,60 @@ def test_a_name_that_was_taken_meanwhile_stops_a_resumed_training(jobs, pictures
         jobs.resume(job.key)
 
 
+def test_a_full_disk_takes_one_training_and_no_other(jobs, pictures, stand_in, monkeypatch):
+    def full(path, data):
+        raise OSError("No space left on device")
+
+    stand_in("raise SystemExit('the trainer was here')")
+    with monkeypatch.context() as patch:
+        patch.setattr("multisubject.page.training.write_atomically", full)
+        with pytest.raises(OSError, match="No space"):
+            jobs.start("rex", "dog", pictures, 3)
+        assert not jobs.jobs() and not [*jobs.folder.iterdir()]
+        patch.undo()
+        first = jobs.start("rex", "dog", pictures, 3)
+        wait(lambda: not jobs.get(first.key).is_active)
+        patch.setattr("multisubject.page.training.write_atomically", full)
+        jobs.resume(first.key)
+        wait(lambda: not jobs.get(first.key).is_active)
+    second = jobs.start("max", "dog", pictures, 3)
+    wait(lambda: not jobs.get(second.key).is_active)
+    assert jobs.get(second.key).message == "the trainer was here"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a process keeps its parent's number there")
+def test_a_trainer_stops_when_its_server_is_gone(tmp_path):
+    trainer = """if True:
+        import sys, time
+        from multisubject.page import trainer
+        trainer.train_residual.main = lambda options: print(*options, flush=True) or time.sleep(60)
+        trainer.main(sys.argv[1:])
+    """
+    server = f"""if True:
+        import os, subprocess, sys, time
+        log = open({str(tmp_path / "log")!r}, "wb")
+        command = [sys.executable, "-c", {trainer!r}, str(os.getpid()), "--steps=3"]
+        print(subprocess.Popen(command, stdout=log, start_new_session=True).pid, flush=True)
+        time.sleep(60)
+    """
+    process = subprocess.Popen([sys.executable, "-c", server], stdout=subprocess.PIPE, text=True)
+    started = int(process.stdout.readline())
+    wait(lambda: "--steps=3" in (tmp_path / "log").read_text())
+    assert is_running(started)
+    process.kill()
+    process.wait()
+    wait(lambda: not is_running(started), seconds=20)
+
+
+def is_running(process):
+    """Whether it is there, and no zombie that nobody waits for."""
+    said = subprocess.run(["ps", "-o", "stat=", "-p", str(process)], capture_output=True, text=True, check=False)
+    return said.stdout.strip()[:1] not in ("", "Z")
+
+
 @pytest.mark.slow
 def test_a_training_that_fails_says_why(jobs, pictures, base):
-    failing = TrainingJobs(base, jobs.library, jobs.folder, on_cpu=True, options=[*FAST, "--resolution=7"])
+    failing = TrainingJobs(base, jobs.library, jobs.folder, on_cpu=True, options=[*jobs._options, "--resolution=7"])
     try:
         job = failing.start("rex", "dog", pictures, 3)
         wait(lambda: not failing.get(job.key).is_active)
@@ -424,9 +249,7 @@ def test_pictures_are_kept_as_the_trainer_reads_them(jobs, stand_in):
         as_training_picture(red, Image.new("L", (3, 3)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Over HTTP
-# ---------------------------------------------------------------------------------------------------------------------
+# --- over HTTP -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -491,78 +314,3 @@ def test_a_training_leaves_a_processor_to_the_page(monkeypatch):
     assert training_threads() == 7
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(1), raising=False)
     assert training_threads() == 1
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The tab
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_a_subject_is_taught_from_pictures_on_the_page(jobs, tmp_path):
-    browser_module = pytest.importorskip("multisubject.tests.browser")
-    if browser_module.CHROMIUM is None:
-        pytest.skip("there is no Chromium: apt-get install chromium")
-    from multisubject.page.canvas import canvas
-    from multisubject.page.subjects_tab import CSS, subjects_tab
-
-    jobs.library.read(str(EMBEDDINGS))
-    files = []
-    for index, picture in enumerate(subject_pictures(get_subject("comet"), World(), count=3)):
-        files.append(str(tmp_path / f"{index}.png"))
-        picture.resize((320, 256)).save(files[-1])
-    (tmp_path / "bad.png").write_bytes(b"no picture")
-    with gr.Blocks() as blocks:
-        document = {"size": [128, 128], "prompt": "", "negative_prompt": "", "regions": [], "underlay": None}
-        offers = {"sizes": [], "subjects": jobs.library.listing(), "loras": [], "adapters": 0}
-        subjects_tab(jobs.library, jobs, canvas(document, offers))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    _, url, _ = blocks.launch(
-        server_name="127.0.0.1", server_port=port, share=False, ssr_mode=False, quiet=True, prevent_thread_lock=True,
-        css=CSS,
-    )  # fmt: skip
-    try:
-        with browser_module.started() as browser:
-            context = browser.new_context(viewport={"width": 1280, "height": 1000})
-            context.set_default_timeout(60_000)
-            page = context.new_page()
-            page.goto(url)
-            page.wait_for_selector("#subjects img")
-            assert page.locator("#subjects img").count() == 8
-
-            page.locator("#new_pictures input[type=file]").set_input_files([*files, str(tmp_path / "bad.png")])
-            page.wait_for_selector("#strip img")
-            assert "Left out: bad.png cannot be read" in page.locator("#train_said").inner_text()
-            page.locator("#strip button:has(img)").first.click()
-            page.wait_for_selector("#editor canvas")
-            page.wait_for_timeout(1500)  # its drawing surface grows to its size
-            page.locator("#editor").scroll_into_view_if_needed()
-            box = page.locator("#editor canvas").first.bounding_box()
-            x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-            page.mouse.move(x - 60, y)
-            page.mouse.down()
-            page.mouse.move(x + 60, y, steps=8)
-            page.mouse.up()
-            page.locator("#keep").click()
-            page.wait_for_selector("#strip :text('1 · masked')")
-
-            page.locator("#train").click()
-            page.wait_for_selector("#train_said [role=alert]")  # without a name
-            page.locator("#new_name").locator("input, textarea").fill("balloon")
-            page.locator("#new_phrase").locator("input, textarea").fill("ball")
-            page.locator("#new_steps input").fill("4")
-            page.locator("#train").click()
-            page.wait_for_selector("#training_progress :text('<balloon> · ball')")
-            page.reload()
-            page.wait_for_selector("#training_progress :text('is among the subjects')", timeout=120_000)
-            page.wait_for_selector("#training_progress svg polyline")
-            page.wait_for_selector("#validation img")
-            page.wait_for_selector("#subjects :text('balloon · ball')")
-            page.wait_for_selector(".chip[data-subject=balloon]")
-            context.close()
-    finally:
-        blocks.close()
-    with Image.open(jobs.folder / "balloon" / "pictures" / "000_mask.png") as mask:
-        assert mask.size == (320, 256) and 0.01 < sum(mask.convert("L").tobytes()) / 255 / (320 * 256) < 0.5

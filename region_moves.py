@@ -3,7 +3,8 @@
 A bias on cross-attention does not say where an object ends, and the starting noise has much to do with it. After some
 of the first steps the prediction of the finished picture shows who stands where. `RegionMover` then looks where each
 region's words are attended to and which places attend to one another, lifts every object off its background, sets it
-down in its region, adds the noise back, and sampling goes on: no further call of the UNet.
+down in its region, smaller or larger if it was far from its size, adds the noise back, and sampling goes on: no further
+call of the UNet.
 
 Boxes are `(xmin, ymin, xmax, ymax)` in fractions of the image; B images have up to R regions each.
 """
@@ -30,9 +31,11 @@ FINEST = 32 * 32
 # Fractions of the picture, chosen by measurement (docs/placement.md)
 MARGIN = 0.06  # around all regions; what lies farther out is background
 REACH = 0.24  # how far an edge may be from where it was asked for
-SPREAD_ACROSS, SPREAD_DOWN = 0.05, 0.08  # standard deviation of edges that nothing was seen of
+SPREAD_ACROSS, SPREAD_DOWN = 0.05, 0.08  # standard deviation of edges that nothing was seen of …
+SMALL, SPREAD_OF_SMALL = 0.4, 0.5  # … and how much more it is for each share of a picture that a region is smaller
 SEAM = 0.03  # half the width of the seams, and how far beside an object its edges are looked for
 LEAST = 0.02  # an object whose edges are all nearer than this stays where it is
+TOO_LARGE = 1.25  # an object that is larger than its box by more than this factor is made smaller
 BLUR_ACROSS, BLUR_DOWN = 0.2, 0.06  # how far away background is taken from
 
 CORE = 0.6  # share of a region's sides within which its object surely stands
@@ -170,15 +173,16 @@ class RegionMover:
         look, self.seen = self.seen, None
         if look is None:
             return sample
-        goals, found = look.boxes, look.found()
-        shifts = (found[..., :2] + found[..., 2:] - goals[..., :2] - goals[..., 2:]) / 2  # [B, R, (x, y)]
-        moving = (shifts.abs().amax(dim=-1) >= LEAST) & (goals[..., 2] > goals[..., 0])  # absent ones are empty
+        goals = look.boxes
+        found = _of_its_goals_shape(look.found(), goals)
+        moving = (found - goals).abs().amax(dim=-1) >= LEAST
+        moving = moving & (goals[..., 2] > goals[..., 0])  # absent ones are empty
         moving = moving & (look.outside.mean(dim=(1, 2)) > 0)[:, None]  # else there is no background to tell it from
         images = moving.any(dim=1).tolist()
         if not any(images):
             return sample
         x0 = predicted.float()
-        moved, changed = _set_down(x0, goals, shifts, moving)
+        moved, changed = _set_down(x0, goals, found, moving)
         noise = (sample.float() - signal * x0) / noise_level
         kept = 1 - changed
         fresh = _noise_of(images, noise, generator)
@@ -186,20 +190,32 @@ class RegionMover:
         return torch.where(changed > 0, signal * moved + noise_level * noise, sample.float()).to(sample.dtype)
 
 
+def _of_its_goals_shape(found: torch.Tensor, goals: torch.Tensor) -> torch.Tensor:
+    """Boxes about the found ones' centres, in the shape of their goals: as large as these, or larger by as much as what
+    was found is far too large in one direction."""
+    middle = (found[..., :2] + found[..., 2:]) / 2
+    sides, wanted = (boxes[..., 2:] - boxes[..., :2] for boxes in (found, goals))
+    factor = (sides / wanted.clamp(min=1e-6)).amax(dim=-1, keepdim=True)
+    half = torch.where(factor > TOO_LARGE, factor, 1) * wanted / 2
+    return torch.cat([middle - half, middle + half], dim=-1)
+
+
 def _set_down(
-    x0: torch.Tensor, goals: torch.Tensor, shifts: torch.Tensor, moving: torch.Tensor
+    x0: torch.Tensor, goals: torch.Tensor, found: torch.Tensor, moving: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The picture with its moving objects, which stand `shifts` beside their goals, lifted off their background and set
-    down; and `(B, 1, h, w)` in [0, 1], where that changed it."""
+    """The picture with its moving objects lifted off their background where they were found, and set down in their
+    goals; and `(B, 1, h, w)` in [0, 1], where that changed it."""
     size = (x0.shape[2], x0.shape[3])
-    found = goals + torch.cat([shifts, shifts], dim=-1)
     lifted, set_down = (covered(boxes, size, SEAM) * moving[..., None, None] for boxes in (found, goals))
     objects = covered(grown(torch.cat([goals, found], dim=1), MARGIN), size)
     background = _background(x0, 1 - objects.amax(dim=1, keepdim=True))
     moved = torch.lerp(x0, background, lifted.amax(dim=1, keepdim=True))
     rows, columns = (positions(side, x0.device) for side in size)
+    stretch = (found[..., 2:] - found[..., :2]) / (goals[..., 2:] - goals[..., :2]).clamp(min=1e-6)
+    start = found[..., :2] - stretch * goals[..., :2]  # [B, R, (x, y)]
     for region in range(goals.shape[1]):
-        x, y = columns + shifts[:, region, :1], rows + shifts[:, region, 1:]
+        x = start[:, region, :1] + stretch[:, region, :1] * columns
+        y = start[:, region, 1:] + stretch[:, region, 1:] * rows
         places = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), dim=-1)  # [B, h, w, 2]
         patch = F.grid_sample(x0, 2 * places - 1, mode="bicubic", padding_mode="border", align_corners=False)
         moved = torch.lerp(moved, patch, set_down[:, region, None])
@@ -283,15 +299,16 @@ def _best(evidence: torch.Tensor) -> torch.Tensor:
 
 
 def _edges(
-    profile: torch.Tensor, low: torch.Tensor, high: torch.Tensor, spread: float
+    profile: torch.Tensor, low: torch.Tensor, high: torch.Tensor, usual_spread: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The mean of where an object begins and ends, over what can be expected and by what was seen.
 
     Args:
         profile: `(B, R, n)`, positive where it is seen.
         low, high: `(B, R)`, where it is to begin and to end.
-        spread: standard deviation of both if nothing is seen.
+        usual_spread: standard deviation of both if nothing is seen; small objects come out too large.
     """
+    spread = usual_spread + SPREAD_OF_SMALL * (SMALL - (high - low)).clamp(min=0)[..., None, None]
     sides = profile.shape[-1]
     total = F.pad(profile.cumsum(dim=-1), (1, 0)) / sides  # up to each cell's beginning
     offsets = torch.linspace(-REACH, REACH, CANDIDATES, device=profile.device)

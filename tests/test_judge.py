@@ -31,7 +31,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 WORLD = World()
 LABELS = label_names(WORLD)
-MIX = SceneMix(scenes=0, object_counts=(0.1, 0.3, 0.3, 0.15, 0.15), known=0.25, near_misses=0.2, seed=0)
+MIX = SceneMix(
+    scenes=0, object_counts=(0.1, 0.3, 0.3, 0.15, 0.15), smaller_objects=0.2, known=0.25, near_misses=0.2, seed=0
+)
 # petrucci on the left, a plain green mug at the top right, nothing else.
 BOXES = ((0.05, 0.30, 0.43, 0.88), (0.55, 0.08, 0.95, 0.46))
 MEETING = Scene(

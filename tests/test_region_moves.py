@@ -19,7 +19,7 @@ from multisubject.benchmarks.placement import draw_tasks
 from multisubject.benchmarks.placement_scores import score_picture
 from multisubject.guidance_methods import multisubject, uses_own_words
 from multisubject.recurrence import RecurrentScheduler
-from multisubject.region_moves import RegionLook, RegionMover, boxes_around, covered
+from multisubject.region_moves import RegionLook, RegionMover, _of_its_goals_shape, boxes_around, covered
 from multisubject.tiny_world import EMBEDDED_BASE
 from multisubject.tiny_world.judge import Judge
 
@@ -119,6 +119,30 @@ def test_an_object_is_lifted_off_its_background_and_set_down():
     assert not changed[:3].any() and not changed[13:].any() and not changed[:, :3].any() and not changed[:, 11:].any()
     noise = (after - signal * x0) / level
     assert noise[..., changed].std() > 0.5
+
+
+def test_an_object_that_is_far_too_large_is_set_down_smaller():
+    boxes = torch.tensor([[(0.3125, 0.3125, 0.625, 0.625)]])
+    objects = torch.tensor([[(0.1875, 0.1875, 0.75, 0.75)]])
+    x0 = 1 + 4 * covered(objects, SIZE).expand(1, 4, -1, -1)
+    x0[..., 5:9, 5:9] = 3  # its middle
+    signal, level = torch.tensor(0.8), torch.tensor(1e-3)
+    after = mover_that_sees(objects, boxes).move(signal * x0, x0, signal, level, seeded(4)) / signal
+    assert after[..., 7, 5:10].amax() == pytest.approx(5, abs=0.6)
+    assert after[..., 7, 7].mean() == pytest.approx(3, abs=0.6)
+    assert after[..., 4:11, 3].mean() == pytest.approx(1, abs=1)
+
+
+@pytest.mark.parametrize(
+    "found, expected",
+    [
+        ((0.33, 0.2, 0.57, 0.6), (0.35, 0.15, 0.55, 0.65)),  # 1.2 times as wide as its goal, and not so high
+        ((0.3, 0.1, 0.7, 0.6), (0.3, -0.15, 0.7, 0.85)),  # twice as wide: all of it has to be half as large
+    ],
+)
+def test_objects_keep_their_shape_and_where_they_have_room_their_size(found, expected):
+    goals = torch.tensor([[(0.25, 0.25, 0.45, 0.75)]])
+    assert torch.allclose(_of_its_goals_shape(torch.tensor([[found]]), goals), torch.tensor([[expected]]), atol=1e-6)
 
 
 def test_what_stands_in_its_region_stays_bit_for_bit():

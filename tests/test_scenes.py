@@ -1,3 +1,4 @@
+import math
 import random
 
 import numpy as np
@@ -119,13 +120,27 @@ def test_full_phrase_says_everything_there_is_to_see():
     [
         ({"categories": ("person", "unicorn")}, "unicorn"),
         ({"colours": ()}, "empty"),
-        ({"object_counts": (0.2,) * 5}, "1 to 4"),
+        ({"object_counts": (0.1,) * 7}, "1 to 6"),
+        ({"smaller_objects": 1.5}, "from 0 to 1"),
         ({"image_size": 60}, "multiple of 8"),
     ],
 )
 def test_impossible_worlds_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         World(**settings)
+
+
+def test_a_share_of_scenes_has_smaller_objects_and_up_to_six_find_room():
+    def sides(share):
+        rng = random.Random(4)
+        scenes = [random_scene(rng, World(smaller_objects=share), count) for count in range(1, 7) for _ in range(20)]
+        assert [len(scene.objects) for scene in scenes] == [count for count in range(1, 7) for _ in range(20)]
+        boxes = [item.box for scene in scenes for item in scene.objects]
+        return np.array([math.sqrt((xmax - xmin) * (ymax - ymin)) for xmin, ymin, xmax, ymax in boxes])
+
+    usual, smaller = sides(0), sides(1)
+    assert usual.min() > 0.26 and 0.2 < smaller.min() < 0.24
+    assert 0.02 < (sides(0.3) < usual.min()).mean() < (smaller < usual.min()).mean()
 
 
 def test_pictures_are_as_large_as_the_base_draws_them(base_path, base_128_path, xl_base_path):

@@ -74,6 +74,8 @@ class World:
     settings: tuple[str, ...] = ("on the beach", "in the snow", "on the grass", "at night")
     # Relative frequency of scenes with 1, 2, 3, … objects.
     object_counts: tuple[float, ...] = (0.45, 0.33, 0.13, 0.09)
+    # Share of scenes whose objects are smaller than usual, see `random_boxes`.
+    smaller_objects: float = 0.0
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -88,8 +90,10 @@ class World:
             if unknown or not values:
                 raise ValueError(f"world.{name}: {unknown or 'empty'}; expected some of {list(known)}.")
         object.__setattr__(self, "object_counts", tuple(self.object_counts))
-        if not 1 <= len(self.object_counts) <= 4:
-            raise ValueError(f"world.object_counts: {len(self.object_counts)} entries; expected 1 to 4.")
+        if not 1 <= len(self.object_counts) <= max(_HEIGHTS):
+            raise ValueError(f"world.object_counts: {len(self.object_counts)} entries; expected 1 to {max(_HEIGHTS)}.")
+        if not 0 <= self.smaller_objects <= 1:
+            raise ValueError(f"world.smaller_objects: {self.smaller_objects}; expected a share from 0 to 1.")
         if self.image_size < 32 or self.image_size % 8:
             raise ValueError(f"world.image_size: {self.image_size}; expected a multiple of 8, at least 32.")
 
@@ -178,7 +182,8 @@ def random_look(rng: random.Random, world: World, setting: str) -> Look:
 
 
 # Object heights by the number of objects in the scene, for an object of aspect 1.
-_HEIGHTS = {1: (0.52, 0.86), 2: (0.42, 0.60), 3: (0.38, 0.48), 4: (0.36, 0.42), 6: (0.28, 0.34)}
+_HEIGHTS = {1: (0.52, 0.86), 2: (0.42, 0.60), 3: (0.38, 0.48), 4: (0.36, 0.42), 5: (0.32, 0.38), 6: (0.28, 0.34)}
+_LEAST_HEIGHT = 0.22
 _MAX_OVERLAP = 0.06  # of the smaller box's area
 
 
@@ -197,9 +202,12 @@ def iou(a: Box, b: Box) -> float:
     return shared / (_area(a) + _area(b) - shared) if shared else 0.0
 
 
-def random_boxes(rng: random.Random, categories: list[str]) -> list[Box]:
-    """One box per category, of its own proportions, inside the image and hardly overlapping."""
+def random_boxes(rng: random.Random, categories: list[str], smaller: bool = False) -> list[Box]:
+    """One box per category, of its own proportions, inside the image and hardly overlapping; smaller ones have at most
+    the usual least height for so many objects."""
     low, high = _HEIGHTS[len(categories)]
+    if smaller:
+        low, high = _LEAST_HEIGHT, low
     while True:
         boxes: list[Box] = []
         for category in categories:
@@ -226,9 +234,10 @@ def random_scene(rng: random.Random, world: World, count: int | None = None) -> 
         count = rng.choices(range(1, len(world.object_counts) + 1), world.object_counts)[0]
     setting = rng.choice(world.settings)
     categories = [rng.choice(world.categories) for _ in range(count)]
+    smaller = world.smaller_objects > 0 and rng.random() < world.smaller_objects
     objects = tuple(
         SceneObject(category, random_look(rng, world, setting), box, rng.random() < 0.5)
-        for category, box in zip(categories, random_boxes(rng, categories), strict=True)
+        for category, box in zip(categories, random_boxes(rng, categories, smaller), strict=True)
     )
     return Scene(setting, objects, rng.getrandbits(32))
 

@@ -54,7 +54,7 @@ from multisubject.tiny_world.subjects import SUBJECTS, Subject
 from multisubject.tiny_world.training import Batch, Schedule, train
 
 HERE = Path(__file__).parent
-MAX_OBJECTS = 4
+MAX_OBJECTS = 6
 REGIONS_PER_PICTURE = 3
 IGNORE = -100  # cross_entropy's own word for "no label"
 # The questions that the other answers are built from count most.
@@ -67,6 +67,7 @@ class SceneMix:
 
     scenes: int
     object_counts: tuple[float, ...]
+    smaller_objects: float
     known: float
     near_misses: float
     seed: int
@@ -143,7 +144,8 @@ def draw_scene(rng: random.Random, world: World, mix: SceneMix) -> tuple[Scene, 
             cast.append((subject.category, near_miss(rng, subject, world, setting), kind))
         else:
             cast.append((rng.choice(world.categories), random_look(rng, world, setting), kind))
-    boxes = random_boxes(rng, [category for category, _, _ in cast]) if cast else []
+    smaller = rng.random() < mix.smaller_objects
+    boxes = random_boxes(rng, [category for category, _, _ in cast], smaller) if cast else []
     objects = tuple(
         SceneObject(category, look, box, rng.random() < 0.5)
         for (category, look, _), box in zip(cast, boxes, strict=True)
@@ -158,10 +160,10 @@ def subject_name(category: str, look: Look) -> str | None:
 
 @dataclass(frozen=True)
 class SceneSet:
-    """Rendered scenes as tensors: N pictures with up to four objects each.
+    """Rendered scenes as tensors: N pictures with up to six objects each.
 
-    `pictures`: uint8 `(N, 3, 64, 64)`; `boxes`: `(N, 4, 4)`, zero where there is no object; `classes`: region attribute
-    -> class index `(N, 4)`, IGNORE where there is none; `setting`: `(N,)`; `kinds`: `(N, 4)`, index into `KINDS` or -1.
+    `pictures`: uint8 `(N, 3, 64, 64)`; `boxes`: `(N, 6, 4)`, zero where there is no object; `classes`: region attribute
+    -> class index `(N, 6)`, IGNORE where there is none; `setting`: `(N,)`; `kinds`: `(N, 6)`, index into `KINDS` or -1.
     """
 
     pictures: Tensor
@@ -238,7 +240,7 @@ def occupant(regions: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         regions: `(N, 4)`.
-        boxes: `(N, 4 objects, 4)`, zero where there is no object.
+        boxes: `(N, objects, 4)`, zero where there is no object.
 
     Returns:
         The object's index `(N,)`, and the state `(N,)`: 1 it holds that object, 0 it holds nothing, -1 cannot be said
@@ -338,7 +340,7 @@ class JudgeLoss(nn.Module):
 
         Args:
             pictures: `(B, 3, 64, 64)` in [-1, 1].
-            boxes: `(B, 4 objects, 4)`, zero where there is none.
+            boxes: `(B, objects, 4)`, zero where there is none.
             setting: `(B,)` class index.
             regions: `(B, R, 4)` boxes to name.
             classes: `(B, R, heads)` class indices in the order of the network's heads, or IGNORE.

@@ -78,9 +78,11 @@ class RecurrentScheduler:
     ):
         self._in_sigmas = isinstance(scheduler, _IN_SIGMAS)
         if not isinstance(scheduler, (*_IN_SIGMAS, *_IN_ALPHAS)):
-            asked = f"`recurrence` is {recurrence}" if mover is None else f"`moves` is {[*mover.at]}"
+            asked, cannot = f"`recurrence` is {recurrence}", "take a step twice"
+            if mover is not None:
+                asked, cannot = f"`moves` is {[*mover.at]}", "go on from a sample that was changed"
             raise ValueError(
-                f"{asked}, but {type(scheduler).__name__} cannot take a step twice: it builds on its former steps. Use"
+                f"{asked}, but {type(scheduler).__name__} cannot {cannot}: it builds on its former steps. Use"
                 " DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, EulerAncestralDiscreteScheduler or"
                 f" LMSDiscreteScheduler, or {'recurrence=1' if mover is None else 'moves=()'}."
             )
@@ -94,6 +96,8 @@ class RecurrentScheduler:
         self.step = functools.wraps(scheduler.step)(lambda *args, **kwargs: self._step(*args, **kwargs))
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_scheduler":  # of one that is being copied
+            raise AttributeError(name)
         return getattr(self._scheduler, name)
 
     def _set_timesteps(self, *args: Any, **kwargs: Any) -> None:

@@ -34,9 +34,10 @@ REACH = 0.24  # how far an edge may be from where it was asked for
 SPREAD_ACROSS, SPREAD_DOWN = 0.05, 0.08  # standard deviation of edges that nothing was seen of …
 SMALL, SPREAD_OF_SMALL = 0.4, 0.5  # … and how much more it is for each share of a picture that a region is smaller
 SEAM = 0.03  # half the width of the seams, and how far beside an object its edges are looked for
-LEAST = 0.02  # an object whose edges are all nearer than this stays where it is
+LEAST = 0.03  # an object whose edges are all nearer than this stays where it is
 TOO_LARGE = 1.25  # an object that is larger than its box by more than this factor is made smaller
-BLUR_ACROSS, BLUR_DOWN = 0.2, 0.06  # how far away background is taken from
+BLUR_ACROSS, BLUR_DOWN = 0.2, 0.06  # how far away background is taken from …
+FAR = 1e-3  # … and the weight of all of it, for places that have none near
 
 CORE = 0.6  # share of a region's sides within which its object surely stands
 TRUST = 128.0  # weight of what is seen against what is expected
@@ -49,11 +50,13 @@ class RegionLook:
     Args:
         boxes: `(B, R, 4)`, where objects are to stand; absent ones are empty.
         size: `(h, w)` of the layers that are looked at.
+        regions: `(B, R, 4)`, the same with those that do not guide now, which are no background; default: `boxes`.
     """
 
-    def __init__(self, boxes: torch.Tensor, size: tuple[int, int]):
+    def __init__(self, boxes: torch.Tensor, size: tuple[int, int], regions: torch.Tensor | None = None):
         self.boxes, self.size = boxes, size
-        self.outside = 1 - covered(grown(boxes, MARGIN), size).amax(dim=1)  # [B, h, w]
+        self.regions = boxes if regions is None else regions
+        self.outside = 1 - covered(grown(self.regions, MARGIN), size).amax(dim=1)  # [B, h, w]
         self.words = torch.zeros(*boxes.shape[:2], *size, device=boxes.device)
         places = size[0] * size[1]
         self.alike = torch.zeros(len(boxes), places, places, device=boxes.device)
@@ -69,11 +72,13 @@ class RegionLook:
         """
         if query.shape[2] != self.alike.shape[1]:
             return
-        attention = (scale * query.float() @ key.float().transpose(-1, -2)).softmax(dim=-1).mean(dim=1)  # [B, Q, K]
-        if tokens is None:
-            self.alike += attention
-        else:
-            self.words += (tokens.float() @ attention.transpose(1, 2)).unflatten(2, self.size)
+        with torch.autocast(query.device.type, enabled=False):
+            logits = scale * query.float() @ key.float().transpose(-1, -2)
+            attention = logits.softmax(dim=-1).mean(dim=1)  # [B, Q, K]
+            if tokens is None:
+                self.alike += attention
+            else:
+                self.words += (tokens.float() @ attention.transpose(1, 2)).unflatten(2, self.size)
 
     def evidence(self, boxes: torch.Tensor) -> torch.Tensor:
         """`(B, R, h, w)`: about 1 on objects that fill the cores of boxes, about 0 on the background and in other
@@ -85,7 +90,9 @@ class RegionLook:
 
         def normalized(seen: torch.Tensor) -> torch.Tensor:
             low = mean(seen, outside)
-            return ((seen - low) / (mean(seen, core) - low).clamp(min=1e-9)).clamp(-0.3, 1.3)
+            contrast = mean(seen, core) - low
+            shown = ((seen - low) / contrast.clamp(min=1e-9)).clamp(-0.3, 1.3)
+            return torch.where(contrast > 1e-3 * low.abs(), shown, 0.5)  # a half: neither object nor background
 
         def attention_to(where: torch.Tensor) -> torch.Tensor:
             weights = where.flatten(2) / where.sum(dim=(2, 3))[..., None].clamp(min=1e-6)
@@ -95,8 +102,8 @@ class RegionLook:
         words = self.words.minimum(mean(self.words, core))
         object_like, background_like = attention_to(core), attention_to(outside)
         likeness = object_like / (object_like + background_like).clamp(min=1e-9)
-        regions = covered(self.boxes, self.size)
-        others = (regions.amax(dim=1, keepdim=True) - regions).clamp(min=0)  # none where a region lies itself
+        anywhere = covered(self.regions, self.size).amax(dim=1, keepdim=True)
+        others = (anywhere - covered(self.boxes, self.size)).clamp(min=0)  # none where a region lies itself
         return (normalized(words) + normalized(likeness)) / 2 * (1 - others)
 
     def found(self) -> torch.Tensor:
@@ -150,7 +157,8 @@ class RegionMover:
         """
         size = max((one for one in sizes if one[0] * one[1] <= FINEST), default=min(sizes))
         guiding = maps[0].tokens.any(dim=2) & (maps[0].masks.amax(dim=2) > 0)
-        self.seen = RegionLook(self.boxes.to(guiding.device) * guiding[..., None], size)
+        boxes = self.boxes.to(guiding.device)
+        self.seen = RegionLook(boxes * guiding[..., None], size, boxes)
         return self.seen
 
     def move(
@@ -173,6 +181,18 @@ class RegionMover:
         look, self.seen = self.seen, None
         if look is None:
             return sample
+        with torch.autocast(sample.device.type, enabled=False):
+            return self._moved(look, sample, predicted, signal, noise_level, generator)
+
+    @staticmethod
+    def _moved(
+        look: RegionLook,
+        sample: torch.Tensor,
+        predicted: torch.Tensor,
+        signal: torch.Tensor,
+        noise_level: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> torch.Tensor:
         goals = look.boxes
         found = _of_its_goals_shape(look.found(), goals)
         moving = (found - goals).abs().amax(dim=-1) >= LEAST
@@ -182,7 +202,7 @@ class RegionMover:
         if not any(images):
             return sample
         x0 = predicted.float()
-        moved, changed = _set_down(x0, goals, found, moving)
+        moved, changed = _set_down(x0, goals, found, moving, look.regions)
         noise = (sample.float() - signal * x0) / noise_level
         kept = 1 - changed
         fresh = _noise_of(images, noise, generator)
@@ -201,13 +221,17 @@ def _of_its_goals_shape(found: torch.Tensor, goals: torch.Tensor) -> torch.Tenso
 
 
 def _set_down(
-    x0: torch.Tensor, goals: torch.Tensor, found: torch.Tensor, moving: torch.Tensor
+    x0: torch.Tensor, goals: torch.Tensor, found: torch.Tensor, moving: torch.Tensor, regions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The picture with its moving objects lifted off their background where they were found, and set down in their
-    goals; and `(B, 1, h, w)` in [0, 1], where that changed it."""
+    goals, but for the regions beside and in front of them that stay; and `(B, 1, h, w)` in [0, 1], where that changed
+    it."""
     size = (x0.shape[2], x0.shape[3])
-    lifted, set_down = (covered(boxes, size, SEAM) * moving[..., None, None] for boxes in (found, goals))
-    objects = covered(grown(torch.cat([goals, found], dim=1), MARGIN), size)
+    behind = _area(_shared(goals[:, :, None], regions[:, None])) > 0.5 * _area(goals)[..., None]  # [B, moving, staying]
+    stay = (~moving[:, None] & ~behind).float() @ covered(regions, size).flatten(2)
+    free = (1 - stay.clamp(max=1)).unflatten(2, size)
+    lifted, set_down = (free * covered(boxes, size, SEAM) * moving[..., None, None] for boxes in (found, goals))
+    objects = covered(grown(torch.cat([regions, found], dim=1), MARGIN), size)
     background = _background(x0, 1 - objects.amax(dim=1, keepdim=True))
     moved = torch.lerp(x0, background, lifted.amax(dim=1, keepdim=True))
     rows, columns = (positions(side, x0.device) for side in size)
@@ -229,7 +253,9 @@ def _background(x0: torch.Tensor, outside: torch.Tensor) -> torch.Tensor:
         torch.exp(-(((at[:, None] - at) / blur) ** 2) / 2)
         for at, blur in zip((positions(s, x0.device) for s in x0.shape[2:]), (BLUR_DOWN, BLUR_ACROSS), strict=True)
     )
-    return (down @ (outside * x0) @ across) / (down @ outside @ across).clamp(min=1e-6)
+    outside = outside + 1e-6  # of a picture without any background: the mean of all of it
+    mean = (outside * x0).mean(dim=(2, 3), keepdim=True) / outside.mean(dim=(2, 3), keepdim=True)
+    return (down @ (outside * x0) @ across + FAR * mean) / (down @ outside @ across + FAR)
 
 
 def _noise_of(
@@ -278,6 +304,17 @@ def grown(boxes: torch.Tensor, margin: float) -> torch.Tensor:
     return torch.cat([boxes[..., :2] - margin, boxes[..., 2:] + margin], dim=-1) * there
 
 
+def _shared(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Where two boxes overlap."""
+    low, high = torch.maximum(boxes[..., :2], others[..., :2]), torch.minimum(boxes[..., 2:], others[..., 2:])
+    return torch.cat([low, high], dim=-1)
+
+
+def _area(boxes: torch.Tensor) -> torch.Tensor:
+    """`(…)`: 0 of empty boxes."""
+    return (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(dim=-1)
+
+
 def covered(boxes: torch.Tensor, size: tuple[int, int], seam: float | None = None) -> torch.Tensor:
     """`(…, h, w)` in [0, 1]: how much of each cell boxes `(…, 4)` cover, or, with a seam, how far inside its middle
     lies: a half at the edge, and 0 and 1 half a seam's width outside and inside of it."""
@@ -314,9 +351,11 @@ def _edges(
     offsets = torch.linspace(-REACH, REACH, CANDIDATES, device=profile.device)
 
     def up_to(edge: torch.Tensor) -> torch.Tensor:
-        at = (edge[..., None] + offsets).clamp(0, 1) * sides
+        anywhere = (edge[..., None] + offsets) * sides
+        at = anywhere.clamp(0, sides)
         below = at.long().clamp(max=sides - 1)
-        return torch.lerp(total.gather(-1, below), total.gather(-1, below + 1), at - below)
+        inside = torch.lerp(total.gather(-1, below), total.gather(-1, below + 1), at - below)
+        return inside - 0.5 * (anywhere - at) / sides  # outside the picture nothing is seen
 
     seen = up_to(high)[..., None, :] - up_to(low)[..., :, None]  # [B, R, candidates, candidates]
     expected = (offsets[:, None] ** 2 + offsets**2) / (2 * spread**2)

@@ -38,7 +38,7 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
     results = copy.deepcopy(dict(results))
     for found in _each(results):
         found["pictures"] = as_columns(found["pictures"])
-    write_atomically(path, (json.dumps(results, separators=(",", ":")).replace("},", "},\n") + "\n").encode())
+    write_atomically(path, (json.dumps(results, separators=(",", ":")) + "\n").encode())
 
 
 def as_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

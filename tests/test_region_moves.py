@@ -19,7 +19,15 @@ from multisubject.benchmarks.placement import draw_tasks
 from multisubject.benchmarks.placement_scores import score_picture
 from multisubject.guidance_methods import multisubject, uses_own_words
 from multisubject.recurrence import RecurrentScheduler
-from multisubject.region_moves import RegionLook, RegionMover, _of_its_goals_shape, boxes_around, covered
+from multisubject.region_moves import (
+    RegionLook,
+    RegionMover,
+    _background,
+    _of_its_goals_shape,
+    _set_down,
+    boxes_around,
+    covered,
+)
 from multisubject.tiny_world import EMBEDDED_BASE
 from multisubject.tiny_world.judge import Judge
 
@@ -143,6 +151,49 @@ def test_an_object_that_is_far_too_large_is_set_down_smaller():
 def test_objects_keep_their_shape_and_where_they_have_room_their_size(found, expected):
     goals = torch.tensor([[(0.25, 0.25, 0.45, 0.75)]])
     assert torch.allclose(_of_its_goals_shape(torch.tensor([[found]]), goals), torch.tensor([[expected]]), atol=1e-6)
+
+
+def test_a_neighbour_that_stays_and_a_region_in_front_are_left_alone():
+    boxes = torch.tensor([[(0.0, 0.25, 0.5, 0.75), (0.5, 0.25, 1.0, 0.75), (0.125, 0.375, 0.25, 0.5)]])
+    found = boxes.clone()
+    found[0, 0] += torch.tensor((0.125, 0.0) * 2)  # the first reaches into the second, the third stands in front of it
+    x0 = torch.rand(1, 4, *SIZE, generator=seeded(5))
+    moved, changed = _set_down(x0, boxes, found, torch.tensor([[True, False, False]]), boxes)
+    for box in boxes[0, 1:]:
+        there = covered(box[None, None], SIZE)[0, 0] == 1
+        assert torch.equal(moved[..., there], x0[..., there]) and not changed[0, 0][there].any()
+    assert changed[0, 0, 5:11, 3:8].any()
+
+
+def test_a_place_far_from_all_background_is_filled_with_it():
+    outside = torch.zeros(1, 1, *SIZE)
+    outside[:, :, 0] = 1
+    assert torch.allclose(_background(3 * torch.ones(1, 4, *SIZE), outside), 3 * torch.ones(1, 4, *SIZE), atol=1e-3)
+    assert _background(torch.ones(1, 4, *SIZE), torch.zeros(1, 1, *SIZE)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "box", [(0.3, 0.6, 0.7, 1.0), (0.3, 0.7, 0.6, 1.0), (0.0, 0.5, 0.4, 1.0), (0.3, 0.0, 0.7, 0.4)]
+)
+def test_what_stands_in_its_region_at_the_edge_of_the_picture_stays(box):
+    boxes = torch.tensor([[box]])
+    before = torch.randn(1, 4, *SIZE, generator=seeded(6))
+    after = mover_that_sees(boxes, boxes).move(before, before, torch.tensor(0.8), torch.tensor(0.6), None)
+    assert after is before
+
+
+def test_what_does_not_guide_now_is_no_background():
+    boxes = torch.tensor([[(0.1, 0.2, 0.4, 0.7), (0.0, 0.0, 0.0, 0.0)]])
+    regions = torch.tensor([[(0.1, 0.2, 0.4, 0.7), (0.6, 0.2, 0.9, 0.7)]])
+    ended = covered(regions, SIZE)[0, 1] == 1
+    assert RegionLook(boxes, SIZE).outside[0][ended].all()
+    look = RegionLook(boxes, SIZE, regions)
+    assert not look.outside[0][ended].any() and not look.evidence(boxes)[0, 0][ended].any()
+
+
+def test_objects_are_moved_under_autocast(sd1_pipe):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert sample(sd1_pipe, layout=LAYOUT, moves=(0.2, 0.5)).isfinite().all()
 
 
 def test_what_stands_in_its_region_stays_bit_for_bit():

@@ -138,7 +138,8 @@ class RecurrentScheduler:
             else:
                 alpha = self._next_alpha(timestep).to(sample.device)
                 levels = alpha.sqrt(), (1 - alpha).sqrt()
-            sample = self._mover.move(sample, rest[0], *levels, self._generator)
+            with torch.autocast(sample.device.type, enabled=False):
+                sample = self._mover.move(sample, rest[0], *levels, self._generator)
         return (sample, *rest)
 
     def _next_alpha(self, timestep: Any) -> torch.Tensor:

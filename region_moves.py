@@ -181,18 +181,6 @@ class RegionMover:
         look, self.seen = self.seen, None
         if look is None:
             return sample
-        with torch.autocast(sample.device.type, enabled=False):
-            return self._moved(look, sample, predicted, signal, noise_level, generator)
-
-    @staticmethod
-    def _moved(
-        look: RegionLook,
-        sample: torch.Tensor,
-        predicted: torch.Tensor,
-        signal: torch.Tensor,
-        noise_level: torch.Tensor,
-        generator: torch.Generator | list[torch.Generator] | None,
-    ) -> torch.Tensor:
         goals = look.boxes
         found = _of_its_goals_shape(look.found(), goals)
         moving = (found - goals).abs().amax(dim=-1) >= LEAST

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import itertools
 import json
@@ -35,10 +34,11 @@ def read_results(path: Path) -> dict[str, Any]:
 
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
     """Write what `read_results` reads, the scores of pictures as columns; a file is whole or as it was."""
-    results = copy.deepcopy(dict(results))
-    for found in _each(results):
-        found["pictures"] = as_columns(found["pictures"])
-    write_atomically(path, (json.dumps(results, separators=(",", ":")) + "\n").encode())
+    cells = {
+        cell: {method: {**found, "pictures": as_columns(found["pictures"])} for method, found in methods.items()}
+        for cell, methods in results["cells"].items()
+    }
+    write_atomically(path, (json.dumps({**results, "cells": cells}, separators=(",", ":")) + "\n").encode())
 
 
 def as_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -58,6 +58,12 @@ def subjects_tab(library: SubjectLibrary, jobs: TrainingJobs, canvas: gr.Compone
     _SubjectsTab(library, jobs).build(canvas)
 
 
+# Of a gallery whose pictures are chosen by a click.
+_TO_CHOOSE_FROM: dict[str, Any] = {
+    "show_label": False, "height": "auto", "interactive": False, "allow_preview": False, "format": "png", "buttons": []
+}  # fmt: skip
+
+
 class _SubjectsTab:
     def __init__(self, library: SubjectLibrary, jobs: TrainingJobs):
         self.library, self.jobs = library, jobs
@@ -84,15 +90,10 @@ class _SubjectsTab:
         gr.Markdown("### Subjects")
         self.gallery = gr.Gallery(
             label="Subjects",
-            show_label=False,
             elem_id="subjects",
             columns=4,
-            height="auto",
             object_fit="cover",
-            interactive=False,
-            allow_preview=False,
-            format="png",
-            buttons=[],
+            **_TO_CHOOSE_FROM,
         )
         self.remove_subject = gr.Button("Remove", visible=False, size="sm", elem_id="remove_subject")
         self.said = gr.HTML(elem_id="subjects_said")
@@ -131,15 +132,10 @@ class _SubjectsTab:
         self.hint = gr.Markdown("Click a picture to crop it, or to paint over what is to be learnt.", visible=False)
         self.strip = gr.Gallery(
             label="Pictures to learn from",
-            show_label=False,
             elem_id="strip",
             columns=6,
-            height="auto",
             object_fit="contain",
-            interactive=False,
-            allow_preview=False,
-            format="png",
-            buttons=[],
+            **_TO_CHOOSE_FROM,
             visible=False,
         )
         with gr.Column(visible=False, elem_id="editing") as self.editing:

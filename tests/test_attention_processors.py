@@ -729,7 +729,7 @@ def test_lora_keeps_working(unet, scheduler):
         fused = call(adapted, *inputs())
 
     assert (with_lora - without).abs().max() > 1e-3
-    assert_equal_up_to_rounding(with_lora, fused)
+    assert_equal_up_to_rounding(with_lora, fused, roundings=1000)  # fused weights are rounded themselves
     assert_equal_up_to_rounding(scaled_off, without)
 
 

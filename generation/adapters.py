@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import re
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from multisubject.generation.config_file import ConfigError, GenerationConfig
 from multisubject.generation.places import find_source
 from multisubject.hub_client import parse_hub_source
 from multisubject.region_ip_adapters import released_encoder
+from multisubject.unknown_names import did_you_mean
 
 _HERE = Path("config.json")  # of what a command line names, which lies about the working folder
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -99,11 +99,9 @@ def lora_source(config: GenerationConfig, name: str, place: str) -> str:
     """Where an entry says that a LoRA is, which the region of this place holds. Raises `ValueError` for one that it
     does not name."""
     if name not in config.lora_dict:
-        close = difflib.get_close_matches(name, config.lora_dict, 1)
-        remedy = f"did you mean {close[0]!r}?" if close else "add its file there."
         raise ValueError(
             f"{place} has the LoRA {name!r}, which has no file in lora_dict: that has {list(config.lora_dict)}; "
-            f"{remedy}"
+            + did_you_mean(name, config.lora_dict, "add its file there.")
         )
     return config.lora_dict[name]
 

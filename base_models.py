@@ -172,6 +172,25 @@ def load_tokenizers(base_model: str | os.PathLike[str]) -> dict[str, Any]:
         }
 
 
+def pixels_per_latent(vae: Mapping[str, Any]) -> int:
+    """Along each side, from the configuration of a base's VAE."""
+    return 2 ** (len(vae["block_out_channels"]) - 1)
+
+
+def native_size(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width in pixels of the pictures that a base was trained on.
+
+    Args:
+        unet, vae: configurations of these components.
+
+    Raises:
+        KeyError: one of them lacks `sample_size` or `block_out_channels`.
+    """
+    size = unet["sample_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    return height * pixels_per_latent(vae), width * pixels_per_latent(vae)
+
+
 def component_config(base_model: str | os.PathLike[str], component: str) -> dict[str, Any] | None:
     """A component's configuration; None where the base has no such component. Raises `OSError`, `ValueError`."""
     path = component_file(base_model, component)

@@ -26,12 +26,12 @@ from .layout_images import COLOR_KEYS, MIN_PEAK, read_color_map, read_mask
 from .region_contents import (
     CONTENT_KEYS,
     HELD_KEYS,
-    did_you_mean,
     digest_contents,
     name_of_contents,
     read_contents,
     read_number,
 )
+from .unknown_names import did_you_mean
 
 __multisubject_version__ = "0.1.0"
 
@@ -243,7 +243,7 @@ def _read_entry(entry: Any, place: str, size: tuple[int, int]) -> _Claim:
             "{'subject': 'dog', 'box': (0.1, 0.2, 0.5, 0.9)}."
         )
     if unknown := [key for key in entry if key not in _REGION_KEYS]:
-        raise ValueError(f"{place} has the unknown key {unknown[0]!r}; {did_you_mean(unknown[0], _REGION_KEYS)}.")
+        raise ValueError(f"{place} has the unknown key {unknown[0]!r}; {did_you_mean(unknown[0], _REGION_KEYS)}")
     subject = _read_subject(entry, place)
     place = place if subject is None else _named(place, subject)
     contents = read_contents(entry, place)

@@ -16,7 +16,8 @@ import torch
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
 from .pictures import picture_file, picture_name
-from .region_contents import CONTENT_KEYS, did_you_mean
+from .region_contents import CONTENT_KEYS
+from .unknown_names import did_you_mean
 
 __multisubject_version__ = "0.1.0"
 
@@ -188,7 +189,7 @@ def _read_color_value(value: Any, place: str) -> dict[str, Any] | None:
         return {"subject": value}
     if isinstance(value, Mapping):
         if unknown := [key for key in value if key not in COLOR_KEYS]:
-            raise ValueError(f"{place} has the unknown key {unknown[0]!r}; {did_you_mean(unknown[0], COLOR_KEYS)}.")
+            raise ValueError(f"{place} has the unknown key {unknown[0]!r}; {did_you_mean(unknown[0], COLOR_KEYS)}")
         return dict(value)
     if isinstance(value, Sequence) and 1 <= len(value) <= 2:
         return dict(zip(("subject", "weight"), value, strict=False))

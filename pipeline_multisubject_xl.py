@@ -55,6 +55,7 @@ try:
     from .subject_file import __multisubject_version__ as _
     from .subject_loader import EncoderSlot, hidden_size
     from .subject_pickle import __multisubject_version__ as _
+    from .unknown_names import __multisubject_version__ as _
 except ImportError as error:
     raise ImportError(
         f"{__name__} found a file beside it that is not of multisubject {__multisubject_version__}: {error}. Another"
@@ -68,6 +69,7 @@ _SIBLINGS = (
     "prompt_encoder", "recurrence", "region_attention", "region_conditioning", "region_contents",
     "region_ip_adapters", "region_loras", "region_moves", "region_texts",
     "residual_embeddings", "saved_pipeline", "shared_models", "subject_file", "subject_loader", "subject_pickle",
+    "unknown_names",
 )  # fmt: skip
 _versions = {
     name: getattr(sys.modules[f"{__name__.rpartition('.')[0]}.{name}"], "__multisubject_version__", None)

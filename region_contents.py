@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
@@ -64,13 +63,6 @@ def read_contents(entry: Mapping[str, Any], place: str) -> dict[str, Any]:
             " step, with a scale of their own. Leave it out."
         )
     return contents
-
-
-def did_you_mean(key: Any, known: Sequence[str]) -> str:
-    """What to say of an unknown key: the known one that it is near to, or all of them."""
-    near = difflib.get_close_matches(key, known, 1) if isinstance(key, str) else []
-    every = ", ".join(known)
-    return f"did you mean {near[0]!r}? Known are {every}" if near else f"expected {every}"
 
 
 def read_number(value: Any, place: str, *, low: float = -math.inf, high: float = math.inf) -> float:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.image_processor import IPAdapterMaskProcessor
 from diffusers.models.attention_processor import Attention, IPAdapterAttnProcessor2_0
-from diffusers.models.embeddings import ImageProjection
+from diffusers.models.embeddings import ImageProjection, IPAdapterFaceIDImageProjection
 from torch import nn
 
 __multisubject_version__ = "0.1.0"
@@ -104,8 +104,7 @@ class RegionPictures:
             if own is not None:
                 rows.append(own)
             elif more is None:
-                width = next(part.in_features for part in layer.modules() if isinstance(part, nn.Linear))
-                rows.append(sample.new_zeros(len(sample), 1, 1, width))
+                rows.append(sample.new_zeros(len(sample), 1, 1, picture_width(layer)))
             if more is not None:
                 of_regions = torch.cat(more) if len(sample) == 2 * len(more[0]) else more[1]
                 rows.append(of_regions.to(sample.device, sample.dtype if own is None else own.dtype))
@@ -124,6 +123,30 @@ def adapter_layers(unet: Any) -> list[nn.Module] | None:
     return list(unet.encoder_hid_proj.image_projection_layers)
 
 
+def picture_width(layer: nn.Module) -> int:
+    """The width of the embeddings that an IP-Adapter's layer projects."""
+    return next(part.in_features for part in layer.modules() if isinstance(part, nn.Linear))
+
+
+# Of h94/IP-Adapter, by the width that an adapter takes and whether it reads one embedding per picture or one per patch
+_RELEASED_ENCODERS = {
+    (1024, False): "models/image_encoder",
+    (1280, False): "sdxl_models/image_encoder",
+    (1280, True): "models/image_encoder",
+    (1664, True): "sdxl_models/image_encoder",
+}
+
+
+def released_encoder(width: int, of_patches: bool) -> str | None:
+    """The folder of `h94/IP-Adapter` with the image encoder that gives embeddings of a width; None: none there does.
+
+    Args:
+        width: that an IP-Adapter takes.
+        of_patches: whether it reads an embedding per patch (Plus, full face) rather than one per picture.
+    """
+    return _RELEASED_ENCODERS.get((width, of_patches))
+
+
 def encode_pictures(
     pipeline: Any, images: Sequence[Sequence[Any]], places: Sequence[Sequence[str]], device: torch.device
 ) -> Pictures:
@@ -138,7 +161,8 @@ def encode_pictures(
         device: where to encode.
 
     Raises:
-        ValueError: no IP-Adapter is loaded, or none that takes pictures here; what a region holds fits no adapter.
+        ValueError: no IP-Adapter is loaded, or none that takes pictures here; what a region holds fits no adapter; an
+            adapter takes embeddings of another width than those of the image encoder, or those that a region holds.
     """
     layers = adapter_layers(pipeline.unet)
     encoded: list[list[Any]] = []
@@ -180,7 +204,7 @@ def _encode(
     if layers is None:
         raise ValueError(f"{where} needs an IP-Adapter, and none is loaded: call `pipe.load_ip_adapter(…)` first.")
     encoded: list[tuple[torch.Tensor, torch.Tensor] | None] = []
-    for layer, picture in zip(layers, pictures_by_adapter(held, len(layers), where), strict=True):
+    for adapter, (layer, picture) in enumerate(zip(layers, pictures_by_adapter(held, len(layers), where), strict=True)):
         if picture is None:
             encoded.append(None)
             continue
@@ -189,11 +213,17 @@ def _encode(
                 f"{where} is for a FaceID-Plus adapter, which keeps `clip_embeds` of its own for the pictures of the"
                 " call: in regions it cannot be used. Pass its picture to the call, or load another IP-Adapter."
             )
+        width = picture_width(layer)
         if isinstance(picture, torch.Tensor):
             if picture.ndim not in (3, 4) or picture.shape[0] not in (1, 2) or picture.shape[1] != 1:
                 raise ValueError(
                     f"{where} has embeddings of shape {tuple(picture.shape)}, expected (1 or 2, 1, …): those of one"
                     " picture, behind the negative ones or alone, as in `ip_adapter_image_embeds`."
+                )
+            if picture.shape[-1] != width:
+                raise ValueError(
+                    f"{where} has embeddings of width {picture.shape[-1]}, expected {width} for IP-Adapter {adapter}:"
+                    " those of the image encoder that it was made for."
                 )
             positive = picture[-1:]
             encoded.append((picture[:1] if len(picture) == 2 else torch.zeros_like(positive), positive))
@@ -203,7 +233,18 @@ def _encode(
                 f"{where} is a picture, which needs an image encoder, and none is loaded: call"
                 " `pipe.load_ip_adapter(…)` with `image_encoder_folder`, or write embeddings (a tensor) there."
             )
-        positive, negative = pipeline.encode_image(picture, device, 1, not isinstance(layer, ImageProjection))
+        of_patches = not isinstance(layer, ImageProjection)
+        positive, negative = pipeline.encode_image(picture, device, 1, of_patches)
+        if positive.shape[-1] != width:
+            folder = released_encoder(width, of_patches)
+            remedy = f"{folder!r} of h94/IP-Adapter" if folder else "that it was made for"
+            if isinstance(layer, IPAdapterFaceIDImageProjection):
+                remedy = "of another adapter, or write a face's embeddings (a tensor) there: this one reads those"
+            raise ValueError(
+                f"{where} is a picture, and the image encoder gives embeddings of width {positive.shape[-1]}, expected"
+                f" {width} for IP-Adapter {adapter}: call `pipe.unload_ip_adapter()`, then `pipe.load_ip_adapter(…)`"
+                f" with the `image_encoder_folder` {remedy}."
+            )
         encoded.append((negative[None], positive[None]))
     return encoded
 

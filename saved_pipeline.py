@@ -54,6 +54,7 @@ PIPELINE_SIBLINGS = (
     "subject_file",
     "subject_loader",
     "subject_pickle",
+    "unknown_names",
 )
 
 # A saved pipeline keeps its subjects in the tokenizer's folder: diffusers downloads that folder whole, and a loaded

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from transformers import CLIPVisionConfig
 
 from multisubject.base_models import component_file
 from multisubject.generation.arguments import IPAdapterArguments
@@ -19,10 +19,34 @@ from multisubject.generation.base_model import BaseModel, files_version
 from multisubject.generation.config_file import ConfigError, GenerationConfig
 from multisubject.generation.places import find_source
 from multisubject.hub_client import parse_hub_source
+from multisubject.region_ip_adapters import released_encoder
+from multisubject.unknown_names import did_you_mean
 
 _HERE = Path("config.json")  # of what a command line names, which lies about the working folder
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """What diffusers calls the file of a LoRA's folder or repository."""
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where diffusers finds weights.
+
+    Args:
+        repository: a folder of this machine, or `user/repo` on the Hub.
+        subfolder: of that, or empty.
+        file: in the latter; empty: it is about the folder.
+        revision: branch, tag or commit on the Hub; None: the newest, or it is on this machine.
+    """
+
+    repository: str
+    subfolder: str
+    file: str
+    revision: str | None
+
+    def __str__(self) -> str:
+        """As a command line or a configuration names it."""
+        revision = "" if self.revision is None else f"@{self.revision}"
+        return "/".join(filter(None, (self.repository, self.subfolder, self.file))) + revision
 
 
 @dataclass(frozen=True)
@@ -52,15 +76,13 @@ class IPAdapters:
     Args:
         weights: their files, one or more.
         scales: how strongly each acts.
-        image_encoder: folder of a `CLIPVisionModelWithProjection`, or `user/repo`.
-        subfolder: of that.
+        image_encoder: where a `CLIPVisionModelWithProjection` is; its `file` is empty.
         version: changes when the image encoder does.
     """
 
     weights: tuple[Weights, ...]
     scales: tuple[float, ...]
-    image_encoder: str
-    subfolder: str
+    image_encoder: Location
     version: str
 
     @property
@@ -77,11 +99,9 @@ def lora_source(config: GenerationConfig, name: str, place: str) -> str:
     """Where an entry says that a LoRA is, which the region of this place holds. Raises `ValueError` for one that it
     does not name."""
     if name not in config.lora_dict:
-        close = difflib.get_close_matches(name, config.lora_dict, 1)
-        remedy = f"did you mean {close[0]!r}?" if close else "add its file there."
         raise ValueError(
             f"{place} has the LoRA {name!r}, which has no file in lora_dict: that has {list(config.lora_dict)}; "
-            f"{remedy}"
+            + did_you_mean(name, config.lora_dict, "add its file there.")
         )
     return config.lora_dict[name]
 
@@ -119,25 +139,55 @@ def read_ip_adapters(wanted: IPAdapterArguments, base: BaseModel) -> IPAdapters 
         return None
     try:
         weights = tuple(_read_ip_adapter(source, base) for source in wanted.ip_adapter)
-        named = wanted.ip_adapter_image_encoder
-        encoders = {f"{source.rpartition('/')[0] or '.'}/image_encoder" for source in wanted.ip_adapter}
-        if named is None and len(encoders) > 1:
-            raise ValueError(
-                f"beside these IP-Adapters are the image encoders {', '.join(sorted(encoders))}, expected one for all;"
-                " name it with --ip_adapter_image_encoder."
-            )
-        encoder = encoders.pop() if named is None else named
-        place, folder = find_source(encoder, _HERE), ""
-        if not Path(place).exists():
-            where = parse_hub_source(place)
-            place, folder = where.repo_id, where.path
-        config = component_file(place, folder)
+        encoder = wanted.ip_adapter_image_encoder
+        if encoder is None:
+            encoders = {_encoder_beside(source) for source in wanted.ip_adapter}
+            if len(encoders) > 1:
+                raise ValueError(
+                    f"beside these IP-Adapters are the image encoders {', '.join(sorted(encoders))}, expected one for"
+                    " all; name it with --ip_adapter_image_encoder."
+                )
+            encoder = encoders.pop()
+        place = _locate_folder(encoder)
+        config = component_file(place.repository, place.subfolder, revision=place.revision)
         if config is None:
             raise ValueError(f"{encoder}: this is no image encoder; it has no config.json.")
+        for one in weights:
+            _check_image_encoder(one, encoder, config)
     except (ValueError, OSError) as error:
         raise ConfigError(f"--ip_adapter: {error}") from error
     scales = tuple(wanted.ip_adapter_scale) * (len(weights) // len(wanted.ip_adapter_scale))
-    return IPAdapters(weights, scales, place, folder, files_version(config.parent, ["."]))
+    return IPAdapters(weights, scales, place, files_version(config.parent, ["."]))
+
+
+def _encoder_beside(source: str) -> str:
+    """The folder `image_encoder` beside an IP-Adapter, as a command line names it, at the same revision."""
+    place = locate(source)
+    if Path(place.repository).exists():
+        return f"{source.rpartition('/')[0] or '.'}/image_encoder"
+    return str(replace(place, subfolder=f"{place.subfolder}/image_encoder".removeprefix("/"), file=""))
+
+
+def _check_image_encoder(weights: Weights, encoder: str, config: Path) -> None:
+    """Raise `ValueError` for an image encoder of another width than an IP-Adapter takes."""
+    shapes = _read_shapes(weights.source, weights.path)
+    # As diffusers tells them apart: a plain one, full face, FaceID (whose embeddings are of faces), Plus
+    kinds = {"proj.weight": False, "proj.3.weight": True, "proj.0.weight": True, "proj_in.weight": True}
+    key = next((key for key in kinds if f"image_proj.{key}" in shapes), None)
+    if key is None or "image_proj.perceiver_resampler.proj_in.weight" in shapes:
+        return  # another one, of which diffusers has more to say
+    wanted, of_patches = shapes[f"image_proj.{'proj.0.weight' if key == 'proj.3.weight' else key}"][1], kinds[key]
+    vision = CLIPVisionConfig.from_pretrained(config.parent)
+    width = vision.hidden_size if of_patches else vision.projection_dim
+    if width != wanted:
+        folder = released_encoder(wanted, of_patches)
+        remedy = f"such as h94/IP-Adapter/{folder}" if folder else "the one that the adapter was made for"
+        if key == "proj.0.weight":
+            remedy = "of another IP-Adapter: this one (FaceID) reads embeddings of faces, which none gives"
+        raise ValueError(
+            f"{weights.source}: the image encoder {encoder} gives embeddings of width {width}, expected {wanted} for"
+            f" this IP-Adapter. Name another one with --ip_adapter_image_encoder, {remedy}."
+        )
 
 
 def _read_ip_adapter(source: str, base: BaseModel) -> Weights:
@@ -150,34 +200,50 @@ def _read_ip_adapter(source: str, base: BaseModel) -> Weights:
     return Weights(source, path, _sha256(path))
 
 
-def repository_of(weights: Weights) -> tuple[str, str, str]:
-    """The folder or Hub id of an IP-Adapter, the folder in it, and its file's name, as diffusers loads it."""
-    place = find_source(weights.source, _HERE)
+def locate(source: str, config_path: Path = _HERE, name: str | None = None) -> Location:
+    """Where diffusers finds a LoRA or an IP-Adapter that a configuration or a command line names.
+
+    Args:
+        source: a file or, where `name` says what it is called in there, a folder; on the Hub with `@revision` behind it
+            if need be.
+        config_path: of the configuration, in whose folders it may lie.
+        name: of its file, where `source` is silent.
+
+    Raises:
+        ValueError: it is not there.
+        FileNotFoundError: it is no Hub id either.
+    """
+    place = find_source(source, config_path)
     if Path(place).exists():
-        return str(Path(place).parent), "", Path(place).name
+        if name is not None and Path(place).is_dir():
+            return Location(place, "", name, None)
+        return Location(str(Path(place).parent), "", Path(place).name, None)
     where = parse_hub_source(place)
     folder, _, file = where.path.rpartition("/")
-    return where.repo_id, folder, file
+    if name is not None and not file.endswith(".safetensors"):
+        folder, file = where.path, name
+    return Location(where.repo_id, folder, file, where.revision)
+
+
+def _locate_folder(source: str) -> Location:
+    place = find_source(source, _HERE)
+    if Path(place).exists():
+        return Location(place, "", "", None)
+    where = parse_hub_source(place)
+    return Location(where.repo_id, where.path, "", where.revision)
 
 
 def _find_weights(source: str, config_path: Path, name: str | None) -> Path:
     """A `.safetensors` file, fetched if it is on the Hub; `name` is what it is called where `source` is silent."""
-    place = find_source(source, config_path)
-    path: Path | None = Path(place)
-    if Path(place).exists():
-        file = name if name is not None and Path(place).is_dir() else ""
-        path = Path(place, file)
-    else:
-        where = parse_hub_source(place)
-        folder, _, file = where.path.rpartition("/")
-        if name is not None and not file.endswith(".safetensors"):
-            folder, file = where.path, name
-        path = component_file(where.repo_id, folder, file, revision=where.revision) if file else Path(place)
+    place = locate(source, config_path, name)
+    path: Path | None = Path(place.repository, place.file)
+    if not Path(place.repository).exists() and place.file:
+        path = component_file(place.repository, place.subfolder, place.file, revision=place.revision)
     if path is not None and path.suffix != ".safetensors":
         raise ValueError(f"{source}: expected a .safetensors file, or on the Hub user/repo/file.safetensors.")
     if path is None or not path.is_file():
-        remedy = "name its file, as in user/repo/my_lora.safetensors" if file == name else "check its name"
-        raise ValueError(f"{source}: there is no {file} there; {remedy}.")
+        remedy = "name its file, as in user/repo/my_lora.safetensors" if place.file == name else "check its name"
+        raise ValueError(f"{source}: there is no {place.file} there; {remedy}.")
     return path
 
 

@@ -20,6 +20,7 @@ from multisubject.base_models import (
     component_config,
     component_file,
     is_xl,
+    native_size,
     tokenizer_of,
     unsuitable_base,
     unsuitable_channels,
@@ -72,7 +73,7 @@ class BaseModel:
                     raise ValueError(f"its UNet {problem}")
                 embed_dims = {part: _read_config(name, part)["hidden_size"] for part in found}
                 tokenizers = {part: CLIPTokenizer.from_pretrained(name, subfolder=tokenizer_of(part)) for part in found}
-                size, blocks = unet["sample_size"], vae["block_out_channels"]
+                size = native_size(unet, vae)
                 scheduler = component_file(name, "scheduler", "scheduler_config.json")
                 settings = json.loads(scheduler.read_text(encoding="utf-8")) if scheduler else {}
                 levels = settings.get("num_train_timesteps")
@@ -84,9 +85,7 @@ class BaseModel:
                 f"base model {name!r} cannot be used: {error} is missing in its unet/config.json, vae/config.json or "
                 f"a text encoder's config.json; expected {_EXPECTED}."
             ) from None
-        height, width = (size, size) if isinstance(size, int) else size
-        scale = 2 ** (len(blocks) - 1)
-        return cls(name, architecture, tokenizers, (height * scale, width * scale), embed_dims, levels, version)
+        return cls(name, architecture, tokenizers, size, embed_dims, levels, version)
 
 
 _EXPECTED = "the folder or Hub id of a base model of " + " or ".join(one.family for one in ARCHITECTURES)

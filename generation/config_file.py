@@ -5,7 +5,6 @@ Nothing here needs torch or the base model, so that a slip of the pen is told at
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
@@ -14,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from multisubject.unknown_names import did_you_mean
 
 MOST_SEED = 2**62  # torch takes 2 ** 63 - 1; the pictures of an entry count on from its seed
 # Passed on to the pipeline where the entry gives them; those of sampling are not for `guide`.
@@ -267,9 +268,7 @@ def _check_types(entry: Any, index: int, report: Report) -> GenerationConfig | N
     good = {}
     for key, value in entry.items():
         if key not in _EXPECTED:
-            close = difflib.get_close_matches(key, _EXPECTED, 1)
-            remedy = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(_EXPECTED)}."
-            report.problem(f"unknown key; {remedy}", index, key)
+            report.problem(f"unknown key; {did_you_mean(key, _EXPECTED)}", index, key)
         elif not _EXPECTED[key][0](value):
             report.problem(f"expected {_EXPECTED[key][1]}, got {_shorten(value)}.", index, key)
         else:

@@ -170,8 +170,9 @@ def load_ip_adapters(pipe: Any, adapters: IPAdapters | None) -> None:
         return
     try:
         with quiet_loading(transformers_logging, diffusers_logging):
+            place = adapters.image_encoder
             image_encoder = CLIPVisionModelWithProjection.from_pretrained(
-                adapters.image_encoder, subfolder=adapters.subfolder, dtype=pipe.dtype
+                place.repository, subfolder=place.subfolder, revision=place.revision or "main", dtype=pipe.dtype
             )
             pipe.register_modules(image_encoder=image_encoder.to(pipe.device))
             paths = [weights.path for weights in adapters.weights]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from multisubject.generation.base_model import BaseModel
 from multisubject.generation.config_file import GenerationConfig, Report
 from multisubject.hub_utils import load_subject
 from multisubject.residual_embeddings import ResidualEmbedding
+from multisubject.unknown_names import did_you_mean
 
 _WORD = re.compile(r"\w+(?:['’-]\w+)*")
 
@@ -163,8 +163,8 @@ def check_names(config: GenerationConfig, prompt: str, subjects: Mapping[str, An
     known = {f"<{name}>".casefold() for name in subjects} | {*map(str.casefold, base.learned)}
     for word in re.findall(r"<\s*([^<>]+?)\s*>", prompt):
         if f"<{word}>".casefold() not in known:
-            close = difflib.get_close_matches(word, config.residual_dict, 1)
-            remedy = f"did you mean '<{close[0]}>'?" if close else "add its file there, or leave the brackets out."
+            otherwise = "add its file there, or leave the brackets out."
+            remedy = did_you_mean(word, config.residual_dict, otherwise, form="<{}>")
             raise ValueError(
                 f"{f'<{word}>'!r} has no file in residual_dict, which has {list(config.residual_dict)}; {remedy}"
             )

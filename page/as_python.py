@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from multisubject.generation.adapters import IPAdapters, repository_of
+from multisubject.generation.adapters import LORA_FILE, IPAdapters, Location, locate
 from multisubject.generation.base_model import BaseModel
 from multisubject.generation.config_file import GUIDANCE_KEYS, SAMPLING_KEYS
 from multisubject.generation.making import pipeline_class
@@ -57,25 +57,40 @@ def _loading(entry: Mapping[str, Any], base: BaseModel, ip_adapters: IPAdapters 
         lines.append("from multisubject.tiny_world import EMBEDDED_BASE")
         name = "EMBEDDED_BASE"
     if ip_adapters is not None:
+        if any(locate(weights.source).revision for weights in ip_adapters.weights):
+            lines.insert(0, "from huggingface_hub import snapshot_download")
         lines.append("from transformers import CLIPVisionModelWithProjection")
     lines += ["", f"pipe = {kind}.from_pretrained({name})"]
     lines += [f"pipe.load_subject({path!r}, name={name!r})" for name, path in entry.get("residual_dict", {}).items()]
-    for lora, path in entry.get("lora_dict", {}).items():
-        folder, _, file = path.rpartition("/")
-        lines.append(f"pipe.load_lora_weights({folder!r}, weight_name={file!r}, adapter_name={lora!r})")
+    for lora, source in entry.get("lora_dict", {}).items():
+        place = locate(source, name=LORA_FILE)
+        told = _keywords_of(subfolder=place.subfolder, weight_name=place.file, revision=place.revision)
+        lines.append(f"pipe.load_lora_weights({short_path(place.repository)!r}{told}, adapter_name={lora!r})")
     if ip_adapters is not None:
-        encoder, subfolder = short_path(ip_adapters.image_encoder), ip_adapters.subfolder
-        inside = f", subfolder={subfolder!r}" if subfolder else ""
-        lines.append(f"encoder = CLIPVisionModelWithProjection.from_pretrained({encoder!r}{inside})")
+        place = ip_adapters.image_encoder
+        told = _keywords_of(subfolder=place.subfolder, revision=place.revision)
+        lines.append(f"encoder = CLIPVisionModelWithProjection.from_pretrained({short_path(place.repository)!r}{told})")
         lines.append("pipe.register_modules(image_encoder=encoder)")
-        places = [repository_of(weights) for weights in ip_adapters.weights]
-        repositories = [short_path(repository) for repository, _, _ in places]
+        places = [locate(weights.source) for weights in ip_adapters.weights]
         lines.append(
-            f"pipe.load_ip_adapter({repositories}, subfolder={[folder for _, folder, _ in places]}, "
-            f"weight_name={[file for _, _, file in places]}, image_encoder_folder=None)"
+            f"pipe.load_ip_adapter([{', '.join(map(_repository, places))}], "
+            f"subfolder={[place.subfolder for place in places]}, weight_name={[place.file for place in places]}, "
+            "image_encoder_folder=None)"
         )
         lines.append(f"pipe.set_ip_adapter_scale({[*ip_adapters.scales]})")
     return "\n".join([*lines, ""])
+
+
+def _repository(place: Location) -> str:
+    """An IP-Adapter's, as Python writes it. diffusers loads all at one revision: what has its own is fetched before."""
+    if place.revision is None:
+        return repr(short_path(place.repository))
+    file = "/".join(filter(None, (place.subfolder, place.file)))
+    return f"snapshot_download({place.repository!r}, revision={place.revision!r}, allow_patterns={file!r})"
+
+
+def _keywords_of(**given: str | None) -> str:
+    return "".join(f", {key}={value!r}" for key, value in given.items() if value)
 
 
 def _from_picture(

@@ -174,7 +174,7 @@ def as_command(document: Document, settings: Settings, base: BaseModel, ip_adapt
         args["resolution"] = None
     args["seed"], defaults = 0, asdict(GenerateArguments("page.json"))  # the entry has it
     if ip_adapters is not None:
-        encoder = short_path("/".join(filter(None, (ip_adapters.image_encoder, ip_adapters.subfolder))))
+        encoder = short_path(str(ip_adapters.image_encoder))
         sources, scales = [weights.source for weights in ip_adapters.weights], [*ip_adapters.scales]
         args |= asdict(IPAdapterArguments(sources, encoder, scales))
         defaults |= asdict(IPAdapterArguments())

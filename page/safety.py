@@ -1,4 +1,5 @@
-"""What stands between the page and strangers: whose requests are answered, and which pictures are opened."""
+"""What stands between the page and strangers: whose requests are answered, how large they are, and which pictures
+are opened."""
 
 from __future__ import annotations
 
@@ -19,6 +20,10 @@ MOST_BYTES = 20 * 2**20
 MOST_PIXELS = 2**24
 """Of a picture that the browser sends: 4096 x 4096."""
 
+MOST_SENT = 256 * 2**20
+"""Bytes of a request, of those that are no upload: a training's 30 photos as text in JSON."""
+
+_UPLOAD = "/gradio_api/upload"  # where Gradio writes files to the disk as they come, each up to `MOST_BYTES`
 _FORMATS = ("PNG", "JPEG", "WEBP")
 _PREFIXES = tuple(f"data:image/{kind.lower()};base64," for kind in _FORMATS)
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -93,9 +98,7 @@ class OwnPagesOnly:
             if scope["type"] == "websocket":
                 await send({"type": "websocket.close", "code": 1008})
                 return
-            headers = [(b"content-type", b"text/plain; charset=utf-8")]
-            await send({"type": "http.response.start", "status": 403, "headers": headers})
-            await send({"type": "http.response.body", "body": problem.encode()})
+            await _refuse(send, 403, problem)
             return
         await self.app(scope, receive, send)
 
@@ -108,6 +111,61 @@ class OwnPagesOnly:
             if name == b"origin" and _hosts_of(value.decode("latin-1"))[1] != hosts[0].casefold():
                 return "refused: another site's page sent this request."
         return None
+
+
+class SmallRequestsOnly:
+    """Answers requests of a bounded size: whoever parses JSON holds all of it in memory.
+
+    Args:
+        app: the ASGI application.
+        most: bytes of a request's body. Uploads have a limit of their own.
+    """
+
+    def __init__(self, app: Callable[..., Awaitable[None]], most: int = MOST_SENT):
+        self.app, self.most = app, most
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Serve one request, or refuse it with status 413: by the size that it names, else once more has come."""
+        if scope["type"] != "http" or scope["path"] == _UPLOAD:
+            await self.app(scope, receive, send)
+            return
+        come, is_answered, is_refused = 0, False, False
+
+        async def refuse() -> None:
+            nonlocal is_refused
+            is_refused = True
+            if not is_answered:
+                problem = f"refused: this request has more than {self.most:,} bytes, the most. Send smaller pictures."
+                await _refuse(send, 413, problem)
+
+        async def counted() -> _Message:
+            nonlocal come
+            if is_refused:
+                return {"type": "http.disconnect"}
+            message: _Message = await receive()
+            come += len(message.get("body", b""))
+            if come > self.most:
+                await refuse()
+                return {"type": "http.disconnect"}
+            return message
+
+        async def answer(message: _Message) -> None:
+            nonlocal is_answered
+            if not is_refused:  # the application has no say any more
+                is_answered = True
+                await send(message)
+
+        sizes = [int(value) for name, value in scope["headers"] if name == b"content-length" and value.isdigit()]
+        if sizes and max(sizes) > self.most:
+            await refuse()
+            return
+        await self.app(scope, counted, answer)
+
+
+async def _refuse(send: Any, status: int, problem: str) -> None:
+    headers = [(b"content-type", b"text/plain; charset=utf-8")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": problem.encode()})
 
 
 def _hosts_of(url: str) -> tuple[str | None, str | None]:

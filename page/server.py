@@ -24,7 +24,7 @@ from transformers.hf_argparser import HfArg
 from multisubject.generation.arguments import DataclassParser, IPAdapterArguments, check_device, parse_arguments
 from multisubject.generation.config_file import ConfigError
 from multisubject.generation.console import quiet_imports
-from multisubject.page.safety import LOOPBACK, MOST_BYTES, MOST_PIXELS, OwnPagesOnly
+from multisubject.page.safety import LOOPBACK, MOST_BYTES, MOST_PIXELS, OwnPagesOnly, SmallRequestsOnly
 from multisubject.tiny_world import EMBEDDED_BASE, EMBEDDED_BASE_XL
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -231,7 +231,7 @@ def launch(page: Any, args: PageArguments, users: list[tuple[str, str]] | None =
 
     page.queue(max_size=MOST_WAITING, default_concurrency_limit=4)
     return page.launch(
-        app_kwargs={"middleware": [Middleware(OwnPagesOnly, hosts=args.hosts())]},
+        app_kwargs={"middleware": [Middleware(OwnPagesOnly, hosts=args.hosts()), Middleware(SmallRequestsOnly)]},
         server_name=None if in_space() and args.is_local else args.host,  # a Space's own address is in the environment
         server_port=args.port,
         auth=users,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import queue
@@ -30,6 +29,7 @@ from multisubject.generation.tasks import GenerationTask, load_tasks
 from multisubject.layout import Region, as_layout, parse_layout
 from multisubject.page.document import Document, place_of
 from multisubject.page.entries import Settings, arguments_of, entry_of, other_pipeline
+from multisubject.unknown_names import did_you_mean
 from multisubject.visualization import attention_sheet
 
 # Previews may take this share of a run's time.
@@ -198,15 +198,15 @@ class Studio:
         problems = []
         for name in document.names():
             if name.casefold() not in known | learned:
-                close = difflib.get_close_matches(name, sources, 1)
-                remedy = f"did you mean <{close[0]}>?" if close else "add it under Subjects, or leave the brackets out."
+                otherwise = "add it under Subjects, or leave the brackets out."
+                remedy = did_you_mean(name, sources, otherwise, form="<{}>")
                 region = next((region["id"] for region in document.regions if region["subject"] == name), None)
                 problems.append(Problem(f"<{name}> is not among the subjects; {remedy}", region))
         for region in document.regions:
             for name in region["lora"] or ():
                 if name not in self.loras:
-                    offered = ", ".join(self.loras) or "none"
-                    problems.append(Problem(f"LoRA {name!r} is not there; expected one of: {offered}.", region["id"]))
+                    remedy = did_you_mean(name, self.loras, None if self.loras else "this page has none.")
+                    problems.append(Problem(f"LoRA {name!r} is not there; {remedy}", region["id"]))
         return problems
 
     def _unfit(self, document: Document, settings: Settings) -> list[Problem]:

@@ -334,3 +334,28 @@ def jobs(base: Any, library: Any, tmp_path: Path) -> Iterator[Any]:
     made = TrainingJobs(base, library, tmp_path / "trainings", on_cpu=True, options=FAST_TRAINING)
     yield made
     made.close()
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    """A Hub, and a client that talks to it alone, logged in as `user`, with an empty cache and little patience."""
+    import time
+    from types import SimpleNamespace
+
+    from hub_server import LoopbackHub
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _http
+
+    from multisubject import hub_client
+
+    with LoopbackHub({"hf_" + "t" * 34: "user", "hf_" + "g" * 34: "guest"}) as server:
+        monkeypatch.setenv("HF_TOKEN", server.token)
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(hub_client, "RETRY_WAIT_SECONDS", 0.01)
+        monkeypatch.setattr(_http, "time", SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None}))
+        yield server

@@ -13,6 +13,7 @@ import torch
 from conftest import write_ip_adapter
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import CLIPVisionConfig
 
 from multisubject.generate_images import main
 from multisubject.generation.adapters import LORA_FILE, read_ip_adapters, read_lora
@@ -320,6 +321,32 @@ def test_an_ip_adapter_of_another_base_or_none_is_refused(ip_adapter, xl_base_pa
         read("--ip_adapter", ip_adapter, other, base=base)
     both = read("--ip_adapter", ip_adapter, other, "--ip_adapter_image_encoder", "models/image_encoder", base=base)
     assert len(both.weights) == 2 and both.scales == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({}, r"of width 24, expected 16 for this .* the one that the adapter was made for"),
+        ({"proj.weight": (8, 1024)}, r"of width 24, expected 1024 .*, such as h94/IP-Adapter/models/image_encoder"),
+        (
+            {"proj.weight": (8, 1280)},
+            r"of width 24, expected 1280 .* as h94/IP-Adapter/sdxl_models/image_encoder",
+        ),
+        ({"proj_in.weight": (8, 1280)}, r"of width 32, expected 1280 .*, such as h94/IP-Adapter/models/image_encoder"),
+        ({"proj.0.weight": (1280, 1280), "proj.3.weight": (8, 1280)}, r"32, expected 1280 .* h94/IP-Adapter/models/im"),
+        ({"proj.0.weight": (1024, 512)}, r"of width 32, expected 512 .* \(FaceID\) reads embeddings of faces"),
+    ],
+)
+def test_an_image_encoder_of_another_width_is_told_with_a_fitting_one(ip_adapter, base, weights, message):
+    """Before the model loads."""
+    CLIPVisionConfig(hidden_size=32, num_attention_heads=2, projection_dim=24).save_pretrained("wide")
+    if weights:
+        held = {key: value for key, value in load_file(ip_adapter).items() if not key.startswith("image_proj.")}
+        save_file(held | {f"image_proj.{key}": torch.zeros(*shape) for key, shape in weights.items()}, ip_adapter)
+    flags = ("--ip_adapter", ip_adapter, "--ip_adapter_image_encoder", "wide")
+    where = f"^--ip_adapter: {ip_adapter}: the image encoder wide gives embeddings "
+    with pytest.raises(ConfigError, match=rf"{where}.*{message}"):
+        read(*flags, base=base)
 
 
 def test_an_ip_adapter_that_is_not_there_or_not_used_is_told(check, ip_adapter, capsys):

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import EMBED_DIM, EMBED_DIM_2
-from hub_server import LoopbackHub
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -29,7 +27,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import _http, are_progress_bars_disabled
+from huggingface_hub.utils import are_progress_bars_disabled
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save
@@ -78,22 +76,6 @@ def header_alone(text: str) -> bytes:
 
 def value_of(subjects: dict[str, ResidualEmbedding], name: str) -> float:
     return float(subjects[name].delta[0, 0])
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A Hub, and a client that talks to it alone, logged in as `user`, with an empty cache and little patience."""
-    with LoopbackHub({"hf_" + "t" * 34: "user", "hf_" + "g" * 34: "guest"}) as server:
-        monkeypatch.setenv("HF_TOKEN", server.token)
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(hub_client, "RETRY_WAIT_SECONDS", 0.01)
-        monkeypatch.setattr(_http, "time", SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None}))
-        yield server
 
 
 # --- push -------------------------------------------------------------------------------------------------------------

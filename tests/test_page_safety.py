@@ -2,11 +2,15 @@
 
 import asyncio
 import io
+from typing import Annotated
 
 import pytest
+from fastapi import Body, FastAPI
 from PIL import Image
+from starlette.middleware import Middleware
+from starlette.testclient import TestClient
 
-from multisubject.page.safety import MOST_BYTES, OwnPagesOnly, read_data_url, read_picture
+from multisubject.page.safety import MOST_BYTES, OwnPagesOnly, SmallRequestsOnly, read_data_url, read_picture
 from multisubject.pictures import data_url
 
 
@@ -59,6 +63,64 @@ def test_behind_a_password_any_host_is_answered_but_no_foreign_origin():
     assert ask(hosts=None, host="studio.example") == 200
     assert ask(hosts=None, host="studio.example", origin="https://studio.example") == 200
     assert ask(hosts=None, host="studio.example", origin="https://evil.example") == 403
+
+
+# --- how large a request may be --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def client():
+    """An application that reads JSON, behind a limit of 1000 bytes."""
+    app = FastAPI(middleware=[Middleware(SmallRequestsOnly, most=1000)])
+
+    @app.post("/gradio_api/call/check")
+    @app.post("/gradio_api/upload")
+    def check(sent: Annotated[list, Body()]):
+        return len(sent)
+
+    return TestClient(app, headers={"content-type": "application/json"})
+
+
+def chunks(size):
+    """A JSON list of so many bytes, piece by piece, whose size nobody knows."""
+    yield b"[0"
+    for _ in range(size - 3):
+        yield b" "
+    yield b"]"
+
+
+@pytest.mark.parametrize("form", [lambda parts: b"".join(parts), iter], ids=["with its size", "in chunks"])
+def test_a_request_that_is_too_large_is_refused(form, client):
+    url = "/gradio_api/call/check"
+    assert client.post(url, content=form(chunks(1000))).json() == 1
+    for content_type in ("application/json", "multipart/form-data; boundary=a", "text/plain"):
+        answer = client.post(url, content=form(chunks(1001)), headers={"content-type": content_type})
+        assert answer.status_code == 413
+        assert answer.text == "refused: this request has more than 1,000 bytes, the most. Send smaller pictures."
+    assert client.post("/gradio_api/upload", content=form(chunks(1001))).json() == 1  # has a limit of its own
+
+
+def test_a_request_that_is_too_large_is_not_read_to_its_end():
+    """Neither one that says its size, nor one that goes on and on."""
+    sent, asked = [], []
+
+    async def app(scope, receive, send):
+        while (await receive())["type"] == "http.request":
+            pass
+        await send({"type": "http.response.start", "status": 400, "headers": []})
+
+    async def receive():
+        asked.append(100)
+        return {"type": "http.request", "body": b" " * 100, "more_body": True}
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "path": "/", "headers": []}
+    asyncio.run(SmallRequestsOnly(app, 1000)(scope, receive, send))
+    assert len(asked) == 11 and [message.get("status") for message in sent] == [413, None]
+    asyncio.run(SmallRequestsOnly(app, 1000)(scope | {"headers": [(b"content-length", b"1001")]}, receive, send))
+    assert len(asked) == 11 and sent[2]["status"] == 413
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------

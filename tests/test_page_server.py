@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from http.client import HTTPConnection
 
 import gradio as gr
 import httpx
@@ -18,7 +19,7 @@ from gradio_client import Client
 from PIL import Image
 
 from multisubject.page import server
-from multisubject.page.safety import MOST_BYTES
+from multisubject.page.safety import MOST_BYTES, MOST_SENT
 from multisubject.pictures import data_url, png_bytes
 
 DOCUMENT = {
@@ -122,6 +123,17 @@ def test_large_uploads_are_refused(page_server):
         f"{page_server.url}/gradio_api/upload", files={"files": ("x.png", b"\0" * (MOST_BYTES + 1), "image/png")}
     )
     assert sent.status_code == 413
+
+
+@pytest.mark.parametrize("path", ["call/check", "run/review", "queue/join"])
+def test_large_requests_are_refused(path, page_server):
+    server = HTTPConnection(page_server.url.removeprefix("http://"))
+    server.putrequest("POST", f"/gradio_api/{path}")
+    server.putheader("Content-Length", str(MOST_SENT + 1))
+    server.endheaders(b"[]")
+    answer = server.getresponse()
+    assert answer.status == 413 and f"more than {MOST_SENT:,} bytes" in answer.read().decode()
+    server.close()
 
 
 def test_a_bomb_in_the_editor_is_not_unpacked(page_server):

@@ -12,6 +12,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.image_processor import IPAdapterMaskProcessor
 from diffusers.models.attention_processor import IPAdapterAttnProcessor
 from diffusers.models.embeddings import (
+    ImageProjection,
     IPAdapterFaceIDImageProjection,
     IPAdapterFaceIDPlusImageProjection,
     IPAdapterFullImageProjection,
@@ -255,7 +256,7 @@ def test_face_id_plus_is_told(tokenizer):
 # --- pictures, batches, pipelines ------------------------------------------------------------------------------------
 
 
-def with_encoder(pipe: Any) -> Any:
+def with_encoder(pipe: Any, width: int = WIDTH) -> Any:
     config = CLIPVisionConfig(
         hidden_size=16,
         intermediate_size=16,
@@ -263,7 +264,7 @@ def with_encoder(pipe: Any) -> Any:
         num_attention_heads=2,
         image_size=16,
         patch_size=8,
-        projection_dim=WIDTH,
+        projection_dim=width,
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -279,6 +280,33 @@ def test_pictures_are_encoded_as_diffusers_encodes_them(pipe):
     expected = sample(plain(pipe), ip_adapter_image=[[red, blue]], cross_attention_kwargs=masked)
     found = sample(pipe, layout=regions(dog=red, ball=np.asarray(blue)), guidance_steps=0)
     assert_equal_up_to_rounding(found, expected, RUN)
+
+
+@pytest.mark.parametrize(
+    ("layer", "width", "message"),
+    [
+        (None, 14, f"width 14, expected {WIDTH} for IP-Adapter 1: .* the `image_encoder_folder` that it was made for"),
+        (ImageProjection(1024, 32), WIDTH, "expected 1024 .* `image_encoder_folder` 'models/image_encoder' of h94/IP"),
+        (ImageProjection(1280, 32), WIDTH, "expected 1280 .* `image_encoder_folder` 'sdxl_models/image_encoder' of"),
+        (
+            IPAdapterPlusImageProjection(1280, 32, 16, depth=1, dim_head=8, heads=2, num_queries=3),
+            WIDTH,
+            "of width 16, expected 1280 .* `image_encoder_folder` 'models/image_encoder' of h94/IP-Adapter",
+        ),
+        (IPAdapterFaceIDImageProjection(512, 32), WIDTH, "expected 512 .* of another adapter, or write a face's"),
+    ],
+)
+def test_an_image_encoder_of_another_width_is_told_with_a_fitting_one(tokenizer, layer, width, message):
+    pipe = with_encoder(make_pipeline(make_components(tokenizer, "sd1")), width)
+    load_adapters(pipe, 2)
+    if layer is not None:
+        pipe.unet.encoder_hid_proj.image_projection_layers[1] = layer
+    layout = regions(dog={"1": Image.new("RGB", (16, 16), "red")})
+    with pytest.raises(ValueError, match=rf"^layout\[0\] \('dog'\): ip_adapter_image is a picture, .*{message}"):
+        sample(pipe, layout=layout)
+    other = embeddings(1, shape=(WIDTH + 1,))
+    with pytest.raises(ValueError, match=r"ip_adapter_image has embeddings of width 13, expected \d+ for IP-Adapter 1"):
+        sample(pipe, layout=regions(dog={"1": other}))
 
 
 def test_a_batch_of_layouts_gives_the_pictures_of_each_alone(pipe):

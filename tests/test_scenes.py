@@ -1,9 +1,14 @@
+import json
 import math
 import random
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from multisubject.base_models import native_size
+from multisubject.generation.base_model import BaseModel
 from multisubject.tiny_world import picture_size
 from multisubject.tiny_world.scenes import (
     CATEGORIES,
@@ -22,6 +27,7 @@ from multisubject.tiny_world.scenes import (
     random_scene,
     render,
 )
+from multisubject.training.models import Models
 
 RICH = World(image_size=128, categories=CATEGORIES, colours=tuple(COLOURS), patterns=PATTERNS, settings=SETTINGS)
 
@@ -146,6 +152,19 @@ def test_a_share_of_scenes_has_smaller_objects_and_up_to_six_find_room():
 def test_pictures_are_as_large_as_the_base_draws_them(base_path, base_128_path, xl_base_path):
     assert [picture_size(base) for base in (base_128_path, xl_base_path)] == [128, 32]
     assert World().image_size == picture_size(base_path)
+
+
+def test_a_base_that_is_not_square_has_one_size_wherever_it_is_asked_for(base_path, tmp_path):
+    """In the check of a config, in a training and in the drawn world; the latter two draw squares."""
+    folder = shutil.copytree(base_path, tmp_path / "base")
+    path = folder / "unet" / "config.json"
+    unet = json.loads(path.read_text()) | {"sample_size": [16, 24]}
+    path.write_text(json.dumps(unet))
+    vae = json.loads((folder / "vae" / "config.json").read_text())
+    scale = 2 ** (len(vae["block_out_channels"]) - 1)
+    assert native_size(unet, vae) == BaseModel.read(str(folder)).size == (16 * scale, 24 * scale)
+    models = SimpleNamespace(unet_config=unet, vae=SimpleNamespace(config=vae))
+    assert Models.native_resolution.fget(models) == picture_size(folder) == 16 * scale
 
 
 def test_a_folder_of_no_base_is_told(tmp_path):

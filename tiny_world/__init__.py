@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from multisubject.base_models import native_size
+
 EMBEDDED_BASE = Path(__file__).resolve().parent / "base"
 """Folder of the embedded base, in diffusers' format."""
 
@@ -33,4 +35,4 @@ def picture_size(base: str | Path) -> int:
             raise ValueError(
                 f"base {str(base)!r}: its {part}/config.json has no {key}; expected one, as diffusers saves."
             )
-    return int(configs["unet"]["sample_size"]) * 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
+    return min(native_size(configs["unet"], configs["vae"]))

@@ -26,7 +26,14 @@ from PIL import Image
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from multisubject.base_models import base_model_errors, fingerprint_text_encoder, tokenizer_of, unsuitable_channels
+from multisubject.base_models import (
+    base_model_errors,
+    fingerprint_text_encoder,
+    native_size,
+    pixels_per_latent,
+    tokenizer_of,
+    unsuitable_channels,
+)
 from multisubject.generation.console import quiet_loading
 from multisubject.pipeline_multisubject import MultiSubjectPipeline
 from multisubject.pipeline_multisubject_xl import MultiSubjectXLPipeline
@@ -127,12 +134,12 @@ class Models:
     @property
     def downscale(self) -> int:
         """Picture pixels per latent."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return pixels_per_latent(self.vae.config)
 
     @property
     def native_resolution(self) -> int:
-        """Picture size that the base was trained at."""
-        return int(self.unet_config["sample_size"] * self.downscale)
+        """Side in pixels of the square pictures that the base was trained at; of others, the shorter one."""
+        return min(native_size(self.unet_config, self.vae.config))
 
     @property
     def size_multiple(self) -> int:

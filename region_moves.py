@@ -28,6 +28,9 @@ FEWEST_STEPS = 10
 FINEST = 32 * 32
 """Queries of the finest layers that are looked at: they say where things are, finer ones what they are made of."""
 
+AT_ONCE = FINEST**2
+"""Numbers in a map of attention that a look holds at once: as many heads as that is, or one. SDXL has twenty."""
+
 # Fractions of the picture, chosen by measurement (docs/placement.md)
 MARGIN = 0.06  # around all regions; what lies farther out is background
 REACH = 0.24  # how far an edge may be from where it was asked for
@@ -72,13 +75,18 @@ class RegionLook:
         """
         if query.shape[2] != self.alike.shape[1]:
             return
+        heads, size_of_one = query.shape[1], query.shape[0] * query.shape[2] * key.shape[2]
+        at_once = max(1, AT_ONCE // size_of_one)
         with torch.autocast(query.device.type, enabled=False):
-            logits = scale * query.float() @ key.float().transpose(-1, -2)
-            attention = logits.softmax(dim=-1).mean(dim=1)  # [B, Q, K]
-            if tokens is None:
-                self.alike += attention
-            else:
-                self.words += (tokens.float() @ attention.transpose(1, 2)).unflatten(2, self.size)
+            for first in range(0, heads, at_once):
+                few = slice(first, first + at_once)
+                attention = scale * query[:, few].float() @ key[:, few].float().transpose(-1, -2)
+                attention = attention.softmax(dim=-1).sum(dim=1)  # [B, Q, K]
+                if tokens is None:
+                    self.alike.add_(attention, alpha=1 / heads)
+                else:
+                    seen = tokens.float() @ attention.transpose(1, 2)
+                    self.words.add_(seen.unflatten(2, self.size), alpha=1 / heads)
 
     def evidence(self, boxes: torch.Tensor) -> torch.Tensor:
         """`(B, R, h, w)`: about 1 on objects that fill the cores of boxes, about 0 on the background and in other

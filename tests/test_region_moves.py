@@ -13,6 +13,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     LMSDiscreteScheduler,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from multisubject.benchmarks.bases import DrawnBase
 from multisubject.benchmarks.placement import draw_tasks
@@ -43,6 +44,24 @@ def seeded(seed: int = 0) -> torch.Generator:
 def sample(pipe: Any, prompt: Any = PROMPT, **kwargs: Any) -> torch.Tensor:
     """Final latents of a run that is just long enough."""
     return pipe(prompt, **({"num_inference_steps": 10, "output_type": "latent", "generator": seeded()} | kwargs)).images
+
+
+class Watch(TorchDispatchMode):
+    """What torch does meanwhile.
+
+    Attributes:
+        largest: numbers in the largest tensor that an operation has returned.
+        reads: how often a number was read from a tensor, which on a GPU waits for it.
+    """
+
+    largest, reads = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.reads += func is torch.ops.aten._local_scalar_dense.default
+        if isinstance(result, torch.Tensor):
+            self.largest = max(self.largest, result.numel())
+        return result
 
 
 @pytest.fixture(params=["sd1", "xl"])
@@ -100,6 +119,26 @@ def test_a_look_adds_up_the_layers_of_its_size_alone():
     look.add(torch.randn(1, 2, 16, 8), torch.randn(1, 2, 16, 8), 0.5, None)
     assert torch.allclose(look.words[0, 0], expected, atol=1e-6)
     assert look.alike.abs().max() == 0
+
+
+@pytest.mark.parametrize("is_cross", [False, True])
+def test_a_look_at_a_large_layer_holds_one_head_at_once(is_cross):
+    """Of SDXL's shape."""
+    places, heads = 1024, 20
+    boxes = torch.tensor([[(0.1, 0.2, 0.4, 0.7)]])
+    query, key = (torch.randn(1, heads, places, 64, generator=seeded(n)) for n in (1, 2))
+    tokens = None
+    if is_cross:
+        key, tokens = key[:, :, :77], (torch.arange(77) == 5).view(1, 1, 77)
+    look = RegionLook(boxes, (32, 32))
+    with Watch() as watch:
+        look.add(query, key, 0.125, tokens)
+    assert watch.largest <= max(places**2, query.numel())
+    expected = (0.125 * query @ key.transpose(-1, -2)).softmax(-1).mean(1)
+    if is_cross:
+        assert torch.allclose(look.words[0, 0].flatten(), expected[0, :, 5], rtol=1e-4, atol=1e-7)
+    else:
+        assert torch.allclose(look.alike, expected, rtol=1e-4, atol=1e-7)
 
 
 # --- moving them -----------------------------------------------------------------------------------------------------

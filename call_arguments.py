@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .layout import is_whole
+from .move_times import EXPECTED, are_moves, check_moves
 
 if TYPE_CHECKING:
     from .subject_loader import EncoderSlot
@@ -130,16 +131,13 @@ def check_call(
     check_steps("guidance_steps", guidance_steps, "all steps")
     check_steps("recurrence_steps", recurrence_steps, "the guided steps")
     _check_count("recurrence", recurrence, "each step once")
-    if moves is not None and not (
-        isinstance(moves, (list, tuple))
-        and all(isinstance(at, (int, float)) and not isinstance(at, bool) and 0 <= at < 1 for at in moves)
-    ):
-        raise ValueError(
-            f"`moves` is {moves!r}, expected shares of the steps, from 0 to less than 1, such as (0.15, 0.3, 0.45);"
-            " or () to move nothing."
-        )
-    if asked["num_inference_steps"] is not None or (asked.get("timesteps") is None and asked.get("sigmas") is None):
+    own_steps = next((asked[name] for name in ("timesteps", "sigmas") if asked.get(name) is not None), None)
+    if asked["num_inference_steps"] is not None or own_steps is None:
         _check_count("num_inference_steps", asked["num_inference_steps"], "50 are usual")
+    if moves is not None:
+        if not are_moves(moves):
+            raise ValueError(f"`moves` is {moves!r}, expected {EXPECTED}.")
+        check_moves(moves, asked["num_inference_steps"] if own_steps is None else len(own_steps))
     _check_count("num_images_per_prompt", asked["num_images_per_prompt"], "one picture")
     check_prompts(asked, pipeline.encoder_slots)
     for name in ("ip_adapter_image", "ip_adapter_image_embeds"):

@@ -145,7 +145,7 @@ def _check(
             f"levels of noise that {base.name} was trained with."
         )
     ip_adapters = read_ip_adapters(adapters, base)
-    tasks, warnings = load_tasks(config, base, args.size(), ip_adapters)
+    tasks, warnings = load_tasks(config, base, args.size(), ip_adapters, args.num_inference_steps)
     if ip_adapters is not None and all(task.ip_adapters is None for task in tasks):
         warnings.append("--ip_adapter: no region of the config has an `ip_adapter_image`; it is not loaded.")
     for task in tasks:

@@ -195,8 +195,8 @@ def guides_all_self_attention(method: GuidanceMethod) -> GuidanceMethod:
 
 
 def moves_objects(*at: float) -> Callable[[GuidanceMethod], GuidanceMethod]:
-    """Decorator: when these shares of the steps lie behind, a pipeline moves objects into their regions; see
-    `region_moves.py`."""
+    """Decorator: a pipeline moves objects into their regions after the steps during which these shares of the steps lie
+    behind; see `move_times.py` and `region_moves.py`."""
 
     def declare(method: GuidanceMethod) -> GuidanceMethod:
         method.moves_objects = at  # type: ignore[attr-defined]

@@ -109,10 +109,12 @@ class MultiSubjectMixin(PromptEncoderMixin):
                 then of order 1); `callback_on_step_end` is called at every visit.
             recurrence_steps: None: as many as are guided. With several subjects, 20 steps of which the first five are
                 taken twice were better than 25 that are taken once (docs/placement.md).
-            moves: after which shares of the steps objects that show beside their regions are moved into them, without
-                further calls of the UNet (`region_moves.py`); `()`: never. Needs a scheduler as `recurrence` does, and
-                at least 10 steps. None: as the guidance method has it, `multisubject` after 0.15, 0.3 and 0.45, where
-                the scheduler can. A compiled UNet cannot be looked into: nothing moves.
+            moves: shares of the steps: after the step during which such a share lies behind, objects that show beside
+                their regions are moved into them, without further calls of the UNet (`region_moves.py`). 0.15 of 20
+                steps: after the fourth, during which three lie behind. `()`: never. Needs a scheduler as `recurrence`
+                does, at least 10 steps, and shares that end before the last one. None: as the guidance method has it,
+                `multisubject` at 0.15, 0.3 and 0.45, where scheduler and number of steps allow. A compiled UNet cannot
+                be looked into: nothing moves.
             output_attention_maps: also return where the subjects' tokens were attended to.
             negative_prompt: what not to show; loaded subjects as `<name>`, other words are plain words.
             prompt_embeds: `(batch, tokens, dim)` instead of the prompt's own embeddings, taken as they are: what
@@ -308,7 +310,7 @@ class MultiSubjectMixin(PromptEncoderMixin):
             yield embeds
 
     def _mover(self, regions: RegionConditioning | None, method: Any, at: Sequence[float] | None) -> RegionMover | None:
-        """What moves the regions' objects at the shares `at` of the steps, None for nothing.
+        """What moves the regions' objects at the shares `at` of the steps (`move_times.py`), None for nothing.
 
         Without `at` they are those of the guidance method, if the scheduler can.
         """

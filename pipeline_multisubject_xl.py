@@ -37,6 +37,7 @@ try:
     from .layout import __multisubject_version__ as _
     from .layout_images import __multisubject_version__ as _
     from .model_card import __multisubject_version__ as _
+    from .move_times import __multisubject_version__ as _
     from .multisubject_mixin import MultiSubjectMixin
     from .pictures import __multisubject_version__ as _
     from .placed_prompts import __multisubject_version__ as _
@@ -65,8 +66,8 @@ except ImportError as error:
 
 _SIBLINGS = (
     "attention_processors", "base_models", "call_arguments", "guidance_methods", "guidance_schedule", "hub_client",
-    "hub_utils", "layout", "layout_images", "model_card", "multisubject_mixin", "pictures", "placed_prompts",
-    "prompt_encoder", "recurrence", "region_attention", "region_conditioning", "region_contents",
+    "hub_utils", "layout", "layout_images", "model_card", "move_times", "multisubject_mixin", "pictures",
+    "placed_prompts", "prompt_encoder", "recurrence", "region_attention", "region_conditioning", "region_contents",
     "region_ip_adapters", "region_loras", "region_moves", "region_texts",
     "residual_embeddings", "saved_pipeline", "shared_models", "subject_file", "subject_loader", "subject_pickle",
     "unknown_names",

@@ -131,15 +131,17 @@ class RecurrentScheduler:
             else:
                 kept = self._scheduler.alphas_cumprod[timestep] / self._next_alpha(timestep)
                 sample = kept.sqrt() * sample + (1 - kept).sqrt() * noise
-        elif self._mover is not None and self._mover.looks_at(timestep):
-            if index is not None:
-                sigma = self._scheduler.sigmas[index + 1].to(sample.device)
-                levels = torch.ones_like(sigma), sigma
-            else:
-                alpha = self._next_alpha(timestep).to(sample.device)
-                levels = alpha.sqrt(), (1 - alpha).sqrt()
-            with torch.autocast(sample.device.type, enabled=False):
-                sample = self._mover.move(sample, rest[0], *levels, self._generator)
+        elif self._mover is not None:
+            if self._mover.looks_at(timestep):
+                if index is not None:
+                    sigma = self._scheduler.sigmas[index + 1].to(sample.device)
+                    levels = torch.ones_like(sigma), sigma
+                else:
+                    alpha = self._next_alpha(timestep).to(sample.device)
+                    levels = alpha.sqrt(), (1 - alpha).sqrt()
+                with torch.autocast(sample.device.type, enabled=False):
+                    sample = self._mover.move(sample, rest[0], *levels, self._generator)
+            self._mover.go_on()
         return (sample, *rest)
 
     def _next_alpha(self, timestep: Any) -> torch.Tensor:

@@ -19,14 +19,15 @@ import torch.nn.functional as F
 from diffusers.utils.torch_utils import randn_tensor
 
 from .guidance_methods import RegionMaps
+from .move_times import steps_of_moves
 
 __multisubject_version__ = "0.1.0"
 
-FEWEST_STEPS = 10
-"""Shorter runs are left alone: an object that was moved needs some steps to settle."""
-
 FINEST = 32 * 32
 """Queries of the finest layers that are looked at: they say where things are, finer ones what they are made of."""
+
+AT_ONCE = FINEST**2
+"""Numbers in a map of attention that a look holds at once: as many heads as that is, or one. SDXL has twenty."""
 
 # Fractions of the picture, chosen by measurement (docs/placement.md)
 MARGIN = 0.06  # around all regions; what lies farther out is background
@@ -72,13 +73,18 @@ class RegionLook:
         """
         if query.shape[2] != self.alike.shape[1]:
             return
+        heads, size_of_one = query.shape[1], query.shape[0] * query.shape[2] * key.shape[2]
+        at_once = max(1, AT_ONCE // size_of_one)
         with torch.autocast(query.device.type, enabled=False):
-            logits = scale * query.float() @ key.float().transpose(-1, -2)
-            attention = logits.softmax(dim=-1).mean(dim=1)  # [B, Q, K]
-            if tokens is None:
-                self.alike += attention
-            else:
-                self.words += (tokens.float() @ attention.transpose(1, 2)).unflatten(2, self.size)
+            for first in range(0, heads, at_once):
+                few = slice(first, first + at_once)
+                attention = scale * query[:, few].float() @ key[:, few].float().transpose(-1, -2)
+                attention = attention.softmax(dim=-1).sum(dim=1)  # [B, Q, K]
+                if tokens is None:
+                    self.alike.add_(attention, alpha=1 / heads)
+                else:
+                    seen = tokens.float() @ attention.transpose(1, 2)
+                    self.words.add_(seen.unflatten(2, self.size), alpha=1 / heads)
 
     def evidence(self, boxes: torch.Tensor) -> torch.Tensor:
         """`(B, R, h, w)`: about 1 on objects that fill the cores of boxes, about 0 on the background and in other
@@ -129,24 +135,40 @@ class RegionMover:
     Args:
         masks: `(B, R, H, W)`, as in `RegionConditioning`.
         background: `(B, R)` bool, regions that are no object's, or None.
-        at: what is seen when these shares of the run's steps lie behind is moved after that step.
+        at: what is seen during the steps at these shares of the run (`move_times.py`) is moved after them.
     """
 
     def __init__(self, masks: torch.Tensor, background: torch.Tensor | None, at: Sequence[float]):
         masks = masks if background is None else masks * ~background[..., None, None]
         self.boxes, self.at = boxes_around(masks), at
-        self.timesteps: set[float] = set()
+        self.timesteps: Sequence[float] = ()
+        self.steps: set[int] = set()
+        self.step: int | None = None
         self.seen: RegionLook | None = None
 
     def start(self, timesteps: Sequence[float]) -> None:
-        """A run begins, which takes these timesteps."""
-        steps = {int(share * len(timesteps) + 1e-6) for share in self.at} - {len(timesteps) - 1}  # no noise after that
-        self.timesteps = {float(timesteps[step]) for step in steps if len(timesteps) >= FEWEST_STEPS}
-        self.seen = None
+        """A run begins, which takes these timesteps or, as image-to-image does, the last ones of them."""
+        self.timesteps, self.steps = timesteps, steps_of_moves(self.at, len(timesteps))
+        self.step = self.seen = None
 
     def looks_at(self, timestep: Any) -> bool:
-        """Whether what is seen in the step at this timestep is moved."""
-        return bool(self.timesteps) and float(timestep) in self.timesteps
+        """Whether what is seen in the step that the run is at is moved.
+
+        Args:
+            timestep: of this step. The first one says where the run begins, the others are not read: that would wait
+                for the device.
+        """
+        if not self.steps:
+            return False
+        if self.step is None:
+            first = float(timestep)
+            self.step = min(range(len(self.timesteps)), key=lambda step: abs(self.timesteps[step] - first))
+        return self.step in self.steps
+
+    def go_on(self) -> None:
+        """The step that the run is at has been taken for the last time."""
+        if self.step is not None:
+            self.step += 1
 
     def look(self, maps: Sequence[RegionMaps], sizes: Sequence[tuple[int, int]]) -> RegionLook:
         """Before a call of the UNet that is looked at: what collects it.

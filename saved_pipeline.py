@@ -36,6 +36,7 @@ PIPELINE_SIBLINGS = (
     "layout",
     "layout_images",
     "model_card",
+    "move_times",
     "multisubject_mixin",
     "pictures",
     "placed_prompts",

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from multisubject import move_times
 from multisubject.unknown_names import did_you_mean
 
 MOST_SEED = 2**62  # torch takes 2 ** 63 - 1; the pictures of an entry count on from its seed
@@ -43,8 +44,9 @@ class GenerationConfig:
         guidance_method: a name of `guidance_methods.GUIDANCE_METHODS`.
         recurrence: how often each of the first `recurrence_steps` steps is taken.
         recurrence_steps: how many these are; left out: the guided ones.
-        moves: after which shares of the steps objects are moved into their regions; none: never; left out: the guidance
-            method's own.
+        moves: shares of the steps: after the step during which such a share lies behind, objects are moved into their
+            regions (0.15 of 20 steps: after the fourth, during which three lie behind); `[]`: never; left out: the
+            guidance method's own.
         negative_prompt: instead of the command line's.
         seed: instead of the command line's.
     """
@@ -129,10 +131,7 @@ _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "guidance_method": (_is_text, 'a name such as "multisubject"'),
     "recurrence": (lambda value: _is_count(value, 1), "a whole number from 1 (each step once)"),
     "recurrence_steps": (lambda value: _is_count(value, 0), "a whole number from 0"),
-    "moves": (
-        lambda value: isinstance(value, list) and all(_is_number(at) and 0 <= at < 1 for at in value),
-        "shares of the steps, from 0 to less than 1, such as [0.15, 0.3, 0.45], or [] to move nothing",
-    ),
+    "moves": (move_times.are_moves, move_times.EXPECTED),
     "negative_prompt": (lambda value: isinstance(value, str), "text"),
     "seed": (lambda value: _is_count(value, 0) and value <= MOST_SEED, f"a whole number from 0 to {MOST_SEED}"),
 }

@@ -22,6 +22,7 @@ from multisubject.generation.places import (
 from multisubject.generation.prompts import check_names, mark_subjects, read_subject
 from multisubject.guidance_methods import GUIDANCE_METHODS, resolve_guidance_method
 from multisubject.layout import Region, parse_layout
+from multisubject.move_times import check_moves
 from multisubject.placed_prompts import PlacedPrompt, check_served, find_places, read_words
 from multisubject.region_ip_adapters import pictures_by_adapter
 from multisubject.region_texts import negative_texts, words_texts
@@ -118,7 +119,11 @@ class GenerationTask:
 
 
 def load_tasks(
-    config: ConfigFile, base: BaseModel, size: tuple[int, int] | None = None, ip_adapters: IPAdapters | None = None
+    config: ConfigFile,
+    base: BaseModel,
+    size: tuple[int, int] | None = None,
+    ip_adapters: IPAdapters | None = None,
+    num_steps: int | None = None,
 ) -> tuple[list[GenerationTask], list[str]]:
     """Check all that a generation config names, and make its entries ready to run.
 
@@ -127,6 +132,7 @@ def load_tasks(
         base: the model that it will run on.
         size: `(height, width)` of the pictures; default: the base's.
         ip_adapters: for the reference pictures of regions.
+        num_steps: of the runs, for what depends on it; None: that is not checked.
 
     Returns:
         One task per entry, and warnings about things that do not matter for the pictures.
@@ -136,7 +142,7 @@ def load_tasks(
     """
     report = replace(config.report, problems=[*config.report.problems], warnings=[*config.report.warnings])
     tasks = [
-        _plan(entry, index, report, base, size or base.size, ip_adapters)
+        _plan(entry, index, report, base, size or base.size, ip_adapters, num_steps)
         for index, entry in enumerate(config.entries)
         if entry is not None
     ]
@@ -151,6 +157,7 @@ def _plan(
     base: BaseModel,
     size: tuple[int, int],
     ip_adapters: IPAdapters | None,
+    num_steps: int | None,
 ) -> GenerationTask:
     """Everything about an entry that needs the files it names and the tokenizer."""
     problems = len(report.problems)
@@ -159,6 +166,9 @@ def _plan(
             resolve_guidance_method(config.guidance_method)
     layout, color_context, texts = None, config.color_context, list[str]()
     if config.layout is not None and config.guidance_steps != 0:
+        if config.moves is not None and num_steps is not None:
+            with report.collect(index, "moves"):
+                check_moves(config.moves, num_steps)
         with report.collect(index, "layout"):
             layout = resolve_paths(config.layout, report.path)
             texts = texts_of_regions(layout)

@@ -320,6 +320,9 @@ def test_one_report_names_every_problem_with_its_place(base, workshop, tmp_path)
         ({"weight_negative": 1.0}, "at most 0"),
         ({"recurrence": 0}, "whole number from 1"),
         ({"recurrence_steps": -1}, "whole number from 0"),
+        ({"moves": 0.3}, r"moves: expected shares of the steps, from 0 to less than 1, such as .*, got 0.3"),
+        ({"moves": [True]}, "expected shares of the steps"),
+        ({"moves": [1]}, "expected shares of the steps"),
         ({"seed": -1}, "whole number from 0"),
         ({"seed": 2**63}, "whole number from 0"),
         ({"guidance_weight": 1e300}, "expected a number"),
@@ -899,6 +902,21 @@ def test_more_steps_than_the_base_has_levels_of_noise_are_refused_before_the_mod
         main([*flags, "--num_inference_steps", "1001"])
     assert exit_info.value.code == 2
     assert "--num_inference_steps is 1001; expected at most 1000, the levels" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_moves_that_would_do_nothing_are_refused_before_the_model_loads(check, tmp_path, capsys, monkeypatch):
+    check(changed(moves=[0.3]), changed(moves=[], seed=2), num_steps=10)
+    check(changed(moves=[0.99], guidance_steps=0), num_steps=10)  # the layout is not followed
+    with pytest.raises(ConfigError, match=r":\d+: entry 1, moves: .*0.99 is during the last of 10 steps"):
+        check(changed(moves=[0.3, 0.99]), num_steps=10)
+    monkeypatch.setattr(making, "load_pipeline", None)
+    (tmp_path / "config.json").write_text(json.dumps([changed(moves=[0.3])], indent=2))
+    flags = ["--generation_config", str(tmp_path / "config.json"), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as exit_info:
+        main([*flags, "--num_inference_steps", "9"])
+    assert exit_info.value.code == 2
+    assert "entry 1, moves: `moves` is [0.3], but the run has 9 steps, expected at least 10" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -13,11 +13,13 @@ from diffusers import (
     EulerDiscreteScheduler,
     LMSDiscreteScheduler,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from multisubject.benchmarks.bases import DrawnBase
 from multisubject.benchmarks.placement import draw_tasks
 from multisubject.benchmarks.placement_scores import score_picture
 from multisubject.guidance_methods import multisubject, uses_own_words
+from multisubject.move_times import check_moves, steps_of_moves
 from multisubject.recurrence import RecurrentScheduler
 from multisubject.region_moves import (
     RegionLook,
@@ -43,6 +45,24 @@ def seeded(seed: int = 0) -> torch.Generator:
 def sample(pipe: Any, prompt: Any = PROMPT, **kwargs: Any) -> torch.Tensor:
     """Final latents of a run that is just long enough."""
     return pipe(prompt, **({"num_inference_steps": 10, "output_type": "latent", "generator": seeded()} | kwargs)).images
+
+
+class Watch(TorchDispatchMode):
+    """What torch does meanwhile.
+
+    Attributes:
+        largest: numbers in the largest tensor that an operation has returned.
+        reads: how often a number was read from a tensor, which on a GPU waits for it.
+    """
+
+    largest, reads = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.reads += func is torch.ops.aten._local_scalar_dense.default
+        if isinstance(result, torch.Tensor):
+            self.largest = max(self.largest, result.numel())
+        return result
 
 
 @pytest.fixture(params=["sd1", "xl"])
@@ -100,6 +120,26 @@ def test_a_look_adds_up_the_layers_of_its_size_alone():
     look.add(torch.randn(1, 2, 16, 8), torch.randn(1, 2, 16, 8), 0.5, None)
     assert torch.allclose(look.words[0, 0], expected, atol=1e-6)
     assert look.alike.abs().max() == 0
+
+
+@pytest.mark.parametrize("is_cross", [False, True])
+def test_a_look_at_a_large_layer_holds_one_head_at_once(is_cross):
+    """Of SDXL's shape."""
+    places, heads = 1024, 20
+    boxes = torch.tensor([[(0.1, 0.2, 0.4, 0.7)]])
+    query, key = (torch.randn(1, heads, places, 64, generator=seeded(n)) for n in (1, 2))
+    tokens = None
+    if is_cross:
+        key, tokens = key[:, :, :77], (torch.arange(77) == 5).view(1, 1, 77)
+    look = RegionLook(boxes, (32, 32))
+    with Watch() as watch:
+        look.add(query, key, 0.125, tokens)
+    assert watch.largest <= max(places**2, query.numel())
+    expected = (0.125 * query @ key.transpose(-1, -2)).softmax(-1).mean(1)
+    if is_cross:
+        assert torch.allclose(look.words[0, 0].flatten(), expected[0, :, 5], rtol=1e-4, atol=1e-7)
+    else:
+        assert torch.allclose(look.alike, expected, rtol=1e-4, atol=1e-7)
 
 
 # --- moving them -----------------------------------------------------------------------------------------------------
@@ -229,6 +269,9 @@ class Seen:
     def looks_at(self, timestep):
         return float(timestep) == float(self.timesteps[3])
 
+    def go_on(self):
+        pass
+
     def move(self, sample, predicted, signal, level, generator):
         self.moves.append((sample - signal * predicted) / level)
         return sample
@@ -260,6 +303,75 @@ def test_a_mover_is_told_how_much_noise_the_sample_holds(kind, recurrence):
     assert float(noise.mean()) == pytest.approx(0, abs=0.1)
 
 
+# --- when ------------------------------------------------------------------------------------------------------------
+
+
+def test_moves_are_after_the_steps_during_which_their_shares_lie_behind():
+    assert steps_of_moves((0.15, 0.3, 0.45), 20) == {3, 6, 9}  # three, six and nine lie behind
+    assert steps_of_moves((0.15,), 25) == {3}
+    assert steps_of_moves((0, 0.89, 0.9, 0.99), 10) == {0, 8}
+    assert steps_of_moves((0.15,), 9) == set()
+    for moves, num_steps in (((), 1), ((0.15, 0.89), 10)):
+        check_moves(moves, num_steps)
+
+
+class Unread:
+    """A timestep that is not to be read from its device."""
+
+    def __float__(self):
+        raise AssertionError("read")
+
+
+def test_a_mover_reads_one_timestep_of_a_run():
+    mover = RegionMover(torch.zeros(1, 1, 4, 4), None, (0.3, 0.5))
+    for begin in (0, 4):
+        mover.start([float(900 - 100 * step) for step in range(10)])
+        looked = []
+        for step in range(begin, 10):
+            timestep = torch.tensor(900 - 100 * step) if step == begin else Unread()
+            looked += [step] if mover.looks_at(timestep) else []
+            assert mover.looks_at(Unread()) == (step in looked)  # at a second visit, and after the step
+            mover.go_on()
+        assert looked == [step for step in (3, 5) if step >= begin]
+
+
+@pytest.mark.parametrize("recurrence, begin", [(1, 0), (3, 0), (1, 5)])
+@pytest.mark.parametrize("kind", [DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, LMSDiscreteScheduler])
+def test_steps_are_counted_at_their_last_visit_and_from_where_a_run_begins(kind, recurrence, begin):
+    class Recorder(RegionMover):
+        def move(self, sample, *_):
+            moved.append(last)
+            return sample
+
+    moved, looked = [], []
+    mover = Recorder(torch.zeros(1, 1, 4, 4), None, (0.3, 0.7))
+    scheduler = RecurrentScheduler(kind(), recurrence, 4, seeded(), mover)
+    for _ in range(2):  # runs
+        moved.clear(), looked.clear()
+        scheduler.set_timesteps(10)
+        plain = scheduler._scheduler.timesteps.tolist()
+        timesteps = scheduler.timesteps[begin:]
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(begin)
+        x = torch.randn(1, 4, 8, 8, generator=seeded(1))
+        for timestep in timesteps:
+            last = plain.index(float(timestep))
+            looked += [last] if mover.looks_at(timestep) else []
+            x = scheduler.step(x, timestep, scheduler.scale_model_input(x, timestep))[0]
+        assert moved == [step for step in (3, 7) if step >= begin]
+        assert looked == [step for step in (3,) * recurrence + (7,) if step >= begin]
+
+
+def test_moves_read_no_timestep_at_every_step(sd1_pipe):
+    sd1_pipe.scheduler = EulerDiscreteScheduler.from_config(sd1_pipe.scheduler.config)
+    reads = []
+    for moves in ((), (0.5,)):
+        with Watch() as watch:
+            sample(sd1_pipe, layout=LAYOUT, moves=moves, num_inference_steps=12)
+        reads.append(watch.reads)
+    assert reads[1] - reads[0] < 12
+
+
 # --- in a pipeline ---------------------------------------------------------------------------------------------------
 
 
@@ -279,9 +391,36 @@ def test_moves_change_the_picture_with_no_further_call_and_leave_the_unet_as_it_
 
 @pytest.mark.parametrize("arguments", [{}, {"layout": {}}, {"layout": LAYOUT, "num_inference_steps": 9},
                                        {"layout": LAYOUT, "guidance_steps": 1}])  # fmt: skip
-def test_nothing_moves_without_a_layout_in_short_runs_and_unguided_steps(pipe, arguments):
+def test_nothing_moves_without_a_layout_in_short_runs_and_unguided_steps(pipe, arguments, recwarn, caplog):
     expected = sample(pipe, **arguments, moves=())
-    assert torch.equal(sample(pipe, **arguments, moves=(0.2, 0.99)), expected)
+    recwarn.clear(), caplog.clear()
+    assert torch.equal(sample(pipe, **arguments), expected)
+    assert not recwarn.list and not caplog.records  # nobody has asked for it
+    if "num_inference_steps" not in arguments:
+        assert torch.equal(sample(pipe, **arguments, moves=(0.2,)), expected)
+
+
+@pytest.mark.parametrize(
+    "moves, arguments, named",
+    [
+        (
+            (0.2, 0.99),
+            {},
+            r"`moves` is \[0.2, 0.99\], but 0.99 is during the last of 10 steps, .* less than 0.9\.",
+        ),
+        ((0.9,), {}, r"0.9 is during the last of 10 steps"),
+        (
+            (0.2,),
+            {"num_inference_steps": 9},
+            r"`moves` is \[0.2\], but the run has 9 steps, expected at least 10.*\[\]",
+        ),
+        ((0.2,), {"timesteps": [900, 500, 100]}, r"the run has 3 steps, expected at least 10"),
+    ],
+)
+def test_moves_that_would_do_nothing_raise_before_anything_is_computed(sd1_pipe, moves, arguments, named):
+    with Watch() as watch, pytest.raises(ValueError, match=named):
+        sample(sd1_pipe, layout=LAYOUT, moves=moves, **arguments)
+    assert watch.largest == 0
 
 
 def test_schedulers_that_build_on_former_steps_move_nothing_unless_asked(sd1_pipe):

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .layout import is_whole
-from .move_times import EXPECTED, are_moves, check_moves
+from .move_times import EXPECTED, are_moves
+from .region_ip_adapters import adapter_layers, check_encoder_width, reads_patches
 
 if TYPE_CHECKING:
     from .subject_loader import EncoderSlot
@@ -131,13 +132,11 @@ def check_call(
     check_steps("guidance_steps", guidance_steps, "all steps")
     check_steps("recurrence_steps", recurrence_steps, "the guided steps")
     _check_count("recurrence", recurrence, "each step once")
-    own_steps = next((asked[name] for name in ("timesteps", "sigmas") if asked.get(name) is not None), None)
-    if asked["num_inference_steps"] is not None or own_steps is None:
+    has_own_steps = any(asked.get(name) is not None for name in ("timesteps", "sigmas"))
+    if asked["num_inference_steps"] is not None or not has_own_steps:
         _check_count("num_inference_steps", asked["num_inference_steps"], "50 are usual")
-    if moves is not None:
-        if not are_moves(moves):
-            raise ValueError(f"`moves` is {moves!r}, expected {EXPECTED}.")
-        check_moves(moves, asked["num_inference_steps"] if own_steps is None else len(own_steps))
+    if moves is not None and not are_moves(moves):
+        raise ValueError(f"`moves` is {moves!r}, expected {EXPECTED}.")
     _check_count("num_images_per_prompt", asked["num_images_per_prompt"], "one picture")
     check_prompts(asked, pipeline.encoder_slots)
     for name in ("ip_adapter_image", "ip_adapter_image_embeds"):
@@ -150,6 +149,11 @@ def check_call(
                 "`ip_adapter_image` needs an image encoder, and none is loaded: call `pipe.load_ip_adapter(…)` with"
                 " `image_encoder_folder`, or pass `ip_adapter_image_embeds`."
             )
+    if asked.get("ip_adapter_image") is not None:
+        encoder = pipeline.image_encoder.config
+        for adapter, layer in enumerate(adapter_layers(pipeline.unet) or ()):
+            width = encoder.hidden_size if reads_patches(layer) else encoder.projection_dim
+            check_encoder_width("`ip_adapter_image`", width, adapter, layer)
     _check_attention_arguments(asked["cross_attention_kwargs"], pipeline.unet)
 
 

@@ -38,7 +38,7 @@ def steps_of_moves(moves: Sequence[float], num_steps: int) -> set[int]:
 
 
 def check_moves(moves: Sequence[float], num_steps: int) -> None:
-    """Raise `ValueError` for shares that somebody asks for and that would move nothing in a run of so many steps."""
+    """Raise `ValueError` where somebody asks for shares in a run of too few steps, or for one during its last step."""
     if moves and num_steps < FEWEST_STEPS:
         raise ValueError(
             f"`moves` is {[*moves]}, but the run has {num_steps} steps, expected at least {FEWEST_STEPS}: what is moved"
@@ -53,4 +53,4 @@ def check_moves(moves: Sequence[float], num_steps: int) -> None:
 
 
 def _step(share: float, num_steps: int) -> int:
-    return int(share * num_steps + 1e-6)  # 0.15 * 20 is a little less than 3, or more
+    return min(int(share * num_steps + 1e-6), num_steps - 1)  # 0.15 * 20 is a little less than 3, or more

@@ -111,7 +111,7 @@ class MultiSubjectMixin(PromptEncoderMixin):
                 taken twice were better than 25 that are taken once (docs/placement.md).
             moves: shares of the steps: after the step during which such a share lies behind, objects that show beside
                 their regions are moved into them, without further calls of the UNet (`region_moves.py`). 0.15 of 20
-                steps: after the fourth, during which three lie behind. `()`: never. Needs a scheduler as `recurrence`
+                steps: after the fourth, during which three lie behind. `[]`: never. Needs a scheduler as `recurrence`
                 does, at least 10 steps, and shares that end before the last one. None: as the guidance method has it,
                 `multisubject` at 0.15, 0.3 and 0.45, where scheduler and number of steps allow. A compiled UNet cannot
                 be looked into: nothing moves.
@@ -168,7 +168,7 @@ class MultiSubjectMixin(PromptEncoderMixin):
             if output_attention_maps:
                 recorded = [recorded_tokens(of_prompt) for of_prompt in placed]
                 recorder = make_recorder(recorded, num_tokens, num_images, conditioning, guidance_function)
-            mover = self._mover(conditioning, guidance_function, moves)
+            mover = None if method is None else self._mover(conditioning, method, moves)
 
             # 4. Encode the prompts with their subjects, denoise and decode
             guidance = region_attention(
@@ -314,10 +314,11 @@ class MultiSubjectMixin(PromptEncoderMixin):
 
         Without `at` they are those of the guidance method, if the scheduler can.
         """
+        is_asked = at is not None
         if at is None:
             scheduler = self.scheduler  # type: ignore[attr-defined]
             at = () if builds_on_former_steps(scheduler) else getattr(method, "moves_objects", ())
-        return RegionMover(regions.masks, regions.background, at) if regions is not None and at else None
+        return RegionMover(regions.masks, regions.background, at, is_asked) if regions is not None and at else None
 
     def _held_by(
         self,

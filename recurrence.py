@@ -84,7 +84,7 @@ class RecurrentScheduler:
             raise ValueError(
                 f"{asked}, but {type(scheduler).__name__} cannot {cannot}: it builds on its former steps. Use"
                 " DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, EulerAncestralDiscreteScheduler or"
-                f" LMSDiscreteScheduler, or {'recurrence=1' if mover is None else 'moves=()'}."
+                f" LMSDiscreteScheduler, or {'recurrence=1' if mover is None else 'give [] to move nothing'}."
             )
         self._mover = mover
         self._scheduler, self._recurrence, self._steps, self._generator = scheduler, recurrence, steps, generator
@@ -110,7 +110,7 @@ class RecurrentScheduler:
         self._num_revisits = repeated * self._recurrence
         self._calls = 0
         if self._mover is not None:
-            self._mover.start(timesteps.tolist())
+            self._mover.start(len(timesteps))
 
     def _step(
         self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, **kwargs: Any
@@ -132,7 +132,7 @@ class RecurrentScheduler:
                 kept = self._scheduler.alphas_cumprod[timestep] / self._next_alpha(timestep)
                 sample = kept.sqrt() * sample + (1 - kept).sqrt() * noise
         elif self._mover is not None:
-            if self._mover.looks_at(timestep):
+            if self._mover.looks_at():
                 if index is not None:
                     sigma = self._scheduler.sigmas[index + 1].to(sample.device)
                     levels = torch.ones_like(sigma), sigma

@@ -436,15 +436,13 @@ class _RegionHook:
             None if negatives is None or len(sample) == batch else negatives.embeds.flatten(1, 2).to(device),
             recorder=self.recorder,
             pictures=pictures,
-            look=self._look(timestep, of_shape.maps, sizes),
+            look=self._look(of_shape.maps, sizes),
             kept_keys=self.kept_keys,
             frames=of_shape.frames,
         )
 
-    def _look(
-        self, timestep: torch.Tensor, maps: Mapping[int, RegionMaps], sizes: Mapping[int, tuple[int, int]]
-    ) -> RegionLook | None:
-        if self.mover is None or not self.mover.looks_at(timestep):
+    def _look(self, maps: Mapping[int, RegionMaps], sizes: Mapping[int, tuple[int, int]]) -> RegionLook | None:
+        if self.mover is None or not self.mover.looks_at():
             return None
         return self.mover.look([*maps.values()], [*sizes.values()])
 

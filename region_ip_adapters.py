@@ -14,7 +14,11 @@ import torch
 import torch.nn.functional as F
 from diffusers.image_processor import IPAdapterMaskProcessor
 from diffusers.models.attention_processor import Attention, IPAdapterAttnProcessor2_0
-from diffusers.models.embeddings import ImageProjection, IPAdapterFaceIDImageProjection
+from diffusers.models.embeddings import (
+    ImageProjection,
+    IPAdapterFaceIDImageProjection,
+    IPAdapterFaceIDPlusImageProjection,
+)
 from torch import nn
 
 __multisubject_version__ = "0.1.0"
@@ -147,6 +151,37 @@ def released_encoder(width: int, of_patches: bool) -> str | None:
     return _RELEASED_ENCODERS.get((width, of_patches))
 
 
+def reads_patches(layer: nn.Module) -> bool:
+    """Whether an IP-Adapter's layer projects an embedding per patch of a picture, rather than one per picture."""
+    return not isinstance(layer, ImageProjection)
+
+
+def check_encoder_width(where: str, width: int, adapter: int, layer: nn.Module) -> None:
+    """Raise `ValueError` for an image encoder of another width than an IP-Adapter takes.
+
+    Args:
+        where: what to call the picture in messages.
+        width: of the encoder's embeddings: per patch if the layer `reads_patches`, else per picture.
+        adapter: its number.
+        layer: it projects them.
+    """
+    wanted = picture_width(layer)
+    if width == wanted:
+        return
+    remedy = "call `pipe.register_modules(image_encoder=…)` with the image encoder that it was made for"
+    if folder := released_encoder(wanted, reads_patches(layer)):
+        remedy = (
+            "for one of h94/IP-Adapter call `pipe.unload_ip_adapter()`, then `pipe.load_ip_adapter(…)` with the"
+            f" `image_encoder_folder` {folder!r}; for another one {remedy}"
+        )
+    if isinstance(layer, (IPAdapterFaceIDImageProjection, IPAdapterFaceIDPlusImageProjection)):
+        remedy = "write a face's embeddings, or load another IP-Adapter"
+    raise ValueError(
+        f"{where} is a picture, and the image encoder gives embeddings of width {width}, expected {wanted} for"
+        f" IP-Adapter {adapter}: {remedy}."
+    )
+
+
 def encode_pictures(
     pipeline: Any, images: Sequence[Sequence[Any]], places: Sequence[Sequence[str]], device: torch.device
 ) -> Pictures:
@@ -233,18 +268,8 @@ def _encode(
                 f"{where} is a picture, which needs an image encoder, and none is loaded: call"
                 " `pipe.load_ip_adapter(…)` with `image_encoder_folder`, or write embeddings (a tensor) there."
             )
-        of_patches = not isinstance(layer, ImageProjection)
-        positive, negative = pipeline.encode_image(picture, device, 1, of_patches)
-        if positive.shape[-1] != width:
-            folder = released_encoder(width, of_patches)
-            remedy = f"{folder!r} of h94/IP-Adapter" if folder else "that it was made for"
-            if isinstance(layer, IPAdapterFaceIDImageProjection):
-                remedy = "of another adapter, or write a face's embeddings (a tensor) there: this one reads those"
-            raise ValueError(
-                f"{where} is a picture, and the image encoder gives embeddings of width {positive.shape[-1]}, expected"
-                f" {width} for IP-Adapter {adapter}: call `pipe.unload_ip_adapter()`, then `pipe.load_ip_adapter(…)`"
-                f" with the `image_encoder_folder` {remedy}."
-            )
+        positive, negative = pipeline.encode_image(picture, device, 1, reads_patches(layer))
+        check_encoder_width(where, positive.shape[-1], adapter, layer)
         encoded.append((negative[None], positive[None]))
     return encoded
 

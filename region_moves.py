@@ -12,14 +12,13 @@ Boxes are `(xmin, ymin, xmax, ymax)` in fractions of the image; B images have up
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.utils.torch_utils import randn_tensor
 
 from .guidance_methods import RegionMaps
-from .move_times import steps_of_moves
+from .move_times import check_moves, steps_of_moves
 
 __multisubject_version__ = "0.1.0"
 
@@ -27,7 +26,8 @@ FINEST = 32 * 32
 """Queries of the finest layers that are looked at: they say where things are, finer ones what they are made of."""
 
 AT_ONCE = FINEST**2
-"""Numbers in a map of attention that a look holds at once: as many heads as that is, or one. SDXL has twenty."""
+"""Numbers in a map of attention of one picture that a look holds at once: as many heads as that is, or one. SDXL has
+twenty."""
 
 # Fractions of the picture, chosen by measurement (docs/placement.md)
 MARGIN = 0.06  # around all regions; what lies farther out is background
@@ -136,39 +136,31 @@ class RegionMover:
         masks: `(B, R, H, W)`, as in `RegionConditioning`.
         background: `(B, R)` bool, regions that are no object's, or None.
         at: what is seen during the steps at these shares of the run (`move_times.py`) is moved after them.
+        is_asked: whether somebody asks for these shares: ones that would move nothing are then refused.
     """
 
-    def __init__(self, masks: torch.Tensor, background: torch.Tensor | None, at: Sequence[float]):
+    def __init__(
+        self, masks: torch.Tensor, background: torch.Tensor | None, at: Sequence[float], is_asked: bool = False
+    ):
         masks = masks if background is None else masks * ~background[..., None, None]
-        self.boxes, self.at = boxes_around(masks), at
-        self.timesteps: Sequence[float] = ()
+        self.boxes, self.at, self.is_asked = boxes_around(masks), at, is_asked
         self.steps: set[int] = set()
-        self.step: int | None = None
+        self.step = 0
         self.seen: RegionLook | None = None
 
-    def start(self, timesteps: Sequence[float]) -> None:
-        """A run begins, which takes these timesteps or, as image-to-image does, the last ones of them."""
-        self.timesteps, self.steps = timesteps, steps_of_moves(self.at, len(timesteps))
-        self.step = self.seen = None
+    def start(self, num_steps: int) -> None:
+        """A run of so many steps begins. Raises `ValueError` as `check_moves`."""
+        if self.is_asked:
+            check_moves(self.at, num_steps)
+        self.steps, self.step, self.seen = steps_of_moves(self.at, num_steps), 0, None
 
-    def looks_at(self, timestep: Any) -> bool:
-        """Whether what is seen in the step that the run is at is moved.
-
-        Args:
-            timestep: of this step. The first one says where the run begins, the others are not read: that would wait
-                for the device.
-        """
-        if not self.steps:
-            return False
-        if self.step is None:
-            first = float(timestep)
-            self.step = min(range(len(self.timesteps)), key=lambda step: abs(self.timesteps[step] - first))
+    def looks_at(self) -> bool:
+        """Whether what is seen in the step that the run is at is moved."""
         return self.step in self.steps
 
     def go_on(self) -> None:
         """The step that the run is at has been taken for the last time."""
-        if self.step is not None:
-            self.step += 1
+        self.step += 1
 
     def look(self, maps: Sequence[RegionMaps], sizes: Sequence[tuple[int, int]]) -> RegionLook:
         """Before a call of the UNet that is looked at: what collects it.

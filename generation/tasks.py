@@ -22,7 +22,7 @@ from multisubject.generation.places import (
 from multisubject.generation.prompts import check_names, mark_subjects, read_subject
 from multisubject.guidance_methods import GUIDANCE_METHODS, resolve_guidance_method
 from multisubject.layout import Region, parse_layout
-from multisubject.move_times import check_moves
+from multisubject.move_times import FEWEST_STEPS, check_moves
 from multisubject.placed_prompts import PlacedPrompt, check_served, find_places, read_words
 from multisubject.region_ip_adapters import pictures_by_adapter
 from multisubject.region_texts import negative_texts, words_texts
@@ -49,7 +49,7 @@ class GenerationTask:
     """An entry that has been checked and made ready to run.
 
     Args:
-        config: the entry as it stands in the file.
+        config: the entry as it stands in the file, without `moves` where the run is too short for any.
         prompt: what the pipeline gets: every personal subject marked as `<name>`.
         subjects: name -> personal subject.
         layout: the entry's layout with its paths found; None without layout guidance.
@@ -166,7 +166,10 @@ def _plan(
             resolve_guidance_method(config.guidance_method)
     layout, color_context, texts = None, config.color_context, list[str]()
     if config.layout is not None and config.guidance_steps != 0:
-        if config.moves is not None and num_steps is not None:
+        if config.moves and num_steps is not None and num_steps < FEWEST_STEPS:
+            report.warn(f"nothing is moved in {num_steps} steps, that takes at least {FEWEST_STEPS}.", index, "moves")
+            config = replace(config, moves=[])
+        elif config.moves and num_steps is not None:
             with report.collect(index, "moves"):
                 check_moves(config.moves, num_steps)
         with report.collect(index, "layout"):

@@ -50,7 +50,7 @@ def pytest_configure() -> None:
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    """A test draws the same random weights and noise whatever ran before it."""
+    """A test's own random weights and noise are the same whatever ran before it. (Wider fixtures come before.)"""
     torch.manual_seed(0)
 
 

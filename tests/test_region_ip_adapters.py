@@ -285,15 +285,27 @@ def test_pictures_are_encoded_as_diffusers_encodes_them(pipe):
 @pytest.mark.parametrize(
     ("layer", "width", "message"),
     [
-        (None, 14, f"width 14, expected {WIDTH} for IP-Adapter 1: .* the `image_encoder_folder` that it was made for"),
-        (ImageProjection(1024, 32), WIDTH, "expected 1024 .* `image_encoder_folder` 'models/image_encoder' of h94/IP"),
-        (ImageProjection(1280, 32), WIDTH, "expected 1280 .* `image_encoder_folder` 'sdxl_models/image_encoder' of"),
+        (
+            None,
+            14,
+            f"width 14, expected {WIDTH} for IP-Adapter 1: call `pipe.register_modules.image_encoder=….` with the",
+        ),
+        (
+            ImageProjection(1024, 32),
+            WIDTH,
+            "expected 1024 .* for one of h94/IP-Adapter .* 'models/image_encoder'; for another one call",
+        ),
+        (ImageProjection(1280, 32), WIDTH, "expected 1280 .* `image_encoder_folder` 'sdxl_models/image_encoder'"),
         (
             IPAdapterPlusImageProjection(1280, 32, 16, depth=1, dim_head=8, heads=2, num_queries=3),
             WIDTH,
-            "of width 16, expected 1280 .* `image_encoder_folder` 'models/image_encoder' of h94/IP-Adapter",
+            "of width 16, expected 1280 .* `image_encoder_folder` 'models/image_encoder'",
         ),
-        (IPAdapterFaceIDImageProjection(512, 32), WIDTH, "expected 512 .* of another adapter, or write a face's"),
+        (
+            IPAdapterFaceIDImageProjection(512, 32),
+            WIDTH,
+            "IP-Adapter 1: write a face's embeddings, or load another IP-Adapter.$",
+        ),
     ],
 )
 def test_an_image_encoder_of_another_width_is_told_with_a_fitting_one(tokenizer, layer, width, message):
@@ -304,6 +316,11 @@ def test_an_image_encoder_of_another_width_is_told_with_a_fitting_one(tokenizer,
     layout = regions(dog={"1": Image.new("RGB", (16, 16), "red")})
     with pytest.raises(ValueError, match=rf"^layout\[0\] \('dog'\): ip_adapter_image is a picture, .*{message}"):
         sample(pipe, layout=layout)
+    picture = Image.new("RGB", (16, 16), "red")
+    if layer is None:
+        message = message.replace("IP-Adapter 1", "IP-Adapter 0")
+    with pytest.raises(ValueError, match=rf"^`ip_adapter_image` is a picture, .*{message}"):
+        sample(pipe, ip_adapter_image=[picture, picture])
     other = embeddings(1, shape=(WIDTH + 1,))
     with pytest.raises(ValueError, match=r"ip_adapter_image has embeddings of width 13, expected \d+ for IP-Adapter 1"):
         sample(pipe, layout=regions(dog={"1": other}))

@@ -52,14 +52,12 @@ class Watch(TorchDispatchMode):
 
     Attributes:
         largest: numbers in the largest tensor that an operation has returned.
-        reads: how often a number was read from a tensor, which on a GPU waits for it.
     """
 
-    largest, reads = 0, 0
+    largest = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        self.reads += func is torch.ops.aten._local_scalar_dense.default
         if isinstance(result, torch.Tensor):
             self.largest = max(self.largest, result.numel())
         return result
@@ -263,14 +261,14 @@ class Seen:
 
     at = (0.3,)
 
-    def start(self, timesteps):
-        self.timesteps, self.moves = timesteps, []
+    def start(self, num_steps):
+        self.num_steps, self.step, self.moves = num_steps, 0, []
 
-    def looks_at(self, timestep):
-        return float(timestep) == float(self.timesteps[3])
+    def looks_at(self):
+        return self.step == 3
 
     def go_on(self):
-        pass
+        self.step += 1
 
     def move(self, sample, predicted, signal, level, generator):
         self.moves.append((sample - signal * predicted) / level)
@@ -297,7 +295,7 @@ def test_a_mover_is_told_how_much_noise_the_sample_holds(kind, recurrence):
         if hasattr(scheduler, "sigmas"):
             signal, level = 1, scheduler.sigmas[scheduler.step_index]
         x = scheduler.step((x - signal * picture) / level, timestep, x, **more)[0]
-    assert len(mover.timesteps) == 10
+    assert mover.num_steps == 10
     (noise,) = mover.moves
     assert float(noise.std()) == pytest.approx(1, abs=0.05)
     assert float(noise.mean()) == pytest.approx(0, abs=0.1)
@@ -311,33 +309,16 @@ def test_moves_are_after_the_steps_during_which_their_shares_lie_behind():
     assert steps_of_moves((0.15,), 25) == {3}
     assert steps_of_moves((0, 0.89, 0.9, 0.99), 10) == {0, 8}
     assert steps_of_moves((0.15,), 9) == set()
+    assert steps_of_moves((0.9999999999,), 20) == set()  # of a last step, none after it
+    with pytest.raises(ValueError, match="during the last of 20 steps"):
+        check_moves((0.9999999999,), 20)
     for moves, num_steps in (((), 1), ((0.15, 0.89), 10)):
         check_moves(moves, num_steps)
 
 
-class Unread:
-    """A timestep that is not to be read from its device."""
-
-    def __float__(self):
-        raise AssertionError("read")
-
-
-def test_a_mover_reads_one_timestep_of_a_run():
-    mover = RegionMover(torch.zeros(1, 1, 4, 4), None, (0.3, 0.5))
-    for begin in (0, 4):
-        mover.start([float(900 - 100 * step) for step in range(10)])
-        looked = []
-        for step in range(begin, 10):
-            timestep = torch.tensor(900 - 100 * step) if step == begin else Unread()
-            looked += [step] if mover.looks_at(timestep) else []
-            assert mover.looks_at(Unread()) == (step in looked)  # at a second visit, and after the step
-            mover.go_on()
-        assert looked == [step for step in (3, 5) if step >= begin]
-
-
-@pytest.mark.parametrize("recurrence, begin", [(1, 0), (3, 0), (1, 5)])
+@pytest.mark.parametrize("recurrence", [1, 3])
 @pytest.mark.parametrize("kind", [DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, LMSDiscreteScheduler])
-def test_steps_are_counted_at_their_last_visit_and_from_where_a_run_begins(kind, recurrence, begin):
+def test_steps_are_counted_at_their_last_visit(kind, recurrence):
     class Recorder(RegionMover):
         def move(self, sample, *_):
             moved.append(last)
@@ -350,26 +331,13 @@ def test_steps_are_counted_at_their_last_visit_and_from_where_a_run_begins(kind,
         moved.clear(), looked.clear()
         scheduler.set_timesteps(10)
         plain = scheduler._scheduler.timesteps.tolist()
-        timesteps = scheduler.timesteps[begin:]
-        if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(begin)
         x = torch.randn(1, 4, 8, 8, generator=seeded(1))
-        for timestep in timesteps:
+        for timestep in scheduler.timesteps:
             last = plain.index(float(timestep))
-            looked += [last] if mover.looks_at(timestep) else []
+            looked += [last] if mover.looks_at() else []
             x = scheduler.step(x, timestep, scheduler.scale_model_input(x, timestep))[0]
-        assert moved == [step for step in (3, 7) if step >= begin]
-        assert looked == [step for step in (3,) * recurrence + (7,) if step >= begin]
-
-
-def test_moves_read_no_timestep_at_every_step(sd1_pipe):
-    sd1_pipe.scheduler = EulerDiscreteScheduler.from_config(sd1_pipe.scheduler.config)
-    reads = []
-    for moves in ((), (0.5,)):
-        with Watch() as watch:
-            sample(sd1_pipe, layout=LAYOUT, moves=moves, num_inference_steps=12)
-        reads.append(watch.reads)
-    assert reads[1] - reads[0] < 12
+        assert moved == [3, 7]
+        assert looked == [3] * recurrence + [7]
 
 
 # --- in a pipeline ---------------------------------------------------------------------------------------------------
@@ -395,9 +363,29 @@ def test_nothing_moves_without_a_layout_in_short_runs_and_unguided_steps(pipe, a
     expected = sample(pipe, **arguments, moves=())
     recwarn.clear(), caplog.clear()
     assert torch.equal(sample(pipe, **arguments), expected)
-    assert not recwarn.list and not caplog.records  # nobody has asked for it
+    said = [str(warning.message) for warning in recwarn.list] + [record.getMessage() for record in caplog.records]
+    assert not [text for text in said if "moves" in text]  # nobody has asked for it
     if "num_inference_steps" not in arguments:
         assert torch.equal(sample(pipe, **arguments, moves=(0.2,)), expected)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"layout": LAYOUT, "guidance_steps": 0}])
+def test_moves_are_not_compared_with_the_steps_where_no_layout_is_followed(sd1_pipe, arguments):
+    sample(sd1_pipe, **arguments, moves=(0.15, 0.99), num_inference_steps=3)
+    sd1_pipe.scheduler = DPMSolverMultistepScheduler.from_config(sd1_pipe.scheduler.config)
+    sample(sd1_pipe, **arguments, moves=(0.15,))
+
+
+def test_a_scheduler_says_how_many_steps_there_are_of_given_sigmas(sd1_pipe):
+    """Euler takes one fewer."""
+    sd1_pipe.scheduler = EulerDiscreteScheduler.from_config(sd1_pipe.scheduler.config)
+    sigmas = [14.0, 10, 7, 5, 4, 3, 2, 1.5, 1, 0.5, 0]
+    moved = sample(sd1_pipe, layout=LAYOUT, moves=(0.89,), sigmas=sigmas)
+    assert not torch.equal(moved, sample(sd1_pipe, layout=LAYOUT, moves=(), sigmas=sigmas))
+    with pytest.raises(ValueError, match=r"0.9 is during the last of 10 steps"):
+        sample(sd1_pipe, layout=LAYOUT, moves=(0.9,), sigmas=sigmas)
+    with pytest.raises(ValueError, match="the run has 9 steps"):
+        sample(sd1_pipe, layout=LAYOUT, moves=(0.2,), sigmas=sigmas[1:])
 
 
 @pytest.mark.parametrize(
@@ -417,17 +405,21 @@ def test_nothing_moves_without_a_layout_in_short_runs_and_unguided_steps(pipe, a
         ((0.2,), {"timesteps": [900, 500, 100]}, r"the run has 3 steps, expected at least 10"),
     ],
 )
-def test_moves_that_would_do_nothing_raise_before_anything_is_computed(sd1_pipe, moves, arguments, named):
-    with Watch() as watch, pytest.raises(ValueError, match=named):
+def test_moves_that_would_do_nothing_raise_before_the_first_step(sd1_pipe, moves, arguments, named):
+    scheduler = sd1_pipe.scheduler = EulerDiscreteScheduler.from_config(sd1_pipe.scheduler.config)
+    calls = []
+    hook = sd1_pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    with pytest.raises(ValueError, match=named):
         sample(sd1_pipe, layout=LAYOUT, moves=moves, **arguments)
-    assert watch.largest == 0
+    hook.remove()
+    assert not calls and sd1_pipe.scheduler is scheduler
 
 
 def test_schedulers_that_build_on_former_steps_move_nothing_unless_asked(sd1_pipe):
     sd1_pipe.scheduler = DPMSolverMultistepScheduler.from_config(sd1_pipe.scheduler.config)
     assert torch.equal(sample(sd1_pipe, layout=LAYOUT), sample(sd1_pipe, layout=LAYOUT, moves=()))
     with pytest.raises(
-        ValueError, match=r"`moves` is \[0.3\], but DPMSolverMultistepScheduler cannot .* or moves=\(\)"
+        ValueError, match=r"`moves` is \[0.3\], but DPMSolverMultistepScheduler cannot .* give \[\] to move"
     ):
         sample(sd1_pipe, layout=LAYOUT, moves=[0.3])
     sd1_pipe.scheduler = LMSDiscreteScheduler.from_config(sd1_pipe.scheduler.config)

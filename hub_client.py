@@ -101,7 +101,7 @@ def parse_hub_source(source: str, revision: str | None = None) -> HubSource:
 
     Raises:
         FileNotFoundError: it is no Hub id (nor a file, or it would not have come here).
-        ValueError: `revision` and `source` contradict.
+        ValueError: `revision` and `source` contradict, or a file stands behind the revision.
     """
     match = _HUB_SOURCE.fullmatch(source)
     parts = (match["path"] or "").split("/") if match else []
@@ -109,6 +109,8 @@ def parse_hub_source(source: str, revision: str | None = None) -> HubSource:
         raise FileNotFoundError(
             f"source={source!r}: no such file or folder, and a Hub id has the form user/repo[/path][@revision]."
         )
+    if (match["revision"] or "").endswith(".safetensors"):
+        raise ValueError(f"source={source!r}: @revision stands at the end, as in user/repo/file.safetensors@main.")
     if revision is not None and match["revision"] not in (None, revision):
         raise ValueError(f"revision={revision!r} contradicts source={source!r}. Give the revision once.")
     return HubSource(match["repo"], match["path"] or "", revision or match["revision"])

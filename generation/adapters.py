@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from multisubject.generation.base_model import BaseModel, files_version
 from multisubject.generation.config_file import ConfigError, GenerationConfig
 from multisubject.generation.places import find_source
 from multisubject.hub_client import parse_hub_source
+from multisubject.layout import is_whole
 from multisubject.region_ip_adapters import released_encoder
 from multisubject.unknown_names import did_you_mean
 
@@ -169,7 +171,7 @@ def _encoder_beside(source: str) -> str:
 
 
 def _check_image_encoder(weights: Weights, encoder: str, config: Path) -> None:
-    """Raise `ValueError` for an image encoder of another width than an IP-Adapter takes."""
+    """Raise `ValueError` for an image encoder of another width than an IP-Adapter takes, or what is none."""
     shapes = _read_shapes(weights.source, weights.path)
     # As diffusers tells them apart: a plain one, full face, FaceID (whose embeddings are of faces), Plus
     kinds = {"proj.weight": False, "proj.3.weight": True, "proj.0.weight": True, "proj_in.weight": True}
@@ -177,8 +179,7 @@ def _check_image_encoder(weights: Weights, encoder: str, config: Path) -> None:
     if key is None or "image_proj.perceiver_resampler.proj_in.weight" in shapes:
         return  # another one, of which diffusers has more to say
     wanted, of_patches = shapes[f"image_proj.{'proj.0.weight' if key == 'proj.3.weight' else key}"][1], kinds[key]
-    vision = CLIPVisionConfig.from_pretrained(config.parent)
-    width = vision.hidden_size if of_patches else vision.projection_dim
+    width = _width_of_encoder(encoder, config, "hidden_size" if of_patches else "projection_dim")
     if width != wanted:
         folder = released_encoder(wanted, of_patches)
         remedy = f"such as h94/IP-Adapter/{folder}" if folder else "the one that the adapter was made for"
@@ -188,6 +189,25 @@ def _check_image_encoder(weights: Weights, encoder: str, config: Path) -> None:
             f"{weights.source}: the image encoder {encoder} gives embeddings of width {width}, expected {wanted} for"
             f" this IP-Adapter. Name another one with --ip_adapter_image_encoder, {remedy}."
         )
+
+
+def _width_of_encoder(encoder: str, config: Path, key: str) -> int:
+    """A width in the `config.json` of a CLIP image encoder, or of a whole CLIP. Raises `ValueError` for any other."""
+    try:
+        read = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError:
+        read = None
+    kind = read.get("model_type") if isinstance(read, dict) else None
+    if kind == "clip":
+        vision = read.get("vision_config")  # what it does not say is as in any CLIP
+        read = CLIPVisionConfig().to_dict() | (vision if isinstance(vision, dict) else {})
+    width: Any = read.get(key) if kind in ("clip", "clip_vision_model") else None
+    if not is_whole(width, at_least=1):
+        raise ValueError(
+            f"{encoder}: this is no CLIP image encoder; expected a config.json with the model_type 'clip_vision_model'"
+            f" and a whole number as {key}."
+        )
+    return width
 
 
 def _read_ip_adapter(source: str, base: BaseModel) -> Weights:

@@ -21,9 +21,8 @@ MOST_PIXELS = 2**24
 """Of a picture that the browser sends: 4096 x 4096."""
 
 MOST_SENT = 256 * 2**20
-"""Bytes of a request, of those that are no upload: a training's 30 photos as text in JSON."""
+"""Bytes of a request: a training's photos as text in JSON, or an upload, whose fields Gradio keeps in memory."""
 
-_UPLOAD = "/gradio_api/upload"  # where Gradio writes files to the disk as they come, each up to `MOST_BYTES`
 _FORMATS = ("PNG", "JPEG", "WEBP")
 _PREFIXES = tuple(f"data:image/{kind.lower()};base64," for kind in _FORMATS)
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -114,11 +113,11 @@ class OwnPagesOnly:
 
 
 class SmallRequestsOnly:
-    """Answers requests of a bounded size: whoever parses JSON holds all of it in memory.
+    """Answers requests of a bounded size: whoever parses JSON or a form holds all of it in memory.
 
     Args:
         app: the ASGI application.
-        most: bytes of a request's body. Uploads have a limit of their own.
+        most: bytes of a request's body.
     """
 
     def __init__(self, app: Callable[..., Awaitable[None]], most: int = MOST_SENT):
@@ -126,7 +125,7 @@ class SmallRequestsOnly:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Serve one request, or refuse it with status 413: by the size that it names, else once more has come."""
-        if scope["type"] != "http" or scope["path"] == _UPLOAD:
+        if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         come, is_answered, is_refused = 0, False, False
@@ -135,8 +134,8 @@ class SmallRequestsOnly:
             nonlocal is_refused
             is_refused = True
             if not is_answered:
-                problem = f"refused: this request has more than {self.most:,} bytes, the most. Send smaller pictures."
-                await _refuse(send, 413, problem)
+                most = f"{self.most:,} bytes, the most"
+                await _refuse(send, 413, f"refused: this request has more than {most}. Send smaller or fewer pictures.")
 
         async def counted() -> _Message:
             nonlocal come
@@ -155,8 +154,8 @@ class SmallRequestsOnly:
                 is_answered = True
                 await send(message)
 
-        sizes = [int(value) for name, value in scope["headers"] if name == b"content-length" and value.isdigit()]
-        if sizes and max(sizes) > self.most:
+        sizes = [value for name, value in scope["headers"] if name == b"content-length" and value.isdigit()]
+        if any(len(size) > 20 or int(size) > self.most for size in sizes):  # Python reads no number of 4300 digits
             await refuse()
             return
         await self.app(scope, counted, answer)

@@ -86,10 +86,14 @@ class Service:
         return bool(stops)
 
     def code_of(self, job: Job) -> dict[str, str]:
-        """As `code`."""
+        """As `code`. Raises `Refused` where a file that is loaded has gone."""
         asked, sources, base = (job.document, job.settings), self.library.sources(), self.studio.base
+        try:
+            python = as_python(*asked, sources, base, self.studio.loras, job.task.ip_adapters)
+        except (ValueError, OSError) as error:
+            raise Refused([Problem(str(error))]) from None
         return {
-            "python": as_python(*asked, sources, base, self.studio.loras, job.task.ip_adapters),
+            "python": python,
             "config": as_config(*asked, sources, self.studio.loras),
             "command": as_command(*asked, base, job.task.ip_adapters),
         }
@@ -123,8 +127,7 @@ class Service:
     def code(self, document: dict, settings: dict) -> dict:
         """The document as lines of Python, as a generation config, and the command for the latter."""
         with told(Refused):
-            job = self.job(document, settings)
-        return self.code_of(job)
+            return self.code_of(self.job(document, settings))
 
     def subjects(self) -> list[dict]:
         """The subjects that documents may name."""

@@ -201,7 +201,7 @@ class Studio:
                 otherwise = "add it under Subjects, or leave the brackets out."
                 remedy = did_you_mean(name, sources, otherwise, form="<{}>")
                 region = next((region["id"] for region in document.regions if region["subject"] == name), None)
-                problems.append(Problem(f"<{name}> is not among the subjects; {remedy}", region))
+                problems.append(Problem(f"{f'<{name}>'!r} is not among the subjects; {remedy}", region))
         for region in document.regions:
             for name in region["lora"] or ():
                 if name not in self.loras:

@@ -349,6 +349,36 @@ def test_an_image_encoder_of_another_width_is_told_with_a_fitting_one(ip_adapter
         read(*flags, base=base)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        "[]",
+        '"a"',
+        "{}",
+        "{",
+        '{"model_type": "clip_text_model", "projection_dim": 16}',
+        '{"model_type": "clip_vision_model", "hidden_size": 16}',
+        '{"model_type": "clip_vision_model", "projection_dim": null}',
+        '{"model_type": "clip_vision_model", "projection_dim": "x"}',
+        '{"model_type": "clip_vision_model", "projection_dim": [16]}',
+        '{"model_type": "clip", "vision_config": {"projection_dim": [3]}}',
+    ],
+)
+def test_what_is_no_image_encoder_is_told_in_one_line(ip_adapter, base, config):
+    Path("wide").mkdir(exist_ok=True)
+    Path("wide", "config.json").write_text(config)
+    with pytest.raises(ConfigError, match=r"wide: this is no CLIP image encoder; .* number as projection_dim.$"):
+        read("--ip_adapter", ip_adapter, "--ip_adapter_image_encoder", "wide", base=base)
+
+
+@pytest.mark.parametrize(("vision", "width"), [({}, 512), (None, 512), ({"projection_dim": 24}, 24)])
+def test_the_image_encoder_of_a_whole_clip_is_read(ip_adapter, base, vision, width):
+    Path("wide").mkdir(exist_ok=True)
+    Path("wide", "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": vision}))
+    with pytest.raises(ConfigError, match=rf"gives embeddings of width {width}, expected 16"):
+        read("--ip_adapter", ip_adapter, "--ip_adapter_image_encoder", "wide", base=base)
+
+
 def test_an_ip_adapter_that_is_not_there_or_not_used_is_told(check, ip_adapter, capsys):
     check(layout=LAYOUT[:1])
     with pytest.raises(SystemExit):

@@ -490,6 +490,13 @@ def test_what_is_no_hub_source_is_refused(source):
         parse_hub_source(source)
 
 
+def test_a_file_behind_the_revision_is_refused():
+    with pytest.raises(
+        ValueError, match=r"'user/repo@main/x.safetensors': @revision stands at the end, as in user/repo/"
+    ):
+        parse_hub_source("user/repo@main/x.safetensors")
+
+
 def test_two_revisions_contradict():
     with pytest.raises(ValueError, match=r"revision='v2' contradicts source='user/repo@v1'"):
         load_subject("user/repo@v1", revision="v2")

@@ -175,7 +175,7 @@ def test_what_is_wrong_is_said_in_its_place_before_a_run(page):
     says(page, "not in the prompt")
     assert page.locator("#results .thumbnail-item").count() == 0
     page.fill(".prompt", "a photo of <petrucci> and <nobody> and <majesty>")
-    page.locator(".problems").get_by_text("<nobody> is not among the subjects").wait_for()
+    page.locator(".problems").get_by_text("'<nobody>' is not among the subjects").wait_for()
 
 
 def test_words_are_text_and_never_markup(page):

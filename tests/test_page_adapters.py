@@ -7,6 +7,7 @@ import shlex
 import threading
 from pathlib import Path
 
+import gradio as gr
 import numpy as np
 import pytest
 import torch
@@ -131,6 +132,18 @@ def test_copied_python_of_an_xl_base(start, studio_xl, tmp_path, monkeypatch):
     with contextlib.redirect_stderr(io.StringIO()):
         exec(compile(code, "page.py", "exec"), {})
     assert np.array_equal(pixels(made.path), pixels("picture.png"))
+
+
+def test_a_file_that_has_gone_since_is_told(service, adapters):
+    file, asked = Path(adapters[0]), (document(), QUICK)
+    kept = file.rename(file.with_suffix(".kept"))
+    try:
+        with pytest.raises(Refused, match=f"{file.name}' does not exist"):
+            service.code_of(service.job(*asked))
+        with pytest.raises(gr.Error, match=f"{file.name}' does not exist"):
+            service.code(*asked)
+    finally:
+        kept.rename(file)
 
 
 def test_a_document_without_reference_pictures_is_drawn_as_without_an_ip_adapter(service, page_server):

@@ -263,7 +263,7 @@ def test_the_client_does_all_that_the_page_does(page_server):
     assert json.loads(code["config"])[0]["prompt"] == DOCUMENT["prompt"] and "pipe(" in code["python"]
     (picture,) = client.predict(DOCUMENT, QUICK, api_name="/generate")["pictures"]
     assert np.array_equal(pixels(picture["image"]), pixels(generate(page_server)[0]["image"]))
-    with pytest.raises(Exception, match="<nobody> is not among the subjects"):
+    with pytest.raises(Exception, match="'<nobody>' is not among the subjects"):
         client.predict({"prompt": "a <nobody>"}, QUICK, api_name="/generate")
 
 

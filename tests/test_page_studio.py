@@ -193,8 +193,13 @@ def test_two_tabs_get_their_own_pictures(studio):
     ("changes", "settings", "message", "region"),
     [
         ({"prompt": ""}, {}, "Write a prompt", None),
-        ({"prompt": "a photo of <petruci> and <majesty>"}, {}, "did you mean '<petrucci>'?", None),
-        ({"regions": [{"id": "x", "subject": "rex", "shape": {"box": LEFT}}]}, {}, "<rex> is not among", "x"),
+        (
+            {"prompt": "a photo of <petruci> and <majesty>"},
+            {},
+            "'<petruci>' is not among the subjects; did you mean '<petrucci>'?",
+            None,
+        ),
+        ({"regions": [{"id": "x", "subject": "rex", "shape": {"box": LEFT}}]}, {}, "'<rex>' is not among", "x"),
         ({"regions": [{"id": "x", "phrase": "red ball", "shape": {"box": LEFT}}]}, {}, "not in the prompt", "x"),
         ({"regions": [{"id": "x", "subject": "petrucci"}]}, {}, "Region 1 ('petrucci') needs exactly one of", "x"),
         ({"regions": [{"id": "x", "subject": "petrucci", "shape": {"box": LEFT}, "weight": -1}]}, {}, "weight", "x"),

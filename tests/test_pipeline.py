@@ -807,7 +807,7 @@ def test_recurrence_visits_each_of_the_first_steps_twice(pipe, scheduler_class, 
 def test_recurrence_returns_to_the_noise_level_of_the_step(pipe, scheduler_class):
     """A perfect denoiser of a black picture: before each visit the sample is noise of exactly the step's level."""
     inner = scheduler_class.from_config(pipe.scheduler.config, prediction_type="sample")
-    scheduler = RecurrentScheduler(inner, recurrence=3, steps=None, generator=seeded())
+    scheduler = RecurrentScheduler(inner, recurrence=3, steps=None, generator=seeded(2))
     scheduler.set_timesteps(5)
     levels = (1 - inner.alphas_cumprod[scheduler.timesteps.long()]).sqrt()
     x = torch.randn(1, 1, 200, 200, generator=seeded(1))

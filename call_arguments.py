@@ -152,8 +152,9 @@ def check_call(
     if asked.get("ip_adapter_image") is not None:
         encoder = pipeline.image_encoder.config
         for adapter, layer in enumerate(adapter_layers(pipeline.unet) or ()):
-            width = encoder.hidden_size if reads_patches(layer) else encoder.projection_dim
-            check_encoder_width("`ip_adapter_image`", width, adapter, layer)
+            width = getattr(encoder, "hidden_size" if reads_patches(layer) else "projection_dim", None)
+            if width is not None:
+                check_encoder_width("`ip_adapter_image`", width, adapter, layer)
     _check_attention_arguments(asked["cross_attention_kwargs"], pipeline.unet)
 
 

@@ -246,6 +246,18 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def overview(results: dict[str, Any]) -> str:
+    """Markdown: the share of whole pictures that succeed, a row per method and a column per cell."""
+    cells, compared = results["cells"], headline(all_pictures(results))
+    lines = [f"| {TITLES[compared]} | " + " | ".join(cells) + " |", "|---" * (1 + len(cells)) + "|"]
+    for method in (RENDERED, *METHODS):
+        found = [cells[cell].get(method, {"pictures": []})["pictures"] for cell in cells]
+        if any(found):
+            shares = (f"{whole(rows, compared).mean():.0%}" if rows else "–" for rows in found)
+            lines.append(f"| {method} | " + " | ".join(shares) + " |")
+    return "\n".join(lines)
+
+
 def share_with_interval(every: np.ndarray) -> str:
     """Two columns: `60% | 52% to 68%`."""
     low, high = bootstrap_interval(every)
@@ -455,7 +467,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     named = {results["base"]: results for results in bases}
     if len(named) < len(bases):
         parser.error(f"--results: {len(bases)} files of {', '.join(named)}; expected one of each base.")
-    for make in (table, claims):
+    for make in (overview, table, claims) if len(bases) == 1 else (table, claims):
         print(side_by_side({name: make(results) for name, results in named.items()}), end="\n\n")
     if options.plot is not None:
         plot(bases[0], options.plot)

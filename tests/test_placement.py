@@ -15,6 +15,7 @@ from multisubject.benchmarks.placement import (
     SD_ALONE,
     claims,
     main,
+    overview,
     plot,
     run,
     table,
@@ -202,6 +203,13 @@ def test_tables_lead_with_success_and_leave_it_out_where_it_was_not_measured():
     measured = {"cells": {"described 2": {OURS[0]: found(rows[0]), "cones2": found(*rows)}}}
     assert claims(measured).splitlines()[-1].startswith("| described 2 | multisubject | 100% | 50% | × 2.00 |")
     assert "| success |" in claims(measured)
+    measured["cells"]["twins 2"] = {"cones2": found(rows[1])}
+    assert overview(measured).splitlines() == [
+        "| success | described 2 | twins 2 |",
+        "|---|---|---|",
+        "| cones2 | 50% | 0% |",
+        "| multisubject | 100% | – |",
+    ]
 
 
 def test_results_of_other_settings_are_not_mixed(options):

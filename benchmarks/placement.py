@@ -24,7 +24,7 @@ import argparse
 import itertools
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 from multisubject.base_models import SD
 from multisubject.benchmarks.bases import ROOT, DrawnBase
 from multisubject.benchmarks.layout_guidance import LayoutGuidance
-from multisubject.benchmarks.placement_scores import RENDERED, SCORES, TITLES, headline, rendered, score_picture, whole
+from multisubject.benchmarks.placement_scores import RENDERED, SCORES, rendered, score_picture, whole
 from multisubject.benchmarks.placement_tasks import (
     CELLS,
     LORAS,
@@ -228,14 +228,11 @@ def table(results: dict[str, Any]) -> str:
             missing = sum(row["missing"] for row in rows) / regions
             sharp = np.mean([row["sharpness"] for row in rows]) / np.mean(plain) if plain else float("nan")
             identity = f"{share['identity']:.0%}" if has_subjects(cell) else "–"
-            exact = "– | – | – | – | – | –"  # results from before this was measured
-            if headline(rows) == "success":
-                ious = np.array([one for row in rows for one in row["ious"]])
-                exact = (
-                    f"{share_with_interval(whole(rows, 'success'))} "
-                    f"| {sum(row['success'] for row in rows) / regions:.0%} "
-                    f"| {ious.mean():.2f} | {(ious >= 0.5).mean():.0%} | {(ious >= 0.7).mean():.0%}"
-                )
+            ious = np.array([one for row in rows for one in row["ious"]])
+            exact = (
+                f"{share_with_interval(whole(rows, 'success'))} | {sum(row['success'] for row in rows) / regions:.0%} "
+                f"| {ious.mean():.2f} | {(ious >= 0.5).mean():.0%} | {(ious >= 0.7).mean():.0%}"
+            )
             lines.append(
                 f"| {cell} | {method} | {len(rows)} | {exact} | {share_with_interval(whole(rows, 'look'))} "
                 f"| {share['category']:.0%} | {share['look']:.0%} | {identity} | {share['leaked']:.0%} | {missing:.0%} "
@@ -248,12 +245,12 @@ def table(results: dict[str, Any]) -> str:
 
 def overview(results: dict[str, Any]) -> str:
     """Markdown: the share of whole pictures that succeed, a row per method and a column per cell."""
-    cells, compared = results["cells"], headline(all_pictures(results))
-    lines = [f"| {TITLES[compared]} | " + " | ".join(cells) + " |", "|---" * (1 + len(cells)) + "|"]
+    cells = results["cells"]
+    lines = ["| success | " + " | ".join(cells) + " |", "|---" * (1 + len(cells)) + "|"]
     for method in (RENDERED, *METHODS):
         found = [cells[cell].get(method, {"pictures": []})["pictures"] for cell in cells]
         if any(found):
-            shares = (f"{whole(rows, compared).mean():.0%}" if rows else "–" for rows in found)
+            shares = (f"{whole(rows, 'success').mean():.0%}" if rows else "–" for rows in found)
             lines.append(f"| {method} | " + " | ".join(shares) + " |")
     return "\n".join(lines)
 
@@ -264,13 +261,6 @@ def share_with_interval(every: np.ndarray) -> str:
     return f"{every.mean():.0%} | {low:.0%} to {high:.0%}"
 
 
-def all_pictures(results: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The scores of all pictures of all cells and methods."""
-    for methods in results["cells"].values():
-        for found in methods.values():
-            yield from found["pictures"]
-
-
 def claims(results: dict[str, Any]) -> str:
     """Markdown: our method, without and with second visits, beside Cones 2 and beside the best of the others, by the
     share of whole pictures that succeed.
@@ -279,10 +269,8 @@ def claims(results: dict[str, Any]) -> str:
     Cones 2 with second visits of its first steps are left out. What changes against `none` is paired by picture.
     """
 
-    compared = headline(all_pictures(results))
-
     def every(cell: str, method: str) -> np.ndarray:
-        return whole(results["cells"][cell][method]["pictures"], compared)
+        return whole(results["cells"][cell][method]["pictures"], "success")
 
     def paired(cell: str, ours: str, key: str) -> str:
         pairs = zip(results["cells"][cell][ours]["pictures"], results["cells"][cell]["none"]["pictures"], strict=False)
@@ -291,7 +279,7 @@ def claims(results: dict[str, Any]) -> str:
         return f"{difference.mean():+.2f} ({low:+.2f} to {high:+.2f})"
 
     lines = [
-        f"| cell | ours | {TITLES[compared]} | cones2 | ratio | cones2, recurrence 2 | ratio "
+        "| cell | ours | success | cones2 | ratio | cones2, recurrence 2 | ratio "
         "| best of the others | ratio | setting obeyed, against none | sharpness, against none |",
         "|" + "---|" * 11,
     ]
@@ -320,7 +308,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    cells, compared = results["cells"], headline(all_pictures(results))
+    cells = results["cells"]
     measured = {name for found in cells.values() for name in found}
     methods = [name for name in METHODS if name in measured and name in (*METHODS_OF_OTHERS, *OURS)]
     others = itertools.cycle(zip("osv^<>phX", (f"C{number}" for number in range(1, 10)), strict=True))
@@ -330,7 +318,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         rows, shares, intervals = [], [], []
         for row, found in enumerate(cells.values()):
             if name in found:
-                every = whole(found[name]["pictures"], compared)
+                every = whole(found[name]["pictures"], "success")
                 rows.append(row + 0.7 * (number / max(1, len(styles) - 1) - 0.5))
                 shares.append(every.mean())
                 intervals.append(np.abs(np.array(bootstrap_interval(every)) - every.mean()))
@@ -343,7 +331,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     axis.set_yticks(range(len(cells)), list(cells))
     axis.set_ylim(len(cells) - 0.5, -0.5)
     axis.set_xlim(-0.02, 1.02)
-    axis.set_xlabel(f"share of pictures: {TITLES[compared]}, with 95 % bootstrap interval")
+    axis.set_xlabel("share of pictures that succeed, with 95 % bootstrap interval")
     axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=90, bbox_inches="tight")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,14 +16,10 @@ RENDERED = "rendered"
 """In place of a method: the scenes as the renderer draws them, which shows how much the judge itself errs."""
 
 SCORES = 2
-"""Of results' settings: 1 (not named there) had no `success` and no `ious`."""
+"""Of results' settings: pictures scored by other versions of `score_picture` are not mixed."""
 
 EXACT = 0.5
 """Intersection over union from which on an object counts as standing in its box."""
-
-
-TITLES = {"success": "success", "look": "every region right"}
-"""Scores of whole pictures -> columns of tables."""
 
 
 def sharpness(picture: Image.Image) -> float:
@@ -101,8 +97,3 @@ def best_iou(detections: Sequence[Detection], target: Target) -> float:
 def whole(pictures: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
     """For each picture 1.0 where `key` (`success`, `look`) holds in all its regions, else 0.0."""
     return np.array([picture[key] == picture["regions"] for picture in pictures], dtype=float)
-
-
-def headline(pictures: Iterable[Mapping[str, Any]]) -> str:
-    """What whole pictures are compared by: `success`, or `look` where results are from before `ious` were measured."""
-    return "success" if all("success" in picture for picture in pictures) else "look"

@@ -11,8 +11,6 @@ from typing import Any
 
 from multisubject.subject_file import write_atomically
 
-FIRST_BASE = "tiny_world/base"
-
 
 def digest_of_weights(*places: Path) -> str:
     """The same for the same safetensors files: those given, and all in the folders given."""
@@ -24,8 +22,8 @@ def digest_of_weights(*places: Path) -> str:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """A file's `base`, `settings` and results. Files from the time of one base do not name it."""
-    results = {"base": FIRST_BASE, **json.loads(path.read_text())}
+    """A file's `base`, `settings` and results."""
+    results = json.loads(path.read_text())
     for found in _each(results):
         if isinstance(found.get("pictures"), dict):
             found["pictures"] = as_rows(found["pictures"])

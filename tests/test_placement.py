@@ -167,7 +167,8 @@ def test_run_writes_results_sheets_and_table_and_goes_on_where_it_stopped(option
 
 def test_claims_and_plot_come_from_the_results(options, tmp_path):
     row = {"regions": 2, "category": 2, "look": 2, "identity": 0, "missing": 0, "leaked": 0, "extras": 0}
-    right, wrong = ({**row, "look": look, "setting": True, "sharpness": 5.0} for look in (2, 1))
+    row |= {"setting": True, "sharpness": 5.0, "ious": [0.9, 0.6]}
+    right, wrong = ({**row, "look": look, "success": look} for look in (2, 1))
 
     def found(shown, of):
         return {"pictures": [right] * shown + [wrong] * (of - shown), "seconds": 1.0, "unet_calls": 25, "peak_mib": 1.0}
@@ -179,27 +180,23 @@ def test_claims_and_plot_come_from_the_results(options, tmp_path):
         "| described 2 | multisubject | 60% | 30% | × 2.00 | – | – | 40% (masked) | × 1.50 | +0.00 ("
     )
     assert second.startswith("| described 2 | multisubject, first steps twice | 90% | 30% | × 3.00 | – | – | 40% (")
-    assert "| every region right |" in claims({"cells": {"described 2": cell}})
     plot({"cells": {"described 2": cell, "twins 2": {OURS[0]: found(1, 2)}}}, tmp_path / "plot.png")
     assert Image.open(tmp_path / "plot.png").width > 500
 
 
-def test_tables_lead_with_success_and_leave_it_out_where_it_was_not_measured():
-    old = {"regions": 2, "category": 2, "look": 2, "identity": 0, "missing": 0, "leaked": 0, "extras": 0}
-    old |= {"setting": True, "sharpness": 5.0}
-    rows = [old | {"success": 2, "ious": [0.9, 0.6]}, old | {"success": 1, "ious": [0.8, 0.1]}]
+def test_tables_lead_with_success():
+    row = {"regions": 2, "category": 2, "look": 2, "identity": 0, "missing": 0, "leaked": 0, "extras": 0}
+    row |= {"setting": True, "sharpness": 5.0}
+    rows = [row | {"success": 2, "ious": [0.9, 0.6]}, row | {"success": 1, "ious": [0.8, 0.1]}]
 
     def found(*pictures):
         return {"pictures": [*pictures], "seconds": 1.0, "unet_calls": 25, "peak_mib": 1.0}
 
-    header, _, new, past = table({"cells": {"described 2": {OURS[0]: found(*rows), "none": found(old, old)}}}).split(
-        "\n"
-    )
+    header, _, line = table({"cells": {"described 2": {OURS[0]: found(*rows)}}}).split("\n")
     assert header.startswith(
         "| cell | method | pictures | success | 95 % interval | regions: success | mIoU | IoU ≥ 0.5 |"
     )
-    assert new.startswith("| described 2 | multisubject | 2 | 50% | 0% to 100% | 75% | 0.60 | 75% | 50% | 100% |")
-    assert past.startswith("| described 2 | none | 2 | – | – | – | – | – | – | 100% | 100% to 100% | 100% |")
+    assert line.startswith("| described 2 | multisubject | 2 | 50% | 0% to 100% | 75% | 0.60 | 75% | 50% | 100% |")
     measured = {"cells": {"described 2": {OURS[0]: found(rows[0]), "cones2": found(*rows)}}}
     assert claims(measured).splitlines()[-1].startswith("| described 2 | multisubject | 100% | 50% | × 2.00 |")
     assert "| success |" in claims(measured)
@@ -213,7 +210,9 @@ def test_tables_lead_with_success_and_leave_it_out_where_it_was_not_measured():
 
 
 def test_results_of_other_settings_are_not_mixed(options):
-    options.results.write_text(json.dumps({"settings": {"seed": 1, "models": "old"}, "cells": {}}))
+    options.results.write_text(
+        json.dumps({"base": "tiny_world/base", "settings": {"seed": 1, "models": "old"}, "cells": {}})
+    )
     assert load_results(options.results, "tiny_world/base", {"seed": 1}, "--results")["cells"] == {}
     with pytest.raises(ValueError, match=r"other settings \(models\); choose another --results"):
         load_results(options.results, "tiny_world/base", {"seed": 1, "models": "new"}, "--results")
@@ -229,9 +228,8 @@ def test_columns_say_what_rows_say():
 
 
 def test_results_of_other_bases_are_not_mixed(options):
-    """A file from before there were two bases is of the first one."""
-    options.results.write_text(json.dumps({"settings": {"seed": 1}, "cells": {}}))
-    assert read_results(options.results)["base"] == "tiny_world/base" == DrawnBase.read(EMBEDDED_BASE).name
+    base = DrawnBase.read(EMBEDDED_BASE).name
+    options.results.write_text(json.dumps({"base": base, "settings": {"seed": 1}, "cells": {}}))
     with pytest.raises(ValueError, match=r"is of tiny_world/base, not of tiny_world/base_xl; choose another --results"):
         load_results(options.results, "tiny_world/base_xl", {"seed": 1}, "--results")
 
@@ -326,9 +324,10 @@ def test_a_base_that_is_none_is_one_line(tmp_path, capsys):
 
 def test_results_of_two_bases_stand_in_one_table(tmp_path, capsys):
     picture = {"regions": 1, "category": 1, "look": 1, "identity": 0, "missing": 0, "leaked": 0, "extras": 0}
-    picture |= {"setting": True, "sharpness": 5.0}
+    picture |= {"setting": True, "sharpness": 5.0, "success": 1, "ious": [0.9]}
     found = {"pictures": [picture], "seconds": 1.0, "unet_calls": 25, "peak_mib": 1.0}
-    results = {"settings": {}, "cells": {"described 1": {"none": found, OURS[0]: found}, "twins 2": {"none": found}}}
+    cells = {"described 1": {"none": found, OURS[0]: found}, "twins 2": {"none": found}}
+    results = {"base": "tiny_world/base", "settings": {}, "cells": cells}
     files = [tmp_path / "sd.json", tmp_path / "xl.json"]
     files[0].write_text(json.dumps(results))
     files[1].write_text(json.dumps(results | {"base": "tiny_world/base_xl"}))
@@ -347,7 +346,7 @@ def test_results_of_two_bases_stand_in_one_table(tmp_path, capsys):
     assert len({line.count("|") for line in tables[0].splitlines()}) == 1
     assert tables[1].startswith("| base | cell | ours |")
     assert main(["--table", "--results", str(files[0])]) == 0
-    assert capsys.readouterr().out.startswith("| cell | method |")
+    assert capsys.readouterr().out.startswith("| success | described 1 | twins 2 |")
     with pytest.raises(SystemExit):
         main(["--table", "--results", str(files[0]), str(files[0])])
     assert "2 files of tiny_world/base; expected one of each base" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from multisubject.generate_images import main
-from multisubject.generation.adapters import IPAdapters, Weights
+from multisubject.generation.adapters import IPAdapters, Location, Weights
 from multisubject.generation.base_model import BaseModel
 from multisubject.generation.config_file import ConfigError, read_config
 from multisubject.generation.picture_files import CONTACT_SHEET, read_settings
@@ -57,7 +57,7 @@ def test_plain_words_of_a_region_are_no_subject(check):
 
 
 def test_paths_of_reference_pictures_are_found(check, tmp_path, monkeypatch):
-    adapters = IPAdapters((Weights("a.safetensors", tmp_path, ""),), (1.0,), "", "", "")
+    adapters = IPAdapters((Weights("a.safetensors", tmp_path, ""),), (1.0,), Location("", "", "", None), "")
     task = check([{"ip_adapter_image": {"0": "face.png"}, "box": LEFT}], ip_adapters=adapters)
     monkeypatch.chdir("/")
     assert task.layout[0]["ip_adapter_image"] == {"0": str(tmp_path / "face.png")}

@@ -12,7 +12,7 @@ from multisubject.residual_embeddings import parse_prompt
 if TYPE_CHECKING:
     from multisubject.generation.tasks import GenerationTask
 
-# Of regions of this share of a base's own picture, a third stay empty (docs/placement.md, `described 2 small`).
+# Of regions of this share of a base's own picture, a third do not succeed (docs/placement.md, `described 2 small`).
 SMALL_SHARE = 1 / 16
 
 
@@ -30,8 +30,9 @@ def advise(task: GenerationTask, regions: Sequence[Region], base: BaseModel, war
         covered = round(float(region.mask.sum()))
         if covered < smallest and region.is_named and not region.is_background:
             warn(
-                f"region {name!r} covers {covered} pixels, which is small for this base: with less than {smallest} a "
-                "third of the regions or more stay empty. Enlarge it, or make a larger picture.",
+                f"region {name!r} covers {covered} pixels, which is small for this base: with less than {smallest}, a "
+                "third of the objects or more come out too large, wrong or not at all. Enlarge it, or make a larger "
+                "picture.",
                 "layout",
             )
     placed = {region.subject.casefold() for region in regions}

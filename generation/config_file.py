@@ -20,6 +20,8 @@ from multisubject.unknown_names import did_you_mean
 MOST_SEED = 2**62  # torch takes 2 ** 63 - 1; the pictures of an entry count on from its seed
 # Passed on to the pipeline where the entry gives them; those of sampling are not for `guide`.
 SAMPLING_KEYS = ("recurrence", "recurrence_steps", "moves")
+# What holds for all entries: options of the command, not keys
+OPTIONS = ("num_images", "seed", "num_inference_steps", "guidance_scale", "resolution")
 GUIDANCE_KEYS = ("guidance_steps", "guidance_weight", "weight_negative", "guidance_method", *SAMPLING_KEYS)
 
 
@@ -267,7 +269,8 @@ def _check_types(entry: Any, index: int, report: Report) -> GenerationConfig | N
     good = {}
     for key, value in entry.items():
         if key not in _EXPECTED:
-            report.problem(f"unknown key; {did_you_mean(key, _EXPECTED)}", index, key)
+            hint = f"`--{key}` says it for all entries." if key in OPTIONS else did_you_mean(key, _EXPECTED)
+            report.problem(f"unknown key; {hint}", index, key)
         elif not _EXPECTED[key][0](value):
             report.problem(f"expected {_EXPECTED[key][1]}, got {_shorten(value)}.", index, key)
         else:

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from multisubject import generate_images
 from multisubject.base_models import fingerprint_text_encoder
 from multisubject.generate_images import main
 from multisubject.generation import console, making, picture_files, prompts
+from multisubject.generation.arguments import GenerateArguments
 from multisubject.generation.base_model import BaseModel
-from multisubject.generation.config_file import ConfigError, read_config
+from multisubject.generation.config_file import OPTIONS, ConfigError, read_config
 from multisubject.generation.picture_files import CONTACT_SHEET, read_settings, save_picture
 from multisubject.generation.tasks import load_tasks
 from multisubject.hub_utils import save_subject
@@ -1074,3 +1076,13 @@ def test_launched_processes_refuse_a_config_with_one_report(tmp_path):
     )
     assert result.returncode != 0
     assert result.stderr.count("did you mean 'prompt'?") == 1, result.stderr
+
+
+def test_an_option_of_the_command_is_named_where_it_stands_as_a_key(tmp_path, base):
+    path = tmp_path / "config.json"
+    assert set(OPTIONS) <= {field.name for field in fields(GenerateArguments)}
+    path.write_text(json.dumps([{"prompt": "a person", **dict.fromkeys(OPTIONS, 8)}]))
+    with pytest.raises(ConfigError) as error:
+        load_tasks(read_config(path), base)
+    for name in OPTIONS:
+        assert f"{name}: unknown key; `--{name}` says it for all entries." in str(error.value)

@@ -72,8 +72,8 @@ def load_results(path: Path, base: str, settings: dict[str, Any], argument: str)
     if not path.exists():
         return {"base": base, "settings": settings, "cells": {}}
     results = read_results(path)
-    if results["base"] != base:
-        raise ValueError(f"{path} is of {results['base']}, not of {base}; choose another {argument}.")
+    if results.get("base") != base:
+        raise ValueError(f"{path} is of {results.get('base')}, not of {base}; choose another {argument}.")
     if differing := [key for key in settings if results["settings"].get(key) != settings[key]]:
         raise ValueError(f"{path} was made with other settings ({', '.join(differing)}); choose another {argument}.")
     return results

@@ -21,7 +21,7 @@ MOST_SEED = 2**62  # torch takes 2 ** 63 - 1; the pictures of an entry count on 
 # Passed on to the pipeline where the entry gives them; those of sampling are not for `guide`.
 SAMPLING_KEYS = ("recurrence", "recurrence_steps", "moves")
 # What holds for all entries: options of the command, not keys
-OPTIONS = ("num_images", "seed", "num_inference_steps", "guidance_scale", "resolution")
+OPTIONS = ("num_images", "num_inference_steps", "guidance_scale", "resolution")
 GUIDANCE_KEYS = ("guidance_steps", "guidance_weight", "weight_negative", "guidance_method", *SAMPLING_KEYS)
 
 

@@ -199,6 +199,6 @@ def test_run_goes_on_where_it_stopped(
 
 
 def test_results_of_another_base_are_not_gone_on_with(tmp_path: Path, base_128_path: str, capsys: Any) -> None:
-    (tmp_path / "results.json").write_text(json.dumps({"settings": {}, "cells": {}}))  # from before there were two
+    (tmp_path / "results.json").write_text(json.dumps({"base": "tiny_world/base", "settings": {}, "cells": {}}))
     assert main(["--base", base_128_path, "--output_dir", str(tmp_path)]) == 1
     assert "is of tiny_world/base, not of base; choose another --output_dir." in capsys.readouterr().err

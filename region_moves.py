@@ -26,8 +26,8 @@ FINEST = 32 * 32
 """Queries of the finest layers that are looked at: they say where things are, finer ones what they are made of."""
 
 AT_ONCE = FINEST**2
-"""Numbers in a map of attention of one picture that a look holds at once: as many heads as that is, or one. SDXL has
-twenty."""
+"""Numbers in the maps of a batch's attention that a look holds at once: as many heads as that is, at least one. SDXL
+has twenty."""
 
 # Fractions of the picture, chosen by measurement (docs/placement.md)
 MARGIN = 0.06  # around all regions; what lies farther out is background

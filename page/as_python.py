@@ -56,8 +56,9 @@ def _loading(entry: Mapping[str, Any], base: BaseModel, ip_adapters: IPAdapters 
     if base.name == str(EMBEDDED_BASE):
         lines.append("from multisubject.tiny_world import EMBEDDED_BASE")
         name = "EMBEDDED_BASE"
+    places = [locate(weights.source) for weights in ip_adapters.weights] if ip_adapters is not None else []
     if ip_adapters is not None:
-        if any(locate(weights.source).revision for weights in ip_adapters.weights):
+        if any(place.revision for place in places):
             lines.insert(0, "from huggingface_hub import snapshot_download")
         lines.append("from transformers import CLIPVisionModelWithProjection")
     lines += ["", f"pipe = {kind}.from_pretrained({name})"]
@@ -71,7 +72,6 @@ def _loading(entry: Mapping[str, Any], base: BaseModel, ip_adapters: IPAdapters 
         told = _keywords_of(subfolder=place.subfolder, revision=place.revision)
         lines.append(f"encoder = CLIPVisionModelWithProjection.from_pretrained({short_path(place.repository)!r}{told})")
         lines.append("pipe.register_modules(image_encoder=encoder)")
-        places = [locate(weights.source) for weights in ip_adapters.weights]
         lines.append(
             f"pipe.load_ip_adapter([{', '.join(map(_repository, places))}], "
             f"subfolder={[place.subfolder for place in places]}, weight_name={[place.file for place in places]}, "

@@ -47,7 +47,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from multisubject.base_models import tokenizer_of
+from multisubject.base_models import pixels_per_latent, tokenizer_of
 from multisubject.tiny_world import EMBEDDED_BASE, EMBEDDED_BASE_XL
 from multisubject.tiny_world.base_losses import (
     NOISE,
@@ -134,7 +134,7 @@ def train_vae(job: Job) -> None:
 
 def picture_batches(vae: AutoencoderKL, pictures: torch.Tensor) -> Callable[[torch.Generator, int], Batch]:
     """Random pictures, and noise for their latents."""
-    size = pictures.shape[-1] // 2 ** (len(vae.config.block_out_channels) - 1)
+    size = pictures.shape[-1] // pixels_per_latent(vae.config)
 
     def draw_batch(generator: torch.Generator, count: int) -> Batch:
         device = generator.device

@@ -28,6 +28,25 @@ class TokenKind(IntEnum):
     PADDING = 3
 
 
+LARGE = 0.25
+"""Share of the picture from which on a region is as large as what stands in a picture by itself."""
+
+
+def own_summary_weight(num_tokens: torch.Tensor, area: torch.Tensor) -> torch.Tensor:
+    """Logits by which the end of a region's own prompt is attended to more than by itself.
+
+    It says how many there are and what of, which the prompt's own end and padding said before they were hidden, and
+    counts as much as all of these. But it speaks of a picture of one object, which is a large one there: in smaller
+    regions it counts less, by the fourth power of their size. (In regions of a sixth of the picture objects get lost
+    otherwise; docs/placement.md has what was measured.)
+
+    Args:
+        num_tokens: of the prompt, that are hidden in the region.
+        area: of the region, in shares of the picture.
+    """
+    return num_tokens.clamp(min=1).log() + 4 * (area / LARGE).clamp(1e-6, 1).log()
+
+
 def places_words(tokens: torch.Tensor) -> torch.Tensor:
     """`(B, R)` bool: which regions have words to place, by their tokens `(B, R, K)`."""
     return tokens.any(dim=2)
@@ -46,15 +65,16 @@ class RegionMaps:
         tokens: `(B, R, K)` bool, the tokens that name each region's subject, in the prompt and in its own prompt.
         token_kinds: `(B, K)` int64 of `TokenKind`.
         owners: `(B, K)` int64, the region whose own prompt a token is of; -1 for the prompt that all share, -2 where no
-            token stands.
+            token stands. Of a method that `uses_own_summaries` some of the first T keys are regions' own.
         signed_weights: `(B, 1, Q, K)` float32. At a region's tokens: `weight * mask` inside the region and
             `weight_negative` outside; 0 at every other token. For tokens of several regions the strongest one counts.
         inside_weights: `signed_weights` with 0 at places that lie in no region.
         hidden_summary: `(B, 1, Q, K)` float32, `HIDDEN` where the query lies in a region and the key is the prompt's
             end of text or padding, else 0.
-        held_back_summary: `hidden_summary` with -2 in place of `HIDDEN` in pictures with less than a third outside all
-            regions. The setting is painted there, and by what regions hear of the prompt as a whole: with little room
-            outside them and the summary hidden, it gets lost.
+        summaries: `(B, 1, Q, K)` float32, `hidden_summary` with -2 in place of `HIDDEN` in pictures with less than a
+            third outside all regions. The setting is painted there, and by what regions hear of the prompt as a whole:
+            with little room outside them and the summary hidden, it gets lost. At a key that is the end of a region's
+            own prompt (`uses_own_summaries`) `HIDDEN` outside the region and `own_summary_weight` inside.
         unseen: `(B, 1, Q, K)` bool, words of a region's own that other places do not see whatever the method says;
             None: there are none.
         unseen_negatives: `(B, 1, Q, T + M)` bool, of the unconditional samples' keys, the last M of which are of the
@@ -72,7 +92,7 @@ class RegionMaps:
     signed_weights: torch.Tensor
     inside_weights: torch.Tensor
     hidden_summary: torch.Tensor
-    held_back_summary: torch.Tensor
+    summaries: torch.Tensor
     unseen: torch.Tensor | None = None
     unseen_negatives: torch.Tensor | None = None
 
@@ -185,6 +205,13 @@ def uses_own_words(method: GuidanceMethod) -> GuidanceMethod:
     """Decorator: in guided calls a region's words are to have the embeddings that they have in its own prompt, where
     the regions have prompts of their own."""
     method.uses_own_words = True  # type: ignore[attr-defined]
+    return method
+
+
+def uses_own_summaries(method: GuidanceMethod) -> GuidanceMethod:
+    """Decorator, beside `uses_own_words`: in guided calls the last places of the prompt's padding are given to the ends
+    of the regions' own prompts, a place each, as far as there are any."""
+    method.uses_own_summaries = True  # type: ignore[attr-defined]
     return method
 
 
@@ -367,9 +394,10 @@ def bounded_attention(layer: AttentionLayer) -> torch.Tensor | None:
 @serves("strength", "background")
 @same_in_every_layer
 @uses_own_words
+@uses_own_summaries
 @moves_objects(0.15, 0.3, 0.45)
 def multisubject(layer: AttentionLayer) -> torch.Tensor | None:
-    """The default, `cones2_padding_hidden` with four changes, and with objects that are moved.
+    """The default, `cones2_padding_hidden` with five changes, and with objects that are moved.
 
     In the whole prompt a causal text encoder lets every word hear of the words before it, so that the second of two
     dogs knows the first one's colour: here a region's words are embedded by themselves (`uses_own_words`). In the
@@ -377,14 +405,15 @@ def multisubject(layer: AttentionLayer) -> torch.Tensor | None:
     what reaches over a region's edge, such as a hat, can then be painted with its subject's words. The pull is the
     same in every layer, `strength * 3` logits for each unit of weight, where Cones 2 measures the spread of each
     layer's logits: that costs more, and where logits spread wide it pulls too hard. And where regions cover most of the
-    picture, the prompt's summary is held back but not hidden (`RegionMaps.held_back_summary`). In calls of a pipeline
-    objects are also moved into their regions in the first steps (`moves_objects`).
+    picture, the prompt's summary is held back but not hidden (`RegionMaps.summaries`). In its place a region sees the
+    end of its own prompt (`uses_own_summaries`), without which one word may draw two objects where there is room. In
+    calls of a pipeline objects are also moved into their regions in the first steps (`moves_objects`).
     """
     if not layer.is_cross:
         return None
     maps = layer.maps
     weights = torch.where(layer.step.progress < 0.5, maps.signed_weights, maps.inside_weights)
-    return torch.addcmul(maps.held_back_summary, weights, layer.step.strength, value=3)
+    return torch.addcmul(maps.summaries, weights, layer.step.strength, value=3)
 
 
 GUIDANCE_METHODS: dict[str, GuidanceMethod] = {

@@ -28,7 +28,7 @@ from .attention_processors import (
     Stamp,
     region_processor,
 )
-from .guidance_methods import GuidanceMethod, RegionMaps, resolve_guidance_method
+from .guidance_methods import GuidanceMethod, RegionMaps, TokenKind, resolve_guidance_method
 from .guidance_schedule import GuidanceSchedule, check_number
 from .region_conditioning import RegionConditioning, RegionPrompts, make_maps
 from .region_ip_adapters import PictureCall, RegionPictures, keeps_pictures
@@ -342,7 +342,8 @@ class _RegionHook:
                 self._take(self.regions_of_prompts.repeated(repeats))
 
     def _with_own_words(self, prompt_embeds: torch.Tensor) -> torch.Tensor:
-        """`(batch, T, dim)` with the words of every region as they are in its own prompt, conditional samples only."""
+        """`(batch, T, dim)` with the words of every region as they are in its own prompt, and at places of the padding
+        its end, conditional samples only."""
         if not Stamp.possible(prompt_embeds):
             return self._replaced(prompt_embeds)
         kept = self.own_words_kept
@@ -358,6 +359,9 @@ class _RegionHook:
             named = prompts.tokens[:, region] & tokens[:, region].any(dim=1, keepdim=True)  # none of an absent region
             own = prompts.embeds[:, region][named]  # row by row, as many as the prompt has
             prompt_embeds[-len(tokens) :][tokens[:, region]] = own.to(prompt_embeds)
+        images, of_image, places = self.guiding.own_summaries(self.method)
+        ends = (prompts.token_kinds[images, of_image] == TokenKind.END).int().argmax(dim=1)
+        prompt_embeds[-len(tokens) :][images, places] = prompts.embeds[images, of_image, ends].to(prompt_embeds)
         return prompt_embeds
 
     def _take(self, regions: RegionConditioning) -> None:

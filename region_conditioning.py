@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .guidance_methods import HIDDEN, GuidanceMethod, RegionMaps, TokenKind, places_words
+from .guidance_methods import HIDDEN, GuidanceMethod, RegionMaps, TokenKind, own_summary_weight, places_words
 from .region_loras import Scales
 
 __multisubject_version__ = "0.1.0"
@@ -90,6 +90,20 @@ class RegionConditioning:
         """Whose tokens are keys of cross-attention behind the prompt's own."""
         return self.prompts if getattr(method, "uses_region_prompts", False) else self.words
 
+    def own_summaries(self, method: GuidanceMethod | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Which images' regions have the end of their own prompt among the prompt's tokens, and where: three
+        `(N,)` int64. A prompt that leaves no padding has no place for it, and the background is no object."""
+        batch, regions, length = self.tokens.shape
+        places = (length - 1 - torch.arange(regions)).clamp(min=0).expand(batch, -1)
+        if self.prompts is None or not getattr(method, "uses_own_summaries", False):
+            has_one = torch.zeros(batch, regions, dtype=torch.bool)
+        else:
+            has_one = (self.prompts.token_kinds == TokenKind.END).any(dim=2)
+            has_one = has_one & (self.token_kinds.gather(1, places) == TokenKind.PADDING)
+            has_one = has_one if self.background is None else has_one & ~self.background
+        images, of_image = has_one.nonzero(as_tuple=True)
+        return images, of_image, places[images, of_image]
+
     def guiding(self, progress: float) -> tuple[tuple[bool, ...], ...] | None:
         """For each image and region whether it guides when this share of the steps lies behind; None: all do."""
         if not self.times:
@@ -124,6 +138,8 @@ def make_maps(
     masks = masks.flatten(1).unflatten(0, regions.tokens.shape[:2])  # [B, R, Q]
     tokens, kinds = regions.tokens.to(device), regions.token_kinds.to(device)
     owners = torch.full_like(kinds, SHARED)
+    images, of_image, places = (part.to(device) for part in regions.own_summaries(method))
+    owners[images, places] = of_image
     appended = regions.appended(method)
     if appended is not None:
         numbers = torch.arange(tokens.shape[1], device=device)
@@ -159,8 +175,11 @@ def make_maps(
     covering = regions.masks * placing.to(regions.masks.device)[..., None, None]
     covered = covering.amax(dim=1).mean(dim=(1, 2)).to(device)  # [B], the same at every resolution
     least = HIDDEN * (covered <= 2 / 3) - 2.0
-    held_back_summary = hidden_summary.maximum(least[:, None, None])
-    biases = (maps[:, None] for maps in (signed_weights, inside_weights, hidden_summary, held_back_summary))
+    summaries = hidden_summary.maximum(least[:, None, None])
+    areas = regions.masks.mean(dim=(2, 3)).to(device)  # [B, R]
+    weights = own_summary_weight(summary.sum(dim=1)[images], areas[images, of_image])
+    summaries[images, :, places] = torch.where(inside[images, of_image], weights[:, None], HIDDEN)
+    biases = (maps[:, None] for maps in (signed_weights, inside_weights, hidden_summary, summaries))
     maps = RegionMaps(masks, inside, tokens, kinds, owners, *biases)
     if appended is not None and appended is regions.words:
         unseen = (owners != SHARED)[:, None] & ~maps.inside_owner()

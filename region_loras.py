@@ -118,8 +118,8 @@ class RegionLoras:
             sizes: `(h, w)` of the UNet's levels.
             samples: of the call, B or, with unconditional ones before, a multiple.
             device: of the factors.
-            owners: `(B, K)`, the region whose own prompt a key of cross-attention is of, -1 for the T of the prompt;
-                None: there are no others.
+            owners: `(B, K)`, the region whose own prompt a key of cross-attention is of, -1 for the shared prompt's;
+                None: all are.
 
         Raises:
             ValueError: another number of samples.
@@ -153,8 +153,8 @@ class RegionLoras:
         regions, length = self._tokens.shape[1:]
         tokens = self._tokens.to(device)
         if owners is not None:
-            own = owners.to(device)[:, None, length:] == torch.arange(regions, device=device)[:, None]  # [B, R, K - T]
-            tokens = torch.cat([tokens, own], dim=2)
+            own = owners.to(device)[:, None] == torch.arange(regions, device=device)[:, None]  # [B, R, K]
+            tokens = own.logical_or(F.pad(tokens, (0, own.shape[2] - length)))
         return joined_scales(self._loras, tokens.float())
 
 

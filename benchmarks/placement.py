@@ -113,7 +113,7 @@ def with_open_borders(layer: AttentionLayer) -> torch.Tensor | None:
         return None
     maps, step = layer.maps, layer.step
     weights = torch.where(step.progress < 0.5, maps.signed_weights, maps.inside_weights)
-    return torch.addcmul(maps.held_back_summary, weights, step.strength * layer.logit_std())
+    return torch.addcmul(maps.summaries, weights, step.strength * layer.logit_std())
 
 
 def isolated(layer: AttentionLayer) -> torch.Tensor | None:

@@ -33,6 +33,7 @@ from multisubject.guidance_methods import (
     guides_all_self_attention,
     resolve_guidance_method,
     same_in_every_layer,
+    uses_own_summaries,
     uses_own_words,
 )
 from multisubject.layout import masks_at
@@ -83,15 +84,16 @@ def guided(unet: Any, regions: RegionConditioning | None, scheduler: Any, **kwar
     return region_attention(unet, regions, scheduler=scheduler, resize_masks=masks_at, **kwargs)
 
 
-def seen_layers(unet: Any, regions: RegionConditioning, scheduler: Any, *args: Any, **kwargs: Any) -> list:
-    """Cross-attention layers that a guidance method sees during one call."""
+def seen_layers(unet: Any, regions: RegionConditioning, scheduler: Any, *args: Any, like: Any = None) -> list:
+    """Cross-attention layers that a guidance method sees during one call; one that declares what `like` does."""
     layers: list[AttentionLayer] = []
 
     def spy(layer: AttentionLayer) -> None:
         if layer.is_cross:
             layers.append(layer)
 
-    with guided(unet, regions, scheduler, guidance_method=spy, **kwargs):
+    vars(spy).update(vars(like) if like else {})
+    with guided(unet, regions, scheduler, guidance_method=spy):
         call(unet, *args)
     return layers
 
@@ -394,6 +396,78 @@ def test_own_words_replace_the_prompts_in_guided_conditional_calls(unet, schedul
     assert torch.equal(after, call(unet, sample, prompt_embeds, last))
 
 
+@uses_own_words
+@uses_own_summaries
+def own_summaries(layer):
+    return layer.maps.summaries if layer.is_cross else None
+
+
+def with_own_ends(batch: int = 1) -> RegionConditioning:
+    """Of eight tokens the prompt's last three are its end and padding; the regions' own prompts end at 5 and 6."""
+    regions = two_regions(batch)
+    regions.token_kinds[:, -3:] = torch.tensor([TokenKind.END, TokenKind.PADDING, TokenKind.PADDING])
+    for region, end in enumerate((5, 6)):
+        regions.prompts.token_kinds[:, region, end] = TokenKind.END
+    return regions
+
+
+def test_ends_of_own_prompts_take_the_places_of_padding(unet, scheduler):
+    """In guided conditional calls; the prompt's own end stays."""
+    sample, prompt_embeds = inputs(2)
+    regions = with_own_ends()
+    seen: list[torch.Tensor] = []
+    with guided(unet, regions, scheduler, guidance_method=own_summaries):
+        handle = unet.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs["encoder_hidden_states"]), with_kwargs=True
+        )
+        call(unet, sample, prompt_embeds, 981)
+        handle.remove()
+    expected = prompt_embeds.clone()
+    for region, (word, end) in enumerate(((LEFT, 5), (RIGHT, 6))):
+        expected[1, word] = regions.prompts.embeds[0, region, 4]
+        expected[1, T - 1 - region] = regions.prompts.embeds[0, region, end]
+    assert torch.equal(seen[0], expected)
+
+
+def test_an_own_end_counts_in_its_region_as_much_as_what_is_hidden_there(unet, scheduler):
+    regions = with_own_ends()
+    regions.masks[:, 0, 16:] = 0  # a quarter of the picture
+    regions.masks[:, 1, 8:] = 0  # an eighth
+    for layer in seen_layers(unet, regions, scheduler, *inputs(), like=own_summaries):
+        assert layer.maps.owners.tolist() == [[*[-1] * (T - 2), 1, 0]]
+        summaries, inside = layer.maps.summaries[0, 0], layer.maps.inside[0]
+        for region, weight in ((0, 0.0), (1, 4 * math.log(0.5))):
+            own = summaries[:, T - 1 - region]
+            assert inside[region].any() and (own[~inside[region]] == HIDDEN).all()
+            torch.testing.assert_close(own[inside[region]], torch.full((inside[region].sum(),), weight))
+        anywhere = inside.any(dim=0)
+        assert (summaries[anywhere, T - 3] == HIDDEN).all() and not summaries[~anywhere, T - 3].any()
+        assert not summaries[:, : T - 3].any()
+
+
+@pytest.mark.parametrize("why", ["no padding", "background", "no end", "a method without"])
+def test_who_has_no_place_for_an_own_end(unet, scheduler, why):
+    regions, method = with_own_ends(), own_summaries
+    if why == "no padding":
+        regions.token_kinds[:, -2:] = TokenKind.WORD
+    elif why == "background":
+        regions = dataclasses.replace(regions, background=torch.ones(1, 2, dtype=torch.bool))
+    elif why == "no end":
+        regions.prompts.token_kinds.fill_(TokenKind.WORD)
+    else:
+        method = GUIDANCE_METHODS["cones2"]
+    for layer in seen_layers(unet, regions, scheduler, *inputs(), like=method):
+        assert (layer.maps.owners == -1).all()
+
+
+def test_an_absent_region_keeps_its_own_end_to_itself(unet, scheduler):
+    """Before it begins nothing sees it."""
+    regions = dataclasses.replace(with_own_ends(), times=(((0.0, 1.0), (0.5, 1.0)),))
+    for layer in seen_layers(unet, regions, scheduler, *inputs(), like=own_summaries):
+        assert layer.maps.owners.tolist() == [[*[-1] * (T - 2), 1, 0]]
+        assert (layer.maps.summaries[0, 0, :, T - 2] == HIDDEN).all()
+
+
 def test_sample_is_the_same_alone_and_in_a_batch(unet, scheduler):
     sample, prompt_embeds = inputs(3)
     sample[1] *= 3  # the strength is per sample: another sample's spread must not matter
@@ -431,7 +505,7 @@ def test_summary_is_hidden_unless_little_is_left_outside_the_regions(unet, sched
     for layer in seen_layers(unet, regions, scheduler, *inputs(2)):
         inside = layer.maps.inside.any(dim=1)
         for picture, bias in ((0, expected), (1, HIDDEN)):
-            held_back = layer.maps.held_back_summary[picture, 0]
+            held_back = layer.maps.summaries[picture, 0]
             assert inside[picture].any()
             assert (held_back[inside[picture]][:, -2:] == bias).all()
             assert not held_back[~inside[picture]].any()
@@ -446,7 +520,7 @@ def test_what_regions_leave_is_measured_on_the_picture(unet, scheduler):
     regions.masks[:, 0, ..., ::2] = 1
     regions.masks[:, 1, ..., 1::2] = 1
     for layer in seen_layers(unet, regions, scheduler, *inputs(2)):
-        assert layer.maps.held_back_summary.unique().tolist() == [-2, 0]
+        assert layer.maps.summaries.unique().tolist() == [-2, 0]
 
 
 def test_frames_of_earlier_calls_fit_no_other_call(unet, scheduler):

@@ -92,6 +92,23 @@ def test_seed_config_puts_the_right_subject_in_the_right_region(kind, tmp_path, 
         assert named.count(name) > pictures / 4, named  # hat and neck, too
 
 
+def test_one_object_stays_one_in_a_box_of_another_shape(base_path, judge):
+    """Twice as high as wide, for a dog; without the ends of the regions' own prompts most pictures have two of them."""
+    from multisubject.pipeline_multisubject import MultiSubjectPipeline
+
+    pipe = MultiSubjectPipeline.from_pretrained(base_path)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_subject(str(ROOT / "embeddings" / "petrucci.safetensors"), name="petrucci")
+    layout = {"red dog": (0.05, 0.2, 0.45, 0.95), "petrucci": (0.55, 0.2, 0.95, 0.95)}
+    generators = [torch.Generator().manual_seed(seed) for seed in range(8)]
+    pictures = pipe(
+        "a photo of <petrucci> and a red dog on the beach", layout=layout, num_images_per_prompt=8,
+        num_inference_steps=25, guidance_scale=5.0, generator=generators,
+    ).images  # fmt: skip
+    dogs = [sum(found.category == "dog" for found in objects) for objects in judge.detect(pictures)]
+    assert dogs.count(1) >= 6, dogs
+
+
 def test_python_of_the_readme_runs_as_it_stands(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(blocks) >= 2

@@ -50,7 +50,7 @@ def make_layer(is_cross: bool = True, own_prompts: bool = False, progress: float
         signed_weights=signed[:, None],
         inside_weights=(signed * INSIDE.any(dim=0)[:, None])[:, None],
         hidden_summary=HIDDEN * (INSIDE.any(dim=0)[:, None] & end)[None, None],
-        held_back_summary=-2.0 * (INSIDE.any(dim=0)[:, None] & end)[None, None],
+        summaries=-2.0 * (INSIDE.any(dim=0)[:, None] & end)[None, None],
     )
     step = GuidanceStep(*(torch.tensor(value) for value in (2.0, 0.08 * math.log(5.0), progress, 0.9)))
     return AttentionLayer(query, key, DIM**-0.5, is_cross, maps, step)

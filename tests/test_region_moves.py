@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from multisubject.benchmarks.bases import DrawnBase
 from multisubject.benchmarks.placement import draw_tasks
 from multisubject.benchmarks.placement_scores import score_picture
-from multisubject.guidance_methods import multisubject, uses_own_words
+from multisubject.guidance_methods import multisubject, uses_own_summaries, uses_own_words
 from multisubject.move_times import check_moves, steps_of_moves
 from multisubject.recurrence import RecurrentScheduler
 from multisubject.region_moves import (
@@ -352,7 +352,7 @@ def test_moves_change_the_picture_with_no_further_call_and_leave_the_unet_as_it_
     hook.remove()
     assert moved.isfinite().all() and not torch.equal(moved, still)
     assert pipe.scheduler is scheduler and dict(pipe.unet.attn_processors) == processors
-    without = uses_own_words(lambda layer: multisubject(layer))  # a method that moves nothing
+    without = uses_own_summaries(uses_own_words(lambda layer: multisubject(layer)))  # a method that moves nothing
     assert torch.equal(sample(pipe, layout=LAYOUT, guidance_method=without), still)
     assert torch.equal(sample(pipe, layout=LAYOUT, moves=(0.15, 0.3, 0.45)), moved)
 

@@ -216,7 +216,7 @@ def test_the_backgrounds_words_are_seen_outside_all_regions_alone(pipe):
     assert (found[1][:, half:] - expected[1][:, half:]).abs().max() > 1e-4
     maps = spied(pipe, layout=with_it)[0].maps
     old = spied(pipe, layout=without)[0].maps
-    for name in ("hidden_summary", "held_back_summary", "signed_weights"):
+    for name in ("hidden_summary", "summaries", "signed_weights"):
         assert torch.equal(getattr(maps, name)[..., :77], getattr(old, name)), name
 
 

@@ -55,7 +55,10 @@ from multisubject.guidance_methods import (
     bounded_attention,
     cones2,
     cones2_padding_hidden,
+    moves_objects,
     multisubject,
+    same_in_every_layer,
+    uses_own_summaries,
     uses_own_words,
 )
 from multisubject.tiny_world import EMBEDDED_BASE
@@ -63,6 +66,29 @@ from multisubject.tiny_world.judge import CHECKPOINT, Judge
 from multisubject.tiny_world.subjects import SUBJECTS
 from multisubject.training.devices import quick_dtype
 from multisubject.visualization import contact_sheet
+
+
+def with_open_borders(layer: AttentionLayer) -> torch.Tensor | None:
+    """`multisubject`, with Cones 2's measured spread of the logits in place of a pull of 3."""
+    if not layer.is_cross:
+        return None
+    maps, step = layer.maps, layer.step
+    weights = torch.where(step.progress < 0.5, maps.signed_weights, maps.inside_weights)
+    return torch.addcmul(maps.summaries, weights, step.strength * layer.logit_std())
+
+
+@same_in_every_layer
+@uses_own_words
+@moves_objects(*multisubject.moves_objects)  # type: ignore[attr-defined]
+def without_own_ends(layer: AttentionLayer) -> torch.Tensor | None:
+    """`multisubject`, but what stands for a region's own prompt as a whole is not shown to it."""
+    return multisubject(layer)
+
+
+def isolated(layer: AttentionLayer) -> torch.Tensor | None:
+    """`multisubject`; besides, places of different regions do not see each other in self-attention."""
+    return multisubject(layer) if layer.is_cross else bounded_attention(layer)
+
 
 METHODS_OF_OTHERS: dict[str, dict[str, Any]] = {
     "none": {"guidance_steps": 0},
@@ -95,6 +121,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "LoRAs everywhere": {"loras": "everywhere"},
     "a LoRA per region": {"loras": "in regions"},
     # What each ingredient brings
+    "multisubject, no ends of own prompts": {"guidance_method": without_own_ends},
     "cones2_padding_hidden": {"guidance_method": "cones2_padding_hidden"},
     "cones2 + own words": {"guidance_method": uses_own_words(lambda layer: cones2(layer))},
     "cones2_padding_hidden + own words": {
@@ -103,22 +130,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "cones2_padding_hidden + own words + open borders": {
         "guidance_method": uses_own_words(lambda layer: with_open_borders(layer))
     },
-    "multisubject + isolation": {"guidance_method": uses_own_words(lambda layer: isolated(layer))},
+    "multisubject + isolation": {"guidance_method": uses_own_summaries(uses_own_words(isolated))},
 }
-
-
-def with_open_borders(layer: AttentionLayer) -> torch.Tensor | None:
-    """`multisubject`, with Cones 2's measured spread of the logits in place of a pull of 3."""
-    if not layer.is_cross:
-        return None
-    maps, step = layer.maps, layer.step
-    weights = torch.where(step.progress < 0.5, maps.signed_weights, maps.inside_weights)
-    return torch.addcmul(maps.summaries, weights, step.strength * layer.logit_std())
-
-
-def isolated(layer: AttentionLayer) -> torch.Tensor | None:
-    """`multisubject`; besides, places of different regions do not see each other in self-attention."""
-    return multisubject(layer) if layer.is_cross else bounded_attention(layer)
 
 
 SD_ALONE = tuple(
@@ -216,8 +229,9 @@ def table(results: dict[str, Any]) -> str:
     lines = [
         "| cell | method | pictures | success | 95 % interval | regions: success | mIoU | IoU ≥ 0.5 | IoU ≥ 0.7 "
         "| every region right | 95 % interval | regions: category | look | identity "
-        "| leaked | missing | extras per picture | setting | sharpness | UNet calls | seconds | peak memory |",
-        "|" + "---|" * 22,
+        "| leaked | missing | doubled "
+        "| extras per picture | setting | sharpness | UNet calls | seconds | peak memory |",
+        "|" + "---|" * 23,
     ]
     for cell, methods in results["cells"].items():
         plain = [row["sharpness"] for row in methods.get("none", {}).get("pictures", [])]
@@ -226,6 +240,8 @@ def table(results: dict[str, Any]) -> str:
             regions = sum(row["regions"] for row in rows)
             share = {key: sum(r[key] for r in rows) / regions for key in ("category", "look", "identity", "leaked")}
             missing = sum(row["missing"] for row in rows) / regions
+            # Files of before it was counted have no `doubled`
+            doubled = f"{sum(row['doubled'] for row in rows) / regions:.0%}" if "doubled" in rows[0] else "–"
             sharp = np.mean([row["sharpness"] for row in rows]) / np.mean(plain) if plain else float("nan")
             identity = f"{share['identity']:.0%}" if has_subjects(cell) else "–"
             ious = np.array([one for row in rows for one in row["ious"]])
@@ -236,7 +252,7 @@ def table(results: dict[str, Any]) -> str:
             lines.append(
                 f"| {cell} | {method} | {len(rows)} | {exact} | {share_with_interval(whole(rows, 'look'))} "
                 f"| {share['category']:.0%} | {share['look']:.0%} | {identity} | {share['leaked']:.0%} | {missing:.0%} "
-                f"| {sum(row['extras'] for row in rows) / len(rows):.2f} "
+                f"| {doubled} | {sum(row['extras'] for row in rows) / len(rows):.2f} "
                 f"| {sum(row['setting'] for row in rows) / len(rows):.0%} | × {sharp:.2f} "
                 f"| {found['unet_calls']} | {found['seconds'] / len(rows):.2f} | {found['peak_mib']:,.0f} MiB |"
             )

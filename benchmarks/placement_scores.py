@@ -10,7 +10,7 @@ from PIL import Image
 
 from multisubject.benchmarks.placement_tasks import Target, Task
 from multisubject.tiny_world.judge import Detection, Judge, Verdict
-from multisubject.tiny_world.scenes import Scene, SceneObject, iou, render
+from multisubject.tiny_world.scenes import Box, Scene, SceneObject, iou, render
 
 RENDERED = "rendered"
 """In place of a method: the scenes as the renderer draws them, which shows how much the judge itself errs."""
@@ -40,7 +40,10 @@ def shows(verdict: Verdict, target: Target) -> bool:
 
 
 def score_picture(judge: Judge, task: Task, picture: Image.Image) -> dict[str, Any]:
-    """What the judge sees, as numbers of few digits. Counts are over the task's regions; `ious` has one for each."""
+    """What the judge sees, as numbers of few digits. Counts are over the task's regions; `ious` has one for each.
+
+    `doubled` counts those in which more objects of their category stand than are asked for.
+    """
     verdicts = judge.classify([picture] * len(task.targets), [target.box for target in task.targets])
     pairs = list(zip(verdicts, task.targets, strict=True))
     leaked = 0
@@ -53,10 +56,6 @@ def score_picture(judge: Judge, task: Task, picture: Image.Image) -> dict[str, A
     detections = judge.detect([picture])[0]
     ious = [best_iou(detections, target) for target in task.targets]
     looks = [shows(verdict, target) for verdict, target in pairs]
-    centres = [((d.box[0] + d.box[2]) / 2, (d.box[1] + d.box[3]) / 2) for d in detections]
-    outside = sum(
-        not any(t.box[0] <= x <= t.box[2] and t.box[1] <= y <= t.box[3] for t in task.targets) for x, y in centres
-    )
     return {
         "regions": len(pairs),
         "category": sum(verdict.category == target.category for verdict, target in pairs),
@@ -66,7 +65,8 @@ def score_picture(judge: Judge, task: Task, picture: Image.Image) -> dict[str, A
         "identity": sum(t.subject is not None and verdict.subject == t.subject for verdict, t in pairs),
         "missing": sum(verdict.category is None for verdict, _ in pairs),
         "leaked": leaked,
-        "extras": outside,
+        "doubled": sum(number_in(detections, target) > number_in(task.targets, target) for target in task.targets),
+        "extras": sum(not any(stands_in(found.box, target.box) for target in task.targets) for found in detections),
         "setting": int(judge.settings([picture])[0][0] == task.setting),
         "sharpness": round(sharpness(picture), 2),
     }
@@ -92,6 +92,17 @@ def best_iou(detections: Sequence[Detection], target: Target) -> float:
     Masks count by the box around them: the judge finds boxes.
     """
     return max((iou(found.box, target.box) for found in detections if found.category == target.category), default=0.0)
+
+
+def stands_in(box: Box, region: Box) -> bool:
+    """Whether the middle of a box lies in a region."""
+    x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    return region[0] <= x <= region[2] and region[1] <= y <= region[3]
+
+
+def number_in(objects: Sequence[Detection] | Sequence[Target], target: Target) -> int:
+    """How many objects of the target's category stand in its box."""
+    return sum(one.category == target.category and stands_in(one.box, target.box) for one in objects)
 
 
 def whole(pictures: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:

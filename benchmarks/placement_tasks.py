@@ -17,8 +17,11 @@ CELLS = (
     *(f"subjects {count}" for count in (1, 2, 3, 4)),
     "subject twins 2",
     *(f"loras {count}" for count in (1, 2, 3)),
-    *(f"described 2 {shape}" for shape in ("small", "overlap", "masks")),
+    *(f"described 2 {shape}" for shape in ("small", "overlap", "masks", "halves")),
 )
+HALVES = (0.03, 0.15, 0.48, 0.95), (0.52, 0.15, 0.97, 0.95)
+"""Boxes as somebody draws them who does not think of the shape of what is to stand there."""
+
 LORAS = ("petrucci", "slash", "majesty", "biscuit")
 """Subjects that are in `embeddings/loras` as well."""
 
@@ -103,6 +106,8 @@ def draw_task(cell: str, rng: random.Random, world: World, seed: int) -> Task:
         boxes = [scaled(box, 0.6) for box in boxes]
     elif rest == "overlap":
         boxes = [scaled(box, 1.4) for box in boxes]
+    elif rest == "halves":
+        boxes = rng.sample(HALVES, 2)
     targets = tuple(
         Target(words, category, look, box, subject)
         for (words, category, look, subject), box in zip(named, boxes, strict=True)

@@ -4,8 +4,9 @@ VENV ?= .venv
 PORT ?= 7860
 PIP ?= $(VENV)/bin/python -m pip
 
-INSTALLED := $(VENV)/.installed
+PACKAGE := $(VENV)/.installed-package
 PAGE := $(VENV)/.installed-page
+INSTALLED := $(VENV)/.installed
 
 # The tests whose answers depend on how a processor sums; two workers, since a thread more is of no use to tiny models.
 NUMERICAL := tests/test_pipeline.py tests/test_attention_processors.py tests/test_cones2_reference.py \
@@ -25,22 +26,20 @@ help:
 	@echo "make clean            remove $(VENV)"
 	@echo "Settings: PYTHON=$(PYTHON) VENV=$(VENV) PIP=\"$(PIP)\""
 
+# The first picture and the page are there sooner without what only the checks need.
+$(PACKAGE): EXTRA :=
+$(PAGE): EXTRA := [page]
+$(INSTALLED): EXTRA := [dev]
+
 # torch goes first and alone, so that PIP_EXTRA_INDEX_URL or an installed build can choose another one (CPU only, CUDA, ROCm).
-$(INSTALLED): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -c constraints.txt torch
-	$(PIP) install -c constraints.txt -e ".[dev]"
-	touch $@
-
-demo: $(INSTALLED)
-	$(VENV)/bin/python generate_images.py --generation_config configs/guidance_conf_two.json --num_inference_steps 25
-
-# Less than all of `dev`, so that the page is there soon.
-$(PAGE): pyproject.toml constraints.txt
+$(PACKAGE) $(PAGE) $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt torch
-	$(PIP) install -c constraints.txt -e ".[page]"
+	$(PIP) install -c constraints.txt -e ".$(EXTRA)"
 	touch $@
+
+demo: $(PACKAGE)
+	$(VENV)/bin/python generate_images.py --generation_config configs/guidance_conf_two.json --num_inference_steps 25
 
 page: $(PAGE)
 	$(VENV)/bin/multisubject-page --port $(PORT)

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from accelerate import PartialState
 
         from multisubject.generation import making
-        from multisubject.generation.picture_files import claimed_folders, save_contact_sheet, wanted_pictures
+        from multisubject.generation.picture_files import claimed_folders, resumed, save_contact_sheet, wanted_pictures
 
     state = PartialState(cpu=args.device == "cpu" or not torch.accelerator.is_available())
     device, dtype = making.device_and_dtype(args, state)
@@ -65,9 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         # 2. Share the missing pictures among the processes
         work = list(itertools.chain(*wanted))
         if args.resume:
-            missing = [picture for picture in work if not picture.is_done()]
-            state.print(f"{len(work) - len(missing)} of {len(work)} pictures are there already.")
-            work = missing
+            work, said = resumed(work)
+            state.print(said)
         state.wait_for_everyone()  # no process may look for pictures while another one makes them
 
         # 3. Make them

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -53,10 +54,26 @@ class WantedPicture:
         """Where its attention sheet goes."""
         return self.path.with_name(f"{self.path.stem}_attention.png")
 
-    def is_done(self) -> bool:
-        """Whether it is there, whole, and made with these very settings."""
+    def other_settings(self) -> list[str] | None:
+        """The names of the settings that differ from those of the picture that is there; None if there is none, or none
+        that is whole."""
         files = [self.path, self.attention_path] if self.has_attention else [self.path]
-        return all(read_settings(file) == self.settings for file in files)
+        found = [read_settings(file) for file in files]
+        if not all(isinstance(settings, dict) for settings in found):
+            return None
+        names = dict.fromkeys(itertools.chain(self.settings, *found))
+        return [name for name in names if any(of.get(name, ...) != self.settings.get(name, ...) for of in found)]
+
+
+def resumed(work: Sequence[WantedPicture]) -> tuple[list[WantedPicture], str]:
+    """The pictures that are still to be made, and a line that says why."""
+    others = {picture.path: picture.other_settings() for picture in work}
+    missing = [picture for picture in work if others[picture.path] != []]
+    said = f"{len(work) - len(missing)} of {len(work)} pictures are there already."
+    if replaced := [names for names in others.values() if names]:
+        keys = ", ".join(dict.fromkeys(itertools.chain(*replaced)))
+        said += f" Made again, as their settings were others ({keys}): {len(replaced)}."
+    return missing, said
 
 
 def wanted_pictures(task: GenerationTask, settings: Mapping[str, Any], args: GenerateArguments) -> list[WantedPicture]:

@@ -675,7 +675,8 @@ def test_resume_makes_only_what_is_missing_damaged_or_other(gallery, config_file
     assert (folder / "0000.png").stat().st_mtime_ns == kept
     assert np.array_equal(pixels(folder / "0001.png"), pixels(gallery / FOLDER / "0001.png"))
     main([*flags, "--guidance_scale", "3", "--num_images", "1"])
-    assert "0 of 2 pictures are there already" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "0 of 2 pictures are there already. Made again, as their settings were others (guidance_scale): 2." in said
     assert settings_of(folder / "0000.png")["guidance_scale"] == 3
 
 
@@ -809,8 +810,9 @@ def test_resume_makes_anew_what_another_model_made(tmp_path, capsys, loaded):
     index = model / "model_index.json"
     index.write_text(index.read_text().replace("DDIMScheduler", "DDPMScheduler"))
     main(flags)
-    there = [line[0] for line in capsys.readouterr().out.splitlines() if line.endswith("pictures are there already.")]
-    assert there == ["0", "2", "0", "0"]
+    said = [line for line in capsys.readouterr().out.splitlines() if " pictures are there already." in line]
+    assert [line[0] for line in said] == ["0", "2", "0", "0"]
+    assert ["Made again" in line for line in said] == [False, False, False, True] and "(model_version): 2." in said[3]
 
 
 def test_a_new_picture_takes_the_old_ones_attention_sheet_away(gallery, config_file, tmp_path, loaded):

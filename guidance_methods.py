@@ -37,14 +37,14 @@ def own_summary_weight(num_tokens: torch.Tensor, area: torch.Tensor) -> torch.Te
 
     It says how many there are and what of, which the prompt's own end and padding said before they were hidden, and
     counts as much as all of these. But it speaks of a picture of one object, which is a large one there: in smaller
-    regions it counts less, by the fourth power of their size. (In regions of a sixth of the picture objects get lost
+    regions it counts less, by the eighth power of their area. (In regions of a sixth of the picture objects get lost
     otherwise; docs/placement.md has what was measured.)
 
     Args:
         num_tokens: of the prompt, that are hidden in the region.
         area: of the region, in shares of the picture.
     """
-    return num_tokens.clamp(min=1).log() + 4 * (area / LARGE).clamp(1e-6, 1).log()
+    return num_tokens.clamp(min=1).log() + 8 * (area / LARGE).clamp(1e-6, 1).log()
 
 
 def places_words(tokens: torch.Tensor) -> torch.Tensor:

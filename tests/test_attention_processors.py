@@ -436,7 +436,7 @@ def test_an_own_end_counts_in_its_region_as_much_as_what_is_hidden_there(unet, s
     for layer in seen_layers(unet, regions, scheduler, *inputs(), like=own_summaries):
         assert layer.maps.owners.tolist() == [[*[-1] * (T - 2), 1, 0]]
         summaries, inside = layer.maps.summaries[0, 0], layer.maps.inside[0]
-        for region, weight in ((0, 0.0), (1, 4 * math.log(0.5))):
+        for region, weight in ((0, 0.0), (1, 8 * math.log(0.5))):
             own = summaries[:, T - 1 - region]
             assert inside[region].any() and (own[~inside[region]] == HIDDEN).all()
             torch.testing.assert_close(own[inside[region]], torch.full((inside[region].sum(),), weight))

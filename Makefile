@@ -36,7 +36,7 @@ $(PACKAGE) $(PAGE) $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt torch
 	$(PIP) install -c constraints.txt -e ".$(EXTRA)"
-	touch $@
+	touch $(PACKAGE) $@
 
 demo: $(PACKAGE)
 	$(VENV)/bin/python generate_images.py --generation_config configs/guidance_conf_two.json --num_inference_steps 25

@@ -328,7 +328,10 @@ def _prompt_context(attn: Attention, prompt_embeds: torch.Tensor, regions: Regio
 
 def _prompt_keys(attn: Attention, context: torch.Tensor, num_tokens: int, regions: RegionCall) -> _KeysAndMoments:
     key = _key(attn, context)
-    return key, None if regions.method is None else KeyMoments(key[-regions.batch :, :, :num_tokens])
+    if regions.method is None:
+        return key, None
+    absent = next(iter(regions.maps.values())).absent if regions.maps else None
+    return key, KeyMoments(key[-regions.batch :, :, :num_tokens], absent)
 
 
 def _key(attn: Attention, context: torch.Tensor) -> torch.Tensor:
@@ -349,8 +352,10 @@ def _look_at(regions: RegionCall, query: torch.Tensor, keys: LayerKeys, scale: f
     """Show a layer's conditional samples, before any bias, to what looks for objects."""
     assert regions.look is not None and regions.maps is not None
     if query.shape[2] in regions.maps:  # else the guidance has its say about that
-        tokens = regions.maps[query.shape[2]].tokens if is_cross else None
-        regions.look.add(query[-regions.batch :], keys.key[-regions.batch :, :, : keys.num_tokens], scale, tokens)
+        maps = regions.maps[query.shape[2]]
+        tokens, absent = (maps.tokens, maps.absent) if is_cross else (None, None)
+        key = keys.key[-regions.batch :, :, : keys.num_tokens]
+        regions.look.add(query[-regions.batch :], key, scale, tokens, absent)
 
 
 def _kept_bias(

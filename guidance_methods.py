@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import torch
 
@@ -79,6 +80,8 @@ class RegionMaps:
             None: there are none.
         unseen_negatives: `(B, 1, Q, T + M)` bool, of the unconditional samples' keys, the last M of which are of the
             regions' negative prompts, those that a place does not see; None: no region has one.
+        absent: `(B, K)` bool, keys at which no token stands, since another image of the batch has more; None: there are
+            none.
 
     The background (`layout.BACKGROUND`) counts as a region in `masks`, `inside` and `signed_weights`, and as outside
     all regions in the others.
@@ -95,6 +98,7 @@ class RegionMaps:
     summaries: torch.Tensor
     unseen: torch.Tensor | None = None
     unseen_negatives: torch.Tensor | None = None
+    absent: torch.Tensor | None = None
 
     def inside_owner(self) -> torch.Tensor:
         """`(B, Q, K)` bool: the query lies in the region whose own prompt the key is of; False for shared keys."""
@@ -137,17 +141,24 @@ class KeyMoments:
 
     Args:
         key: `(B, heads, K, head_dim)`.
+        absent: `(B, K)` bool, keys that do not count, or None.
     """
 
-    def __init__(self, key: torch.Tensor):
-        self._key = key
+    def __init__(self, key: torch.Tensor, absent: torch.Tensor | None = None):
+        self._key, self._absent = key, absent
         self._value: torch.Tensor | None = None
 
     def value(self) -> torch.Tensor:
         """`[K'^T K' | mean(k)]` with `k' = k - mean(k)`, float32: `(B, heads, head_dim, head_dim + 1)`."""
         if self._value is None:  # not a cached_property, whose lock cannot be compiled
-            mean = self._key.float().mean(dim=2, keepdim=True)
-            centred = self._key.float() - mean
+            key = self._key.float()
+            if self._absent is None:
+                mean = key.mean(dim=2, keepdim=True)
+                centred = key - mean
+            else:
+                here = (~self._absent)[:, None, :, None]
+                mean = (key * here).sum(dim=2, keepdim=True) / here.sum(dim=2, keepdim=True)
+                centred = (key - mean) * here
             self._value = torch.cat([centred.transpose(-1, -2) @ centred, mean.transpose(-1, -2)], dim=-1)
         return self._value
 
@@ -181,13 +192,15 @@ class AttentionLayer:
         `q . mean(k)` and a rest whose squares sum to `q (K'^T K') q^T`. Both are sums of squares, so nothing cancels in
         float32.
         """
-        moments = self.key_moments or KeyMoments(self.key)
+        absent = self.maps.absent if self.is_cross else None
+        moments = self.key_moments or KeyMoments(self.key, absent)
         query = self.query.float()
-        count = query.shape[1] * query.shape[2] * self.key.shape[2]
+        keys: Any = self.key.shape[2] if absent is None else (~absent).sum(dim=1)[:, None, None, None]
+        count = query.shape[1] * query.shape[2] * keys
         rows = query @ moments.value()  # [B, heads, Q, head_dim + 1]
         within = (rows[..., :-1] * query).sum(dim=(1, 2, 3), keepdim=True)
         between = rows[..., -1:].var(dim=(1, 2, 3), keepdim=True, correction=0)
-        variance = within.add(between, alpha=count) * (self.scale**2 / (count - 1))
+        variance = (within + between * count) * (self.scale**2 / (count - 1))
         return variance.sqrt()
 
 
@@ -210,7 +223,7 @@ def uses_own_words(method: GuidanceMethod) -> GuidanceMethod:
 
 def uses_own_summaries(method: GuidanceMethod) -> GuidanceMethod:
     """Decorator, beside `uses_own_words`: in guided calls the last places of the prompt's padding are given to the ends
-    of the regions' own prompts, a place each, as far as there are any."""
+    of the regions' own prompts, a place each, as far as there are any. `RegionMaps.summaries` says who sees them."""
     method.uses_own_summaries = True  # type: ignore[attr-defined]
     return method
 
@@ -328,7 +341,11 @@ def dense_diffusion(layer: AttentionLayer) -> torch.Tensor | None:
     area = (inside.mean(dim=2)[:, :, None] * inside).amax(dim=1)  # [B, Q], of the place's region
     strength = strength * (1 - area) * placing.any(dim=1)
     products = layer.query.float() @ layer.key.float().transpose(-1, -2)  # [B, heads, Q, K]
-    largest, smallest = products.amax(dim=-1, keepdim=True), products.amin(dim=-1, keepdim=True)
+    highest = lowest = products
+    if layer.is_cross and maps.absent is not None:
+        absent = maps.absent[:, None, None]
+        highest, lowest = products.masked_fill(absent, -torch.inf), products.masked_fill(absent, torch.inf)
+    largest, smallest = highest.amax(dim=-1, keepdim=True), lowest.amin(dim=-1, keepdim=True)
     return strength[:, None, :, None] * (torch.where(belongs[:, None], largest, smallest) - products)
 
 

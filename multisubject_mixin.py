@@ -120,7 +120,8 @@ class MultiSubjectMixin(PromptEncoderMixin):
             prompt_embeds: `(batch, tokens, dim)` instead of the prompt's own embeddings, taken as they are: what
                 `encode_prompt` gives, residuals and all. With a layout, pass `prompt` too: it says which tokens are
                 whose. The words of regions then come from here as well, where `multisubject` and `dense_diffusion`
-                else encode them by themselves.
+                else encode them by themselves; nor does a region then see the end of its own prompt, so that one
+                word may draw two objects where there is room.
             cross_attention_kwargs: `{"scale": …}` scales LoRA weights.
             return_dict: return an output class; else the tuple of its values.
 

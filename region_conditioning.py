@@ -50,7 +50,8 @@ class RegionConditioning:
         weights: `(B, R)` float32, pull of each region's tokens inside it.
         token_kinds: `(B, T)` int64 of `TokenKind`.
         prompts: the regions' own prompts. `regional_prompts` and `attention_couple` need them; `multisubject` and
-            `dense_diffusion` take a region's words from there, or else leave them as they are in the prompt.
+            `dense_diffusion` take a region's words from there (the former its end, too), or else leave them as they are
+            in the prompt.
         words: what regions hold as `prompt`: more keys of cross-attention, each seen by its region alone. Where the
             kind is padding there is none. A method that `uses_region_prompts` has them in `prompts`.
         negatives: the negative prompts of those regions that hold one, the picture's own included: in unconditional
@@ -92,17 +93,29 @@ class RegionConditioning:
 
     def own_summaries(self, method: GuidanceMethod | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Which images' regions have the end of their own prompt among the prompt's tokens, and where: three
-        `(N,)` int64. A prompt that leaves no padding has no place for it, and the background is no object."""
+        `(N,)` int64.
+
+        A prompt that leaves no padding has no place for it. Nor has a region that is not one object by itself: the
+        background, one without pull, one in which most of another region lies.
+        """
         batch, regions, length = self.tokens.shape
-        places = (length - 1 - torch.arange(regions)).clamp(min=0).expand(batch, -1)
+        places = (length - 1 - torch.arange(regions, device=self.tokens.device)).clamp(min=0).expand(batch, -1)
         if self.prompts is None or not getattr(method, "uses_own_summaries", False):
-            has_one = torch.zeros(batch, regions, dtype=torch.bool)
+            has_one = torch.zeros_like(places, dtype=torch.bool)
         else:
-            has_one = (self.prompts.token_kinds == TokenKind.END).any(dim=2)
+            objects = self.weights > 0 if self.background is None else (self.weights > 0) & ~self.background
+            has_one = objects & (self.prompts.token_kinds == TokenKind.END).any(dim=2) & ~self._holds_another(objects)
             has_one = has_one & (self.token_kinds.gather(1, places) == TokenKind.PADDING)
-            has_one = has_one if self.background is None else has_one & ~self.background
         images, of_image = has_one.nonzero(as_tuple=True)
         return images, of_image, places[images, of_image]
+
+    def _holds_another(self, objects: torch.Tensor) -> torch.Tensor:
+        """`(B, R)` bool: more than half of another one of these regions lies in it."""
+        masks = self.masks.flatten(2) * objects[..., None]
+        shared = masks @ masks.transpose(1, 2)  # [B, R, R]
+        held = shared > masks.sum(dim=2)[:, None] / 2  # [B, holding, held]
+        held.diagonal(dim1=1, dim2=2).fill_(False)
+        return held.any(dim=2)
 
     def guiding(self, progress: float) -> tuple[tuple[bool, ...], ...] | None:
         """For each image and region whether it guides when this share of the steps lies behind; None: all do."""
@@ -181,9 +194,10 @@ def make_maps(
     summaries[images, :, places] = torch.where(inside[images, of_image], weights[:, None], HIDDEN)
     biases = (maps[:, None] for maps in (signed_weights, inside_weights, hidden_summary, summaries))
     maps = RegionMaps(masks, inside, tokens, kinds, owners, *biases)
-    if appended is not None and appended is regions.words:
+    if regions.words is not None and appended is regions.words:
         unseen = (owners != SHARED)[:, None] & ~maps.inside_owner()
-        maps = replace(maps, unseen=unseen[:, None])
+        absent = owners == NOBODYS if (regions.words.token_kinds == TokenKind.PADDING).any() else None
+        maps = replace(maps, unseen=unseen[:, None], absent=absent)
     if regions.negatives is not None:
         maps = replace(maps, unseen_negatives=_unseen_negatives(regions.negatives, inside, regions.tokens.shape[2]))
     return maps

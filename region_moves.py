@@ -62,7 +62,14 @@ class RegionLook:
         places = size[0] * size[1]
         self.alike = torch.zeros(len(boxes), places, places, device=boxes.device)
 
-    def add(self, query: torch.Tensor, key: torch.Tensor, scale: float, tokens: torch.Tensor | None) -> None:
+    def add(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        scale: float,
+        tokens: torch.Tensor | None,
+        absent: torch.Tensor | None = None,
+    ) -> None:
         """Look at one layer.
 
         Args:
@@ -70,6 +77,7 @@ class RegionLook:
             key: `(B, heads, K, head_dim)`.
             scale: factor between `query @ key.T` and the logits, which are looked at without any bias.
             tokens: `(B, R, K)` bool, those of each region's words; None: self-attention.
+            absent: `(B, K)` bool, keys at which no token stands; None: there are none.
         """
         if query.shape[2] != self.alike.shape[1]:
             return
@@ -79,6 +87,8 @@ class RegionLook:
             for first in range(0, heads, at_once):
                 few = slice(first, first + at_once)
                 attention = scale * query[:, few].float() @ key[:, few].float().transpose(-1, -2)
+                if absent is not None:
+                    attention = attention.masked_fill(absent[:, None, None], -torch.inf)
                 attention = attention.softmax(dim=-1).sum(dim=1)  # [B, Q, K]
                 if tokens is None:
                     self.alike.add_(attention, alpha=1 / heads)

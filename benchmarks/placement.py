@@ -58,6 +58,7 @@ from multisubject.guidance_methods import (
     moves_objects,
     multisubject,
     same_in_every_layer,
+    serves,
     uses_own_summaries,
     uses_own_words,
 )
@@ -77,6 +78,7 @@ def with_open_borders(layer: AttentionLayer) -> torch.Tensor | None:
     return torch.addcmul(maps.summaries, weights, step.strength * layer.logit_std())
 
 
+@serves("strength", "background")
 @same_in_every_layer
 @uses_own_words
 @moves_objects(*multisubject.moves_objects)  # type: ignore[attr-defined]

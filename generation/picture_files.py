@@ -58,8 +58,8 @@ class WantedPicture:
         """The names of the settings that differ from those of the picture that is there; None if there is none, or none
         that is whole."""
         files = [self.path, self.attention_path] if self.has_attention else [self.path]
-        found = [read_settings(file) for file in files]
-        if not all(isinstance(settings, dict) for settings in found):
+        found = [settings for file in files if isinstance(settings := read_settings(file), dict)]
+        if len(found) < len(files):
             return None
         names = dict.fromkeys(itertools.chain(self.settings, *found))
         return [name for name in names if any(of.get(name, ...) != self.settings.get(name, ...) for of in found)]
@@ -72,7 +72,7 @@ def resumed(work: Sequence[WantedPicture]) -> tuple[list[WantedPicture], str]:
     said = f"{len(work) - len(missing)} of {len(work)} pictures are there already."
     if replaced := [names for names in others.values() if names]:
         keys = ", ".join(dict.fromkeys(itertools.chain(*replaced)))
-        said += f" Made again, as their settings were others ({keys}): {len(replaced)}."
+        said += f" To be made again, as their settings differ ({keys}): {len(replaced)}."
     return missing, said
 
 

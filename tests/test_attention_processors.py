@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -126,8 +127,13 @@ def test_std_without_the_product_equals_std_of_the_product(head_dim, offset):
     key[..., 0] += offset
     query[..., 0] += offset
     products = (query.double() @ key.double().transpose(-1, -2)).flatten(1)
-    layer = AttentionLayer(query, key, 1.0, True, maps=None, step=None)  # type: ignore[arg-type]
+    maps: Any = SimpleNamespace(absent=None)
+    layer = AttentionLayer(query, key, 1.0, True, maps, step=None)  # type: ignore[arg-type]
     torch.testing.assert_close(layer.logit_std().flatten(), products.std(dim=1).float(), rtol=1e-5, atol=0)
+    maps.absent = torch.zeros(3, 77, dtype=torch.bool)
+    maps.absent[1, 70:] = True
+    here = (query[1].double() @ key[1, :, :70].double().transpose(-1, -2)).std().float()
+    torch.testing.assert_close(layer.logit_std()[1].item(), here.item(), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -403,9 +409,9 @@ def own_summaries(layer):
 
 
 def with_own_ends(batch: int = 1) -> RegionConditioning:
-    """Of eight tokens the prompt's last three are its end and padding; the regions' own prompts end at 5 and 6."""
+    """The prompt's last six tokens are its end and padding; the regions' own prompts end at 5 and 6."""
     regions = two_regions(batch)
-    regions.token_kinds[:, -3:] = torch.tensor([TokenKind.END, TokenKind.PADDING, TokenKind.PADDING])
+    regions.token_kinds[:, -6:] = torch.tensor([TokenKind.END, *[TokenKind.PADDING] * 5])
     for region, end in enumerate((5, 6)):
         regions.prompts.token_kinds[:, region, end] = TokenKind.END
     return regions
@@ -431,25 +437,29 @@ def test_ends_of_own_prompts_take_the_places_of_padding(unet, scheduler):
 
 def test_an_own_end_counts_in_its_region_as_much_as_what_is_hidden_there(unet, scheduler):
     regions = with_own_ends()
-    regions.masks[:, 0, 16:] = 0  # a quarter of the picture
-    regions.masks[:, 1, 8:] = 0  # an eighth
+    regions.masks[:, 1, 8:] = 0  # an eighth of the picture; the other one has half of it
     for layer in seen_layers(unet, regions, scheduler, *inputs(), like=own_summaries):
         assert layer.maps.owners.tolist() == [[*[-1] * (T - 2), 1, 0]]
         summaries, inside = layer.maps.summaries[0, 0], layer.maps.inside[0]
-        for region, weight in ((0, 0.0), (1, 8 * math.log(0.5))):
+        for region, weight in ((0, math.log(4)), (1, math.log(4) + 8 * math.log(0.5))):
             own = summaries[:, T - 1 - region]
             assert inside[region].any() and (own[~inside[region]] == HIDDEN).all()
             torch.testing.assert_close(own[inside[region]], torch.full((inside[region].sum(),), weight))
         anywhere = inside.any(dim=0)
-        assert (summaries[anywhere, T - 3] == HIDDEN).all() and not summaries[~anywhere, T - 3].any()
-        assert not summaries[:, : T - 3].any()
+        for shared in range(T - 6, T - 2):
+            assert (summaries[anywhere, shared] == HIDDEN).all() and not summaries[~anywhere, shared].any()
+        assert not summaries[:, : T - 6].any()
 
 
-@pytest.mark.parametrize("why", ["no padding", "background", "no end", "a method without"])
+@pytest.mark.parametrize("why", ["no padding", "background", "no end", "no pull", "one place", "a method without"])
 def test_who_has_no_place_for_an_own_end(unet, scheduler, why):
     regions, method = with_own_ends(), own_summaries
     if why == "no padding":
-        regions.token_kinds[:, -2:] = TokenKind.WORD
+        regions.token_kinds[:, -5:] = TokenKind.WORD
+    elif why == "no pull":
+        regions.weights.zero_()
+    elif why == "one place":
+        regions.masks[:, 1] = regions.masks[:, 0]
     elif why == "background":
         regions = dataclasses.replace(regions, background=torch.ones(1, 2, dtype=torch.bool))
     elif why == "no end":
@@ -458,6 +468,17 @@ def test_who_has_no_place_for_an_own_end(unet, scheduler, why):
         method = GUIDANCE_METHODS["cones2"]
     for layer in seen_layers(unet, regions, scheduler, *inputs(), like=method):
         assert (layer.maps.owners == -1).all()
+
+
+@pytest.mark.parametrize(("rows", "has_one"), [(20, False), (12, True)])
+def test_a_region_that_holds_most_of_another_sees_no_end_of_its_own(unet, scheduler, rows, has_one):
+    """It is of what it says alone, and would leave no room for the other; which keeps its own."""
+    regions = with_own_ends()
+    regions.masks.zero_()
+    regions.masks[:, 0, :rows] = 1
+    regions.masks[:, 1, 4:28, 8:16] = 1  # of 24 rows
+    for layer in seen_layers(unet, regions, scheduler, *inputs(), like=own_summaries):
+        assert layer.maps.owners[0, -2:].tolist() == [1, 0 if has_one else -1]
 
 
 def test_an_absent_region_keeps_its_own_end_to_itself(unet, scheduler):

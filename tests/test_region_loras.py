@@ -271,10 +271,12 @@ def test_every_kind_of_method_serves_loras(pipe, method):
 
 
 def test_own_prompts_keys_are_the_regions(tokenizer):
-    """Keys behind the prompt's get the LoRA of the region whose they are, fillers none."""
+    """Keys behind the prompt's, or in places of its padding, get their region's LoRA, fillers none."""
     tokens = torch.zeros(1, 2, 4)
     tokens[:, 0, 1] = 1
     loras = RegionLoras([[{"a": 1.0}, {"b": 1.0}]], torch.ones(1, 2, 8, 8), tokens, masks_at)
+    own_end = loras.call([(8, 8)], 1, torch.device("cpu"), torch.tensor([[-1, -1, -1, 1]]))
+    assert {name: rows.tolist() for name, rows in own_end.tokens.items()} == {"a": [[0, 1, 0, 0]], "b": [[0, 0, 0, 1]]}
     owners = torch.tensor([[-1, -1, -1, -1, 0, 0, 1, 1]])
     call = loras.call([(8, 8)], 2, torch.device("cpu"), owners)
     expected = {"a": [0, 1, 0, 0, 1, 1, 0, 0], "b": [0, 0, 0, 0, 0, 0, 1, 1]}

@@ -435,14 +435,18 @@ def test_wrong_moves_raise(sd1_pipe, moves):
         sample(sd1_pipe, layout=LAYOUT, moves=moves)
 
 
-def test_a_picture_does_not_depend_on_its_batch(sd1_pipe):
+@pytest.mark.parametrize("words", [False, True])
+def test_a_picture_does_not_depend_on_its_batch(sd1_pipe, words):
     generators = [seeded(5), seeded(6), seeded(7)]
-    layouts = [LAYOUT, None, {"blue ball": (0.3, 0.3, 0.7, 0.6)}]
+    own = [{"prompt": "a long cat with a hat on the beach", "box": box} for box in LAYOUT.values()]
+    layouts = [own if words else LAYOUT, None, {"blue ball": (0.3, 0.3, 0.7, 0.6)}]
     together = sample(sd1_pipe, [PROMPT] * 3, layout=layouts, generator=generators)
     for index, layout in enumerate(layouts):
         alone = sample(sd1_pipe, layout=layout, generator=seeded(5 + index))
         assert torch.allclose(together[index], alone[0], atol=2e-2)
-    assert not torch.allclose(together[0], sample(sd1_pipe, layout=LAYOUT, generator=seeded(5), moves=())[0], atol=2e-2)
+    assert not torch.allclose(
+        together[0], sample(sd1_pipe, layout=layouts[0], generator=seeded(5), moves=())[0], atol=2e-2
+    )
 
 
 def test_recorded_attention_is_that_of_the_calls_also_where_they_are_looked_at(sd1_pipe):

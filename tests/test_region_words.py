@@ -348,7 +348,9 @@ def test_a_method_that_cannot_serve_a_key_says_so(pipe):
 # --- batches, guide, compiled ----------------------------------------------------------------------------------------
 
 
-def test_each_prompt_of_a_batch_is_as_alone(pipe):
+@pytest.mark.parametrize("method", ["multisubject", "cones2", "dense_diffusion"])
+def test_each_prompt_of_a_batch_is_as_alone(pipe, method):
+    """Also of what a method or a look takes from all of an image's keys, where another image has more."""
     prompts = [PROMPT, "a green cat", "a cup"]
     layouts: list[Any] = [
         [{**DOG, "negative_prompt": "hat", "end": 0.7}, {"prompt": "a long cat with a hat", "box": RIGHT}],
@@ -356,9 +358,9 @@ def test_each_prompt_of_a_batch_is_as_alone(pipe):
         None,
     ]
     noise = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(1))
-    together = sample(pipe, prompts, layout=layouts, latents=noise)
+    together = sample(pipe, prompts, layout=layouts, latents=noise, guidance_method=method)
     for row, (prompt, layout) in enumerate(zip(prompts, layouts, strict=True)):
-        alone = sample(pipe, prompt, layout=layout, latents=noise[row : row + 1])
+        alone = sample(pipe, prompt, layout=layout, latents=noise[row : row + 1], guidance_method=method)
         assert_equal_up_to_rounding(together[row : row + 1], alone, RUN)
 
 

@@ -159,7 +159,7 @@ def test_inpainting_follows_subjects_and_layout(base_path, judge):
 
 
 def test_both_text_encoders_of_xl_carry_a_subject(judge):
-    """The residual of either one alone makes another picture than the class word, and nearer to the subject."""
+    """Without the residual of either one fewer pictures have the subject's colour."""
     from multisubject.pipeline_multisubject_xl import MultiSubjectXLPipeline
 
     pipe = MultiSubjectXLPipeline.from_pretrained(EMBEDDED_BASE_XL)
@@ -180,4 +180,4 @@ def test_both_text_encoders_of_xl_carry_a_subject(judge):
     nothing = {name: torch.zeros_like(delta) for name, delta in whole.deltas.items()}
     bare, both = looks(nothing), looks(whole.deltas)
     alone = [looks({**nothing, name: delta}) for name, delta in whole.deltas.items()]
-    assert both >= 5 and min(alone) > bare, (bare, both, alone)
+    assert both >= 5 and max(alone) <= both - 2 and bare <= 1, (bare, both, alone)

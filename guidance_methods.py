@@ -80,8 +80,8 @@ class RegionMaps:
             None: there are none.
         unseen_negatives: `(B, 1, Q, T + M)` bool, of the unconditional samples' keys, the last M of which are of the
             regions' negative prompts, those that a place does not see; None: no region has one.
-        absent: `(B, K)` bool, keys at which no token stands, since another image of the batch has more; None: there are
-            none.
+        absent: `(B, K)` bool, keys at which no token stands, since another region's words are longer or another image
+            has more of them; None: there are none.
 
     The background (`layout.BACKGROUND`) counts as a region in `masks`, `inside` and `signed_weights`, and as outside
     all regions in the others.

@@ -110,9 +110,14 @@ class RegionConditioning:
         return images, of_image, places[images, of_image]
 
     def _holds_another(self, objects: torch.Tensor) -> torch.Tensor:
-        """`(B, R)` bool: more than half of another one of these regions lies in it."""
-        masks = self.masks.flatten(2) * objects[..., None]
-        shared = masks @ masks.transpose(1, 2)  # [B, R, R]
+        """`(B, R)` bool: more than half of another one of these regions lies in it, of one that says something."""
+        says = self.tokens.any(dim=2)
+        if self.words is not None and self.words.owners is not None:
+            numbers = torch.arange(says.shape[1], device=says.device)
+            says = says | (self.words.owners[:, None] == numbers[:, None]).any(dim=2)
+        masks = self.masks.flatten(2) * (objects & says)[..., None]
+        with torch.autocast(masks.device.type, enabled=False):  # sums of many pixels
+            shared = masks @ masks.transpose(1, 2)  # [B, R, R]
         held = shared > masks.sum(dim=2)[:, None] / 2  # [B, holding, held]
         held.diagonal(dim1=1, dim2=2).fill_(False)
         return held.any(dim=2)

@@ -9,10 +9,10 @@ Every method draws the same tasks from the same seeds. A cell is a kind of task 
 `described` (different categories, colour and pattern in words), `twins` (one category, different looks in words),
 `subjects` (personal subjects from `embeddings/`), `subject twins` (two personal subjects of one category), `loras`
 (those of `subjects` that `embeddings/loras/` has as LoRAs too, with rows for both). The suffixes
-`small`, `overlap` and `masks` change the regions of two described objects. What cannot be seen in a setting (black at
-night) is not asked for. A region succeeds when its object looks right and its box and the one asked for have at least
-half of what they cover together in common (IoU); a picture, when all its regions do. `rendered` are the same scenes as
-the renderer draws them: what the judge makes of perfect pictures.
+`small`, `overlap`, `masks` and `halves` change the regions of two described objects. What cannot be seen in a setting
+(black at night) is not asked for. A region succeeds when its object looks right and its box and the one asked for have
+at least half of what they cover together in common (IoU); a picture, when all its regions do. `rendered` are the same
+scenes as the renderer draws them: what the judge makes of perfect pictures.
 
 `--base` takes any base of the drawn world, of Stable Diffusion 1.x, 2.x or XL; a file of results is of one base, and
 `--table` shows several beside each other.
@@ -244,7 +244,7 @@ def table(results: dict[str, Any]) -> str:
             missing = sum(row["missing"] for row in rows) / regions
             # Files of before it was counted have no `doubled`
             doubled = f"{sum(row['doubled'] for row in rows) / regions:.0%}" if "doubled" in rows[0] else "–"
-            sharp = np.mean([row["sharpness"] for row in rows]) / np.mean(plain) if plain else float("nan")
+            sharp = f"× {np.mean([row['sharpness'] for row in rows]) / np.mean(plain):.2f}" if plain else "–"
             identity = f"{share['identity']:.0%}" if has_subjects(cell) else "–"
             ious = np.array([one for row in rows for one in row["ious"]])
             exact = (
@@ -255,7 +255,7 @@ def table(results: dict[str, Any]) -> str:
                 f"| {cell} | {method} | {len(rows)} | {exact} | {share_with_interval(whole(rows, 'look'))} "
                 f"| {share['category']:.0%} | {share['look']:.0%} | {identity} | {share['leaked']:.0%} | {missing:.0%} "
                 f"| {doubled} | {sum(row['extras'] for row in rows) / len(rows):.2f} "
-                f"| {sum(row['setting'] for row in rows) / len(rows):.0%} | × {sharp:.2f} "
+                f"| {sum(row['setting'] for row in rows) / len(rows):.0%} | {sharp} "
                 f"| {found['unet_calls']} | {found['seconds'] / len(rows):.2f} | {found['peak_mib']:,.0f} MiB |"
             )
     return "\n".join(lines)

@@ -470,15 +470,29 @@ def test_who_has_no_place_for_an_own_end(unet, scheduler, why):
         assert (layer.maps.owners == -1).all()
 
 
-@pytest.mark.parametrize(("rows", "has_one"), [(20, False), (12, True)])
-def test_a_region_that_holds_most_of_another_sees_no_end_of_its_own(unet, scheduler, rows, has_one):
-    """It is of what it says alone, and would leave no room for the other; which keeps its own."""
+@pytest.mark.parametrize(
+    ("rows", "of_other", "has_one"),
+    [(20, "all", False), (12, "all", True), (20, "no words", True), (20, "no pull", True), (20, "words", False)],
+)
+def test_a_region_that_holds_most_of_another_sees_no_end_of_its_own(unet, scheduler, rows, of_other, has_one):
+    """It is of what it says alone, and would leave no room for the other; unless that says nothing or does not pull."""
     regions = with_own_ends()
+    if of_other in ("no words", "words"):
+        regions.tokens[:, 1] = False
+        regions.prompts.token_kinds[:, 1] = TokenKind.PADDING
+    if of_other == "no pull":
+        regions.weights[:, 1] = 0
+    if of_other == "words":
+        own = torch.ones(1, 1, 3, dtype=torch.bool)
+        kinds = torch.full((1, 1, 3), int(TokenKind.WORD))
+        words = RegionPrompts(torch.zeros(1, 1, 3, 32), own, kinds, torch.tensor([[1]]))
+        regions = dataclasses.replace(regions, words=words)
     regions.masks.zero_()
     regions.masks[:, 0, :rows] = 1
     regions.masks[:, 1, 4:28, 8:16] = 1  # of 24 rows
     for layer in seen_layers(unet, regions, scheduler, *inputs(), like=own_summaries):
-        assert layer.maps.owners[0, -2:].tolist() == [1, 0 if has_one else -1]
+        other = 1 if of_other == "all" else -1
+        assert layer.maps.owners[0, T - 2 : T].tolist() == [other, 0 if has_one else -1]
 
 
 def test_an_absent_region_keeps_its_own_end_to_itself(unet, scheduler):

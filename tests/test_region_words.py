@@ -350,7 +350,7 @@ def test_a_method_that_cannot_serve_a_key_says_so(pipe):
 
 @pytest.mark.parametrize("method", ["multisubject", "cones2", "dense_diffusion"])
 def test_each_prompt_of_a_batch_is_as_alone(pipe, method):
-    """Also of what a method or a look takes from all of an image's keys, where another image has more."""
+    """Also of what a method takes from all of an image's keys, where another image has more."""
     prompts = [PROMPT, "a green cat", "a cup"]
     layouts: list[Any] = [
         [{**DOG, "negative_prompt": "hat", "end": 0.7}, {"prompt": "a long cat with a hat", "box": RIGHT}],

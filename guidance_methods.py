@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
 
 import torch
 
@@ -148,6 +147,10 @@ class KeyMoments:
         self._key, self._absent = key, absent
         self._value: torch.Tensor | None = None
 
+    def num_keys(self) -> int | torch.Tensor:
+        """How many count: a number, or `(B, 1, 1, 1)`."""
+        return self._key.shape[2] if self._absent is None else (~self._absent).sum(dim=1)[:, None, None, None]
+
     def value(self) -> torch.Tensor:
         """`[K'^T K' | mean(k)]` with `k' = k - mean(k)`, float32: `(B, heads, head_dim, head_dim + 1)`."""
         if self._value is None:  # not a cached_property, whose lock cannot be compiled
@@ -157,7 +160,7 @@ class KeyMoments:
                 centred = key - mean
             else:
                 here = (~self._absent)[:, None, :, None]
-                mean = (key * here).sum(dim=2, keepdim=True) / here.sum(dim=2, keepdim=True)
+                mean = (key * here).sum(dim=2, keepdim=True) / self.num_keys()
                 centred = (key - mean) * here
             self._value = torch.cat([centred.transpose(-1, -2) @ centred, mean.transpose(-1, -2)], dim=-1)
         return self._value
@@ -192,11 +195,9 @@ class AttentionLayer:
         `q . mean(k)` and a rest whose squares sum to `q (K'^T K') q^T`. Both are sums of squares, so nothing cancels in
         float32.
         """
-        absent = self.maps.absent if self.is_cross else None
-        moments = self.key_moments or KeyMoments(self.key, absent)
+        moments = self.key_moments or KeyMoments(self.key, self.maps.absent if self.is_cross else None)
         query = self.query.float()
-        keys: Any = self.key.shape[2] if absent is None else (~absent).sum(dim=1)[:, None, None, None]
-        count = query.shape[1] * query.shape[2] * keys
+        count = query.shape[1] * query.shape[2] * moments.num_keys()
         rows = query @ moments.value()  # [B, heads, Q, head_dim + 1]
         within = (rows[..., :-1] * query).sum(dim=(1, 2, 3), keepdim=True)
         between = rows[..., -1:].var(dim=(1, 2, 3), keepdim=True, correction=0)

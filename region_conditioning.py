@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -93,25 +94,23 @@ class RegionConditioning:
 
     def own_summaries(self, method: GuidanceMethod | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Which images' regions have the end of their own prompt among the prompt's tokens, and where: three
-        `(N,)` int64.
-
-        A prompt that leaves no padding has no place for it. Nor has a region that is not one object by itself: the
-        background, one without pull, one in which most of another region lies.
-        """
+        `(N,)` int64. A prompt that leaves no padding has no place for it."""
         batch, regions, length = self.tokens.shape
         places = (length - 1 - torch.arange(regions, device=self.tokens.device)).clamp(min=0).expand(batch, -1)
         if self.prompts is None or not getattr(method, "uses_own_summaries", False):
             has_one = torch.zeros_like(places, dtype=torch.bool)
         else:
-            objects = self.weights > 0 if self.background is None else (self.weights > 0) & ~self.background
-            has_one = objects & (self.prompts.token_kinds == TokenKind.END).any(dim=2) & ~self._holds_another(objects)
+            has_one = self.are_one_object & (self.prompts.token_kinds == TokenKind.END).any(dim=2)
             has_one = has_one & (self.token_kinds.gather(1, places) == TokenKind.PADDING)
         images, of_image = has_one.nonzero(as_tuple=True)
         return images, of_image, places[images, of_image]
 
-    def _holds_another(self, objects: torch.Tensor) -> torch.Tensor:
-        """`(B, R)` bool: more than half of another one of these regions lies in it, of one that says something."""
-        says = self.tokens.any(dim=2)
+    @cached_property
+    def are_one_object(self) -> torch.Tensor:
+        """`(B, R)` bool: not so the background, a region without pull, and one in which more than half of another lies
+        that says something."""
+        objects = self.weights > 0 if self.background is None else (self.weights > 0) & ~self.background
+        says = places_words(self.tokens)
         if self.words is not None and self.words.owners is not None:
             numbers = torch.arange(says.shape[1], device=says.device)
             says = says | (self.words.owners[:, None] == numbers[:, None]).any(dim=2)
@@ -120,7 +119,7 @@ class RegionConditioning:
             shared = masks @ masks.transpose(1, 2)  # [B, R, R]
         held = shared > masks.sum(dim=2)[:, None] / 2  # [B, holding, held]
         held.diagonal(dim1=1, dim2=2).fill_(False)
-        return held.any(dim=2)
+        return objects & ~held.any(dim=2)
 
     def guiding(self, progress: float) -> tuple[tuple[bool, ...], ...] | None:
         """For each image and region whether it guides when this share of the steps lies behind; None: all do."""

@@ -69,6 +69,7 @@ from multisubject.training.devices import quick_dtype
 from multisubject.visualization import contact_sheet
 
 
+@uses_own_words
 def with_open_borders(layer: AttentionLayer) -> torch.Tensor | None:
     """`multisubject`, with Cones 2's measured spread of the logits in place of a pull of 3."""
     if not layer.is_cross:
@@ -87,6 +88,8 @@ def without_own_ends(layer: AttentionLayer) -> torch.Tensor | None:
     return multisubject(layer)
 
 
+@uses_own_words
+@uses_own_summaries
 def isolated(layer: AttentionLayer) -> torch.Tensor | None:
     """`multisubject`; besides, places of different regions do not see each other in self-attention."""
     return multisubject(layer) if layer.is_cross else bounded_attention(layer)
@@ -129,10 +132,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "cones2_padding_hidden + own words": {
         "guidance_method": uses_own_words(lambda layer: cones2_padding_hidden(layer))
     },
-    "cones2_padding_hidden + own words + open borders": {
-        "guidance_method": uses_own_words(lambda layer: with_open_borders(layer))
-    },
-    "multisubject + isolation": {"guidance_method": uses_own_summaries(uses_own_words(isolated))},
+    "cones2_padding_hidden + own words + open borders": {"guidance_method": with_open_borders},
+    "multisubject + isolation": {"guidance_method": isolated},
 }
 
 

@@ -67,10 +67,10 @@ class WantedPicture:
 
 def resumed(work: Sequence[WantedPicture]) -> tuple[list[WantedPicture], str]:
     """The pictures that are still to be made, and a line that says why."""
-    others = {picture.path: picture.other_settings() for picture in work}
-    missing = [picture for picture in work if others[picture.path] != []]
+    others = [picture.other_settings() for picture in work]
+    missing = [picture for picture, names in zip(work, others, strict=True) if names != []]
     said = f"{len(work) - len(missing)} of {len(work)} pictures are there already."
-    if replaced := [names for names in others.values() if names]:
+    if replaced := [names for names in others if names]:
         keys = ", ".join(dict.fromkeys(itertools.chain(*replaced)))
         said += f" To be made again, as their settings differ ({keys}): {len(replaced)}."
     return missing, said
